@@ -1,0 +1,97 @@
+"""Generation as it is: prefill; then sample, append, repeat. The reference for anything faster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from openmythos.config import CachePolicy, HaltingKind
+from openmythos.errors import InputError
+from openmythos.inference.sampling import Sampling, draw
+from openmythos.model.transformer import OpenMythos
+
+
+class Thinking(NamedTuple):
+    """How deep each token is thought about."""
+
+    loops: int | None = None
+    """Budget; None: the model's mean."""
+    halting: HaltingKind = "none"
+    threshold: float | None = None
+    cache_policy: CachePolicy = "per_loop"
+
+
+class NewToken(NamedTuple):
+    """One step of generation, for every sequence of the batch."""
+
+    token_ids: Int[Tensor, " batch"]
+    loops: Int[Tensor, " batch"]
+    """Loops that the position took which each token was drawn from."""
+
+
+@torch.inference_mode()
+def generate(
+    model: OpenMythos,
+    token_ids: Int[Tensor, "batch prompt"],
+    *,
+    max_new_tokens: int,
+    thinking: Thinking | None = None,
+    sampling: Sampling | None = None,
+    mask: Tensor | None = None,
+) -> Iterator[NewToken]:
+    """Yield new tokens one by one, for as long as the caller takes them.
+
+    Args:
+        model: in evaluation mode.
+        token_ids: int64 prompts; shorter ones padded, with False in `mask`.
+        max_new_tokens: how many to make.
+        thinking: loops, halting and the cache's policy.
+        sampling: how tokens are drawn.
+        mask: `(batch, prompt)` bool, True where a prompt has text.
+
+    Raises:
+        InputError: prompt and new tokens together exceed the model's max_length, or an
+            argument does not fit.
+    """
+    thinking, sampling = thinking or Thinking(), sampling or Sampling()
+    batch, prompt = token_ids.shape
+    check_length(prompt, max_new_tokens, model.config.max_length)
+    generator = None
+    if sampling.seed is not None:
+        generator = torch.Generator(device=token_ids.device).manual_seed(sampling.seed)
+    loops = model.config.mean_loops if thinking.loops is None else thinking.loops
+    cache = model.new_cache(
+        batch, prompt + max_new_tokens, loops=max(1, loops), policy=thinking.cache_policy
+    )
+    how = {"halting": thinking.halting, "threshold": thinking.threshold}
+    lengths = [prompt] * batch if mask is None else mask.sum(1).tolist()
+    for _ in range(max_new_tokens):
+        out = model(token_ids, loops, cache=cache, mask=mask, **how)
+        last = _last_places(lengths, token_ids.shape[1], mask)
+        rows = torch.arange(batch, device=token_ids.device)
+        new = draw(out.logits[rows, last], sampling, generator)
+        yield NewToken(new, out.loops[rows, last])
+        token_ids, mask = new.unsqueeze(1), None
+
+
+def _last_places(lengths: Sequence[int], sequence: int, mask: Tensor | None) -> Tensor | int:
+    """Where each sequence's last real token stands in this call."""
+    if mask is None:
+        return -1
+    places = torch.arange(sequence, device=mask.device).expand(len(lengths), sequence)
+    return places.masked_fill(~mask, -1).amax(1)
+
+
+def check_length(prompt: int, max_new_tokens: int, max_length: int) -> None:
+    """Raise `InputError` unless prompt and new tokens fit into `max_length`."""
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens!r} must be an integer of 1 or more")
+    if prompt + max_new_tokens > max_length:
+        raise InputError(
+            f"max_new_tokens={max_new_tokens} after a prompt of {prompt} tokens must end by "
+            f"max_length={max_length}: at most {max(0, max_length - prompt)} fit"
+        )

@@ -1,0 +1,198 @@
+"""A model and its tokenizer together: text in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from openmythos.config import CachePolicy, HaltingKind
+from openmythos.errors import CheckpointError, InputError
+from openmythos.inference.generate import Thinking, generate
+from openmythos.inference.sampling import Sampling
+from openmythos.model.transformer import OpenMythos
+from openmythos.training.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that a new token made whole (possibly none), and the loops the token took."""
+
+    text: str
+    token_id: int
+    loops: int
+
+
+class LanguageModel:
+    """A loaded model with its tokenizer. Made by `openmythos.load`."""
+
+    def __init__(self, model: OpenMythos, tokenizer: Tokenizer) -> None:
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise CheckpointError(
+                f"tokenizer has vocab_size={tokenizer.vocab_size}, must be at most the model's "
+                f"{model.config.vocab_size}: it belongs to another model"
+            )
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    def generate(
+        self,
+        prompt: str = "",
+        *,
+        max_new_tokens: int = 256,
+        loops: int | None = None,
+        halting: HaltingKind = "none",
+        threshold: float | None = None,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        cache_policy: CachePolicy = "per_loop",
+    ) -> str:
+        """Return the text that follows `prompt`, without it.
+
+        Args as for `stream`.
+        """
+        pieces = self.stream(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            loops=loops,
+            halting=halting,
+            threshold=threshold,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=stop,
+            cache_policy=cache_policy,
+        )
+        return "".join(piece.text for piece in pieces)
+
+    def stream(
+        self,
+        prompt: str = "",
+        *,
+        max_new_tokens: int = 256,
+        loops: int | None = None,
+        halting: HaltingKind = "none",
+        threshold: float | None = None,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        cache_policy: CachePolicy = "per_loop",
+    ) -> Iterator[Piece]:
+        """Yield the text that follows `prompt`, token by token, in whole characters.
+
+        Ends at the end-of-document token, at a stop string (not included), after
+        `max_new_tokens`, or where the model's max_length is reached.
+
+        Args:
+            prompt: text to continue; empty starts a document.
+            max_new_tokens: most tokens to make.
+            loops: most loops a token takes; default: the model's mean. May exceed it.
+            halting: when a token leaves the core before: none, gate, delta, kl, act.
+            threshold: the rule's bound; None is its own default.
+            temperature: 0 takes the likeliest token.
+            top_k: keep the k likeliest; 0 keeps all.
+            top_p: keep the likeliest whose probabilities reach p.
+            min_p: keep tokens at least min_p times as likely as the likeliest.
+            seed: the same seed gives the same text.
+            stop: strings that end the text, wherever token boundaries fall.
+            cache_policy: `per_loop`, or `last` for a cache that is `loops` times smaller.
+
+        Raises:
+            InputError: a value is out of range, or the prompt fills the model's max_length.
+        """
+        sampling = Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
+        )
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if any(not text for text in stops):
+            raise InputError("stop must hold no empty string: it would end every text at once")
+        token_ids = [self.tokenizer.end_id, *self.tokenizer.encode(prompt)]
+        room = self.model.config.max_length - len(token_ids)
+        if room < 1:
+            raise InputError(
+                f"prompt has {len(token_ids)} tokens, must leave room within "
+                f"max_length={self.model.config.max_length}: shorten it"
+            )
+        tokens = generate(
+            self.model,
+            torch.tensor([token_ids], device=self.model.embed.weight.device),
+            max_new_tokens=min(max_new_tokens, room) if max_new_tokens > 0 else max_new_tokens,
+            thinking=Thinking(loops, halting, threshold, cache_policy),
+            sampling=sampling,
+        )
+        return self._pieces(((int(n.token_ids), int(n.loops)) for n in tokens), stops)
+
+    def _pieces(self, tokens: Iterator[tuple[int, int]], stops: list[str]) -> Iterator[Piece]:
+        text, hold = self.tokenizer.text_stream(), HoldBack(stops)
+        token_id = loops = 0
+        for token_id, loops in tokens:
+            if token_id == self.tokenizer.end_id:
+                break
+            yield Piece(hold.push(text.push(token_id)), token_id, loops)
+            if hold.stopped:
+                return
+        rest = hold.push(text.finish()) + hold.finish()
+        if rest:
+            yield Piece(rest, token_id, loops)
+
+
+class HoldBack:
+    """Lets text through up to a stop string, holding back what may be the start of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops, self.held, self.stopped = stops, "", False
+
+    def push(self, text: str) -> str:
+        """Take new text; return what can be shown now."""
+        if self.stopped:
+            return ""
+        text = self.held + text
+        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self.held = True, ""
+            return text[: min(found)]
+        keep = max((self._overlap(text, stop) for stop in self.stops), default=0)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """Return what was held back and turned out to be text."""
+        rest, self.held = self.held, ""
+        return rest
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        """Length of the longest proper prefix of `stop` that ends `text`."""
+        for length in range(min(len(stop) - 1, len(text)), 0, -1):
+            if text.endswith(stop[:length]):
+                return length
+        return 0
+
+
+def load(name: str | Path) -> LanguageModel:
+    """Load a model's folder, or a training run's: its finished model, else its last checkpoint.
+
+    Raises:
+        CheckpointError: there is no model, or it is damaged.
+        TokenizerError: its tokenizer is missing or damaged.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        raise CheckpointError(f"model={str(name)!r} must be the folder of a model or of a run")
+    if (folder / "model").is_dir():
+        folder = folder / "model"
+    if (folder / "config.json").is_file():
+        return LanguageModel(OpenMythos.from_pretrained(folder), Tokenizer.load(folder))
+    from openmythos.training.run import load_from_run
+
+    return LanguageModel(*load_from_run(folder))

@@ -1,0 +1,84 @@
+"""From logits to a token: temperature, then top-k, top-p and min-p, then one draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from openmythos.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn. Filters apply in the order of the fields."""
+
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token, ties going to the lower id."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest likeliest tokens whose probabilities reach p, above 0 and at most 1."""
+    min_p: float = 0.0
+    """Keep tokens at least min_p times as likely as the likeliest, from 0 to below 1."""
+    seed: int | None = None
+    """Seed of the draws; the same seed gives the same text. Default: another text each time."""
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            InputError: a value is out of range.
+        """
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature={self.temperature} must be 0 or more")
+        if self.top_k < 0:
+            raise InputError(f"top_k={self.top_k} must be 0 (no limit) or more")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if not 0 <= self.min_p < 1:
+            raise InputError(f"min_p={self.min_p} must be from 0 to below 1")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise InputError(f"seed={self.seed} must be from 0 to 2^63 - 1")
+
+
+def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Return the probabilities that a token is drawn with, `(*rows, vocab)`, fp32 or wider.
+
+    Args:
+        logits: `(*rows, vocab)`.
+        sampling: with a temperature above 0.
+    """
+    wide = logits.float() if logits.itemsize < 4 else logits
+    probabilities = (wide / sampling.temperature).softmax(-1)
+    # Ties are ordered by id, so that a filter never depends on the sort.
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    kept = ordered >= sampling.min_p * ordered[..., :1]
+    if sampling.top_k:
+        kept[..., sampling.top_k :] = False
+    if sampling.top_p < 1:
+        kept &= ordered.cumsum(-1) - ordered < sampling.top_p
+    filtered = probabilities.new_zeros(probabilities.shape)
+    filtered.scatter_(-1, order, ordered * kept)
+    return filtered / filtered.sum(-1, keepdim=True)
+
+
+def draw(logits: Tensor, sampling: Sampling, generator: Generator | None = None) -> Tensor:
+    """Draw one token for each row.
+
+    Args:
+        logits: `(rows, vocab)`.
+        sampling: how.
+        generator: source of the draws, on the logits' device.
+
+    Returns:
+        `(rows,)` int64.
+    """
+    import torch
+
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    weights = distribution(logits, sampling)
+    return torch.multinomial(weights, 1, generator=generator).squeeze(-1)

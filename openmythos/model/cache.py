@@ -1,0 +1,382 @@
+"""Kept keys and values, one slot per loop, and what each token of a call may see.
+
+An attention kind declares what it keeps per token (`{"key": (kv_heads, head_dim), ...}`); the
+cache allocates, writes, rolls back and applies the exit rule for any such declaration. A reader
+at loop t sees position p as it was at loop `min(t, exit_loop of p)`. That is kept true by
+writing an exited token's entry into the deeper slots once, when it exits, so that every read is
+a plain view: see `docs/decisions.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from openmythos.config import CachePolicy
+from openmythos.errors import CacheError
+
+Declaration = dict[str, tuple[int, ...]]
+"""What one attention keeps per token: names and shapes."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The tokens of one call, or those of them still in the core, and what they may see.
+
+    `rows` is None while every token of the batch takes part: tensors then are
+    `(batch, sequence, ...)`. Afterwards they are `(rows, ...)`, in order of sequence and place.
+    """
+
+    batch: int
+    sequence: int
+    index: Int[Tensor, "batch sequence"]
+    """Each token's place among the real tokens of its sequence, cached ones included."""
+    keys: int
+    """How many places the longest sequence has after this call."""
+    start: int | None = None
+    """First place of this call, where it is one for all sequences and nothing is padded."""
+    visible: Bool[Tensor, "sequences 1 queries keys"] | None = None
+    """Mask for attention; None: everything, or what `causal` allows."""
+    causal: bool = False
+    real: Bool[Tensor, "batch sequence"] | None = None
+    """Which tokens are not padding; None: all."""
+    rows: Int[Tensor, " rows"] | None = None
+    """Flat numbers (sequence by sequence) of the tokens that take part."""
+    sequences: Int[Tensor, " sequences"] | None = None
+    """Sequences that have such tokens; None: all."""
+    widest: int = 0
+    """Most of them in one sequence."""
+    pad: Int[Tensor, " rows"] | None = None
+    """Each row's number in the `(sequences, widest)` layout; None: the same."""
+
+    @classmethod
+    def fresh(cls, batch: int, sequence: int, mask: Tensor | None, device: torch.device) -> Span:
+        """Tokens of a call without a cache: keys lie in the call's own order, padding included."""
+        span = cls.after([0] * batch, sequence, mask, device)
+        if span.real is None:
+            return span
+        causal = torch.ones(sequence, sequence, dtype=torch.bool, device=device).tril()
+        itself = torch.eye(sequence, dtype=torch.bool, device=device)  # no row sees nothing
+        visible = causal & (span.real.unsqueeze(1) | itself)
+        return replace(span, visible=visible.unsqueeze(1))
+
+    @classmethod
+    def after(
+        cls, lengths: Sequence[int], sequence: int, mask: Tensor | None, device: torch.device
+    ) -> Span:
+        """Tokens that follow `lengths` cached ones; `mask` (batch, sequence) marks real ones."""
+        batch, past = len(lengths), lengths[0]
+        if mask is not None and bool(mask.all()):
+            mask = None
+        if mask is None and all(length == past for length in lengths):
+            index = torch.arange(past, past + sequence, device=device).expand(batch, sequence)
+            span = cls(batch, sequence, index, past + sequence, start=past)
+            if past == 0 or sequence == 1:
+                return replace(span, causal=sequence > 1)
+        else:
+            if mask is None:
+                mask = torch.ones(batch, sequence, dtype=torch.bool, device=device)
+            before = torch.tensor(list(lengths), device=device)
+            index = (before.unsqueeze(1) + mask.cumsum(1) - 1).clamp(min=0)
+            longest = int((before + mask.sum(1)).max())
+            span = cls(batch, sequence, index, longest, real=mask)
+        return replace(span, visible=span.causal_mask(index).unsqueeze(1))
+
+    def causal_mask(self, index: Int[Tensor, "*rows"]) -> Bool[Tensor, "*rows keys"]:
+        """Which places each token sees: its own and all before."""
+        places = torch.arange(self.keys, device=index.device)
+        return places <= index.unsqueeze(-1)
+
+    def all_rows(self) -> Int[Tensor, " rows"]:
+        """Flat numbers of the tokens that take part."""
+        if self.rows is not None:
+            return self.rows
+        if self.real is not None:
+            return self.real.flatten().nonzero().squeeze(1)
+        return torch.arange(self.batch * self.sequence, device=self.index.device)
+
+    def at_rows(self, rows: Int[Tensor, " rows"]) -> Span:
+        """The same call with only the tokens of these flat numbers (sorted) taking part."""
+        sequence_of = rows // self.sequence
+        sequences, counts = sequence_of.unique_consecutive(return_counts=True)
+        widest = int(counts.max())
+        index = self.index.flatten().index_select(0, rows)
+        visible = self.causal_mask(index)
+        pad = None
+        if int(counts.min()) != widest:
+            first = counts.cumsum(0) - counts
+            numbers = torch.arange(len(rows), device=rows.device)
+            place = numbers - first.repeat_interleave(counts)
+            group = torch.arange(len(counts), device=rows.device).repeat_interleave(counts)
+            pad = group * widest + place
+            padded = visible.new_ones(len(counts) * widest, self.keys)
+            visible = padded.index_copy_(0, pad, visible)
+        see_all = self.sequence == 1 and self.start is not None
+        return replace(
+            self,
+            rows=rows,
+            sequences=None if len(sequences) == self.batch else sequences,
+            widest=widest,
+            pad=pad,
+            causal=False,
+            visible=None if see_all else visible.unflatten(0, (-1, widest)).unsqueeze(1),
+        )
+
+    def first_sequences(self, count: int) -> Span:
+        """The same call without a cache, cut to its first `count` sequences."""
+        if count == self.batch:
+            return self
+        return replace(
+            self,
+            batch=count,
+            index=self.index[:count],
+            real=None if self.real is None else self.real[:count],
+            visible=self.visible if self.start is not None else self.visible[:count],  # type: ignore[index]
+        )
+
+    def reordered(self, order: Int[Tensor, " sequences"]) -> Span:
+        """The same call without a cache, its sequences in another order."""
+        if self.start is not None:
+            return self
+        assert self.real is not None and self.visible is not None
+        return replace(
+            self,
+            index=self.index.index_select(0, order),
+            real=self.real.index_select(0, order),
+            visible=self.visible.index_select(0, order),
+        )
+
+    def spread(self, x: Float[Tensor, "*rows heads width"]) -> Tensor:
+        """Lay rows out by sequence, `(sequences, widest, heads, width)`, as attention needs."""
+        if self.rows is None:
+            return x
+        if self.pad is not None:
+            padded = x.new_zeros((int(self.visible.shape[0]) * self.widest, *x.shape[1:]))  # type: ignore[union-attr]
+            x = padded.index_copy(0, self.pad, x)
+        return x.unflatten(0, (-1, self.widest))
+
+    def gather(self, x: Float[Tensor, "sequences widest heads width"]) -> Tensor:
+        """Undo `spread`."""
+        if self.rows is None:
+            return x
+        x = x.flatten(0, 1)
+        return x if self.pad is None else x.index_select(0, self.pad)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One layer's view of a call: where its keys go, and attention over what is visible."""
+
+    span: Span
+    store: Store | Frozen | None = None
+    slot: int = 0
+
+    def keep(self, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Keep this call's entries `(*rows, ...)`; return all visible, `(sequences, keys, ...)`."""
+        if self.store is None:
+            return kept
+        return self.store.update(kept, self.span, self.slot)
+
+    def attend(
+        self,
+        query: Float[Tensor, "*rows heads width"],
+        key: Float[Tensor, "sequences keys kv_heads width"],
+        value: Float[Tensor, "sequences keys kv_heads value"],
+        scale: float,
+    ) -> Float[Tensor, "*rows heads value"]:
+        """Scaled dot-product attention of this call's queries over the visible keys."""
+        span = self.span
+        y = F.scaled_dot_product_attention(
+            span.spread(query).transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=span.visible,
+            is_causal=span.causal,
+            scale=scale,
+            enable_gqa=query.shape[-2] != key.shape[-2],
+        )
+        return span.gather(y.transpose(1, 2))
+
+
+class Store:
+    """One layer's entries for every slot: `(slots, batch, max_length, ...)` per declared name."""
+
+    def __init__(self, declaration: Declaration, slots: int, empty: Tensor) -> None:
+        """`empty` is `(batch, max_length, 0)` and brings dtype and device."""
+        self.data = {
+            name: empty.new_zeros((slots, *empty.shape[:2], *shape))
+            for name, shape in declaration.items()
+        }
+        self.slots = slots
+
+    def update(self, kept: dict[str, Tensor], span: Span, slot: int) -> dict[str, Tensor]:
+        """Write this call's entries into a slot; return the slot's visible part."""
+        return {name: self._write(self.data[name][slot], x, span) for name, x in kept.items()}
+
+    def _write(self, slot: Tensor, x: Tensor, span: Span) -> Tensor:
+        if span.rows is None and span.start is not None:
+            slot[:, span.start : span.keys] = x
+        else:
+            rows = span.all_rows()
+            if span.rows is None:
+                x = x.flatten(0, 1).index_select(0, rows)
+            places = self._places(span, rows, slot.shape[1])
+            slot.flatten(0, 1).index_copy_(0, places, x.to(slot.dtype))
+        seen = slot.narrow(1, 0, span.keys)
+        return seen if span.sequences is None else seen.index_select(0, span.sequences)
+
+    @staticmethod
+    def _places(span: Span, rows: Tensor, max_length: int) -> Tensor:
+        """Each row's number in the flattened `(batch, max_length)`."""
+        index = span.index.flatten().index_select(0, rows)
+        return rows // span.sequence * max_length + index
+
+    def carry_deeper(self, span: Span, rows: Tensor, slot: int) -> None:
+        """Copy the rows' entries of `slot` into every deeper slot: they left the core there."""
+        if slot + 1 == self.slots:
+            return
+        for data in self.data.values():
+            places = self._places(span, rows, data.shape[2])
+            flat = data.flatten(1, 2)
+            flat[slot + 1 :, places] = flat[slot, places]
+
+    def grow(self, slots: int) -> None:
+        """Add slots; what is cached already left the core at the last slot or before."""
+        for name, data in self.data.items():
+            more = data[-1:].expand(slots - self.slots, *data.shape[1:])
+            self.data[name] = torch.cat([data, more])
+        self.slots = slots
+
+    def collapse(self) -> None:
+        """Keep the last slot alone."""
+        self.data = {name: data[-1:].clone() for name, data in self.data.items()}
+        self.slots = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(data.nbytes for data in self.data.values())
+
+
+class Cache:
+    """All kept keys and values of a batch of sequences, for every layer and loop.
+
+    Made by `model.new_cache`. With the policy `per_loop`, as in training, a token at loop t sees
+    others as they were at loop t. With `last`, a prompt keeps all loops while it is read in
+    (calls with more than one token); from the first one-token call on only each position's last
+    loop is kept, which is `loops` times smaller and another model than the one trained.
+
+    Loops may change between calls: the result equals one uncached call with loops given per
+    token. Slots grow when a call runs more loops than any before.
+    """
+
+    def __init__(
+        self,
+        outer: Sequence[Declaration],
+        core: Sequence[Declaration],
+        *,
+        batch_size: int,
+        max_length: int,
+        loops: int,
+        policy: CachePolicy,
+        dtype: torch.dtype,
+        device: torch.device,
+        owner: object,
+    ) -> None:
+        empty = torch.empty(batch_size, max_length, 0, dtype=dtype, device=device)
+        self.outer = [Store(declaration, 1, empty) for declaration in outer]
+        self.core = [Store(declaration, loops, empty) for declaration in core]
+        self.batch_size, self.max_length, self.policy = batch_size, max_length, policy
+        self.dtype, self.device, self.owner = dtype, device, owner
+        self.lengths = [0] * batch_size
+
+    @property
+    def length(self) -> int:
+        """Tokens cached for the longest sequence."""
+        return max(self.lengths)
+
+    @property
+    def slots(self) -> int:
+        """Slots that each core layer has now."""
+        return self.core[0].slots
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, over all layers and slots."""
+        return sum(store.nbytes for store in [*self.outer, *self.core])
+
+    def rollback(self, count: int | Sequence[int]) -> None:
+        """Forget the last `count` tokens of every sequence (or one count for each).
+
+        Raises:
+            CacheError: a count is negative or above what is cached.
+        """
+        counts = [count] * self.batch_size if isinstance(count, int) else list(count)
+        if len(counts) != self.batch_size:
+            raise CacheError(f"count has {len(counts)} values, must have {self.batch_size}")
+        for length, forgotten in zip(self.lengths, counts, strict=True):
+            if not 0 <= forgotten <= length:
+                raise CacheError(f"count={forgotten} must be from 0 to the {length} tokens cached")
+        self.lengths = [n - k for n, k in zip(self.lengths, counts, strict=True)]
+
+    def begin(self, sequence: int, mask: Tensor | None, loops: int) -> Span:
+        """Make room for a call of `sequence` tokens at up to `loops` loops.
+
+        Raises:
+            CacheError: the call does not fit behind what is cached.
+        """
+        new = [sequence] * self.batch_size if mask is None else mask.sum(1).tolist()
+        after = [n + k for n, k in zip(self.lengths, new, strict=True)]
+        if max(after) > self.max_length:
+            raise CacheError(
+                f"the cache holds max_length={self.max_length} tokens and has {self.length}: "
+                f"{max(new)} more do not fit; make a longer one or roll back"
+            )
+        decoding = self.policy == "last" and sequence == 1
+        for store in self.core:
+            if decoding and store.slots > 1:
+                store.collapse()
+            elif not decoding and store.slots < loops:
+                store.grow(loops)
+        return Span.after(self.lengths, sequence, mask, self.device)
+
+    def commit(self, span: Span) -> None:
+        """Count the call's tokens as cached."""
+        real = span.real
+        new = [span.sequence] * self.batch_size if real is None else real.sum(1).tolist()
+        self.lengths = [n + k for n, k in zip(self.lengths, new, strict=True)]
+
+    def slot_of(self, loop: int) -> int:
+        """The slot that loop `loop` writes and reads."""
+        return min(loop, self.slots - 1)
+
+    def leave(self, span: Span, rows: Tensor, loop: int) -> None:
+        """Record that the tokens of these flat numbers left the core after `loop`."""
+        for store in self.core:
+            store.carry_deeper(span, rows, self.slot_of(loop))
+
+
+class Frozen:
+    """A store for training with per-token exits: nothing is written in place.
+
+    Holds each core layer's entries as of the last loop; tokens that have left keep theirs, so
+    that those still in the core see the keys they will meet at inference, with gradients.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Tensor] = {}
+        self.active: Tensor | None = None
+
+    def update(self, kept: dict[str, Tensor], span: Span, slot: int) -> dict[str, Tensor]:
+        """Take the entries of active tokens, keep the others'; shapes `(batch, sequence, ...)`."""
+        if self.active is not None and self.entries:
+            for name, new in kept.items():
+                active = self.active.view(*self.active.shape, *[1] * (new.ndim - 2))
+                kept[name] = torch.where(active, new, self.entries[name])
+        self.entries = dict(kept)
+        return kept

@@ -1,0 +1,146 @@
+"""What a forward pass and a new cache accept: checked before any work is done."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, get_args
+
+import torch
+from torch import Tensor
+
+from openmythos.config import CachePolicy, MythosConfig
+from openmythos.errors import CacheError, InputError
+from openmythos.model.cache import Cache
+
+if TYPE_CHECKING:
+    from openmythos.model.transformer import OpenMythos
+
+
+def check_call(
+    model: OpenMythos,
+    token_ids: Tensor,
+    loops: int | Tensor,
+    cache: Cache | None,
+    mask: Tensor | None,
+    positions: Tensor | None,
+    h0: Tensor | None,
+    routing: Tensor | None,
+    backprop_loops: int | None,
+) -> None:
+    """Raise `InputError` or `CacheError` where an argument of `OpenMythos.forward` does not fit."""
+    config = model.config
+    check_token_ids(token_ids, config)
+    batch, sequence = token_ids.shape
+    check_loops(loops, batch, sequence)
+    if cache is not None:
+        _check_cache(model, cache, batch)
+    past = 0 if cache is None else cache.length
+    if cache is None and sequence > config.max_length:
+        raise InputError(
+            f"sequence={sequence} must be at most max_length={config.max_length}: "
+            "shorten the text, or build the model with a larger max_length"
+        )
+    if past + sequence > config.max_length and mask is None:
+        raise InputError(
+            f"sequence={sequence} after {past} cached tokens must end by "
+            f"max_length={config.max_length}: roll back, or build the model with a larger one"
+        )
+    if mask is not None:
+        _check_shape("mask", mask, (batch, sequence))
+        if mask.dtype != torch.bool:
+            raise InputError(f"mask has dtype {mask.dtype}, must be torch.bool: True marks text")
+        if not bool(mask.any()):
+            raise InputError("mask marks no token at all: at least one must be True")
+    if positions is not None:
+        _check_shape("positions", positions, (batch, sequence))
+        if positions.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"positions has dtype {positions.dtype}, must be torch.int64")
+    if h0 is not None:
+        _check_shape("h0", h0, (batch, sequence, config.hidden_size))
+    if backprop_loops is not None and backprop_loops < 1:
+        raise InputError(f"backprop_loops={backprop_loops} must be 1 or more")
+    if routing is not None:
+        _check_routing(routing, config, batch, sequence)
+
+
+def check_token_ids(token_ids: Tensor, config: MythosConfig) -> None:
+    """Raise `InputError` unless `token_ids` is a non-empty int64 (batch, sequence) in range."""
+    if token_ids.dtype != torch.int64:
+        raise InputError(f"token_ids has dtype {token_ids.dtype}, must be torch.int64")
+    if token_ids.ndim != 2:
+        raise InputError(
+            f"token_ids has shape {tuple(token_ids.shape)}, must be (batch, sequence): "
+            "add an axis for the batch"
+        )
+    if not token_ids.numel():
+        raise InputError(
+            f"token_ids has shape {tuple(token_ids.shape)}, must hold at least one token"
+        )
+    if token_ids.is_meta:
+        return
+    least, most = (int(x) for x in token_ids.aminmax())
+    if least < 0 or most >= config.vocab_size:
+        wrong = least if least < 0 else most
+        raise InputError(
+            f"token_ids holds {wrong}, must be from 0 to {config.vocab_size - 1} "
+            f"(vocab_size={config.vocab_size}): was it made by another tokenizer?"
+        )
+
+
+def check_loops(loops: int | Tensor, batch: int, sequence: int) -> None:
+    """Raise `InputError` unless `loops` is 1 or more: an int, (batch,) or (batch, sequence)."""
+    if isinstance(loops, Tensor):
+        if loops.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"loops has dtype {loops.dtype}, must be torch.int64")
+        if tuple(loops.shape) not in ((batch,), (batch, sequence)):
+            raise InputError(
+                f"loops has shape {tuple(loops.shape)}, must be ({batch},) or ({batch}, {sequence})"
+            )
+        if int(loops.min()) < 1:
+            raise InputError(f"loops holds {int(loops.min())}, must be 1 or more")
+    elif isinstance(loops, bool) or not isinstance(loops, int):
+        raise InputError(f"loops={loops!r} must be an integer, or a tensor of them")
+    elif loops < 1:
+        raise InputError(f"loops={loops} must be 1 or more")
+
+
+def check_cache_sizes(
+    config: MythosConfig, batch_size: int, max_length: int, loops: int, policy: str
+) -> None:
+    """Raise `InputError` where `OpenMythos.new_cache` cannot make such a cache."""
+    for name, value in {"batch_size": batch_size, "max_length": max_length, "loops": loops}.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name}={value!r} must be an integer of 1 or more")
+    if max_length > config.max_length:
+        raise InputError(
+            f"max_length={max_length} must be at most the model's, {config.max_length}"
+        )
+    if policy not in get_args(CachePolicy):
+        raise InputError(f"policy={policy!r} must be one of {', '.join(get_args(CachePolicy))}")
+
+
+def _check_cache(model: OpenMythos, cache: Cache, batch: int) -> None:
+    if cache.owner is not model.identity:
+        raise CacheError("cache was made by another model: call new_cache of this one")
+    if cache.batch_size != batch:
+        raise CacheError(f"cache has batch_size={cache.batch_size}, token_ids has {batch} rows")
+    weight = model.embed.weight
+    if cache.dtype != weight.dtype or cache.device != weight.device:
+        raise CacheError(
+            f"cache is {cache.dtype} on {cache.device}, the model is {weight.dtype} on "
+            f"{weight.device}: make the cache after moving the model"
+        )
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise InputError(f"{name} has shape {tuple(tensor.shape)}, must be {shape}")
+
+
+def _check_routing(routing: Tensor, config: MythosConfig, batch: int, sequence: int) -> None:
+    if not config.experts:
+        raise InputError("routing was given to a model whose core has no experts: leave it out")
+    wanted = (config.core_layers, batch, sequence, config.experts_per_token)
+    if routing.ndim != 5 or tuple(routing.shape[1:]) != wanted:
+        raise InputError(f"routing has shape {tuple(routing.shape)}, must be (loops, *{wanted})")
+    if int(routing.min()) < 0 or int(routing.max()) >= config.experts:
+        raise InputError(f"routing must hold experts from 0 to {config.experts - 1}")

@@ -1,0 +1,458 @@
+"""The loop: h_{t+1} = u_t + F_t(u_t) with u_t = A h_t + B e, for as long as each token needs.
+
+One class, called once per forward pass, because then the whole loop can be one sharded unit:
+ranks with other depths run the same collectives. Four ways through it, chosen by what a call
+asks for; each does the same arithmetic for a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from openmythos.config import MythosConfig
+from openmythos.model.cache import Cache, Frozen, Place, Span, Store
+from openmythos.model.experts import Experts
+from openmythos.model.halting import Graves, LearnedExit, Memory, Rule, select
+from openmythos.model.injection import INJECTION
+from openmythos.model.layer import Layer
+from openmythos.model.norm import RMSNorm
+from openmythos.model.rope import Rope
+
+
+@dataclass
+class CoreOutput:
+    """What the loop leaves behind."""
+
+    h: Float[Tensor, "batch sequence hidden"]
+    loops: Int[Tensor, "batch sequence"]
+    """Loops each token took."""
+    loads: Int[Tensor, "loops layers experts"] | None = None
+    """Tokens each expert got, by loop and core layer."""
+    routing: Int[Tensor, "loops layers batch sequence chosen"] | None = None
+    """Experts chosen; -1 where a token had left the core."""
+    states: Float[Tensor, "loops batch sequence hidden"] | None = None
+    """The state after every loop; a token that has left keeps its last."""
+    ponder: Float[Tensor, "batch sequence"] | None = None
+    """Graves' ponder cost, of the rule `act`."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokens in the core and what stays the same for them over the loops."""
+
+    span: Span
+    rope: Rope
+    drive: Float[Tensor, "*rows hidden"]
+    carry: Tensor
+    numbers: Int[Tensor, " rows"] | None = None
+    """Their flat numbers in the batch; None: all."""
+
+    def keep(self, kept: Int[Tensor, " kept"], numbers: Int[Tensor, " rows"]) -> Rows:
+        """Only the rows at places `kept` of a flat view, whose numbers are `numbers`."""
+        remaining = numbers.index_select(0, kept)
+        rope = self.rope if self.rope.cos.ndim == 3 else Rope(*(x.flatten(0, 1) for x in self.rope))
+        drive = self.drive if self.drive.ndim == 2 else self.drive.flatten(0, 1)
+        return Rows(
+            span=self.span.at_rows(remaining),
+            rope=rope.select(kept),
+            drive=drive.index_select(0, kept),
+            carry=self.carry,
+            numbers=remaining,
+        )
+
+
+@dataclass
+class Notes:
+    """What a call was asked to write down, loop by loop."""
+
+    experts: int
+    layers: int
+    tokens: tuple[int, int]
+    want_states: bool = False
+    want_routing: bool = False
+    given: Int[Tensor, "loops layers batch sequence chosen"] | None = None
+    loads: list[Tensor] = field(default_factory=list)
+    routing: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+
+    def choices(self, loop: int, numbers: Tensor | None) -> list[Tensor | None]:
+        """The given experts of the rows in the core at `loop`, layer by layer."""
+        if self.given is None:
+            return [None] * self.layers
+        given = self.given[min(loop, len(self.given) - 1)]
+        if numbers is None:
+            return list(given)
+        return [layer.flatten(0, 1).index_select(0, numbers) for layer in given]
+
+    def count(self, chosen: list[Tensor], loop: int, loops: Tensor | None = None) -> None:
+        """Add the experts chosen at `loop`, or at each sequence's own of `loops`."""
+        if not chosen:
+            return
+        last = loop if loops is None else int(loops.max())
+        while len(self.loads) <= last:
+            self.loads.append(chosen[0].new_zeros(self.layers, self.experts))
+        for number, choice in enumerate(chosen):
+            if loops is None:
+                self.loads[loop][number] += torch.bincount(choice.flatten(), minlength=self.experts)
+                continue
+            cell = loops.view(-1, *[1] * (choice.ndim - 1)) * self.experts + choice
+            counts = torch.bincount(cell.flatten(), minlength=(last + 1) * self.experts)
+            for at, row in enumerate(counts.view(-1, self.experts)):
+                self.loads[at][number] += row
+
+    def route(self, chosen: list[Tensor], numbers: Tensor | None) -> None:
+        """Write down the experts chosen by the rows in the core."""
+        if not (self.want_routing and chosen):
+            return
+        batch, sequence = self.tokens
+        table = chosen[0].new_full((self.layers, batch * sequence, chosen[0].shape[-1]), -1)
+        for number, choice in enumerate(chosen):
+            flat = choice.flatten(0, -2)
+            if numbers is None:
+                table[number] = flat
+            else:
+                table[number].index_copy_(0, numbers, flat)
+        self.routing.append(table.unflatten(1, (batch, sequence)))
+
+    def finish(self, output: CoreOutput) -> CoreOutput:
+        """Put the notes into the output."""
+        return replace(
+            output,
+            loads=torch.stack(self.loads) if self.loads else None,
+            routing=torch.stack(self.routing) if self.routing else None,
+            states=torch.stack(self.states) if self.states else None,
+        )
+
+
+class Core(nn.Module):
+    """The layers that run many times, their injection and the learned exits."""
+
+    def __init__(self, config: MythosConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.injection = INJECTION[config.injection](config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, in_core=True) for _ in range(config.core_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps) if config.loop_norm else None
+        self.gate = LearnedExit(config.hidden_size)
+        self.act = LearnedExit(config.hidden_size) if config.learned_act else None
+        self.checkpointing = False
+        """Recompute each layer in the backward pass instead of keeping its activations."""
+
+    def learned_exits(self) -> dict[str, LearnedExit]:
+        """The exits that have weights, by the name of their rule."""
+        return {"gate": self.gate} | ({} if self.act is None else {"act": self.act})
+
+    def forward(
+        self,
+        e: Float[Tensor, "batch sequence hidden"],
+        rope: Rope,
+        span: Span,
+        loops: int | Int[Tensor, " batch"] | Int[Tensor, "batch sequence"],
+        *,
+        rule: Rule | None = None,
+        cache: Cache | None = None,
+        new_cache: Callable[[int], Cache] | None = None,
+        h0: Float[Tensor, "batch sequence hidden"] | None = None,
+        backprop_loops: int | None = None,
+        routing: Int[Tensor, "loops layers batch sequence chosen"] | None = None,
+        return_states: bool = False,
+        return_routing: bool = False,
+    ) -> CoreOutput:
+        """Run the loop.
+
+        Args:
+            e: the prelude's output.
+            rope: angles of every token.
+            span: where the tokens stand and what they see.
+            loops: budget of every token, of each sequence or of each token.
+            rule: halting rule; None runs every token to its budget.
+            cache: kept keys and values of earlier calls.
+            new_cache: makes a cache of so many slots, for exits in a call that came without one.
+            h0: first state; default by `config.h0` (noise is drawn by the trainer).
+            backprop_loops: loops with gradient, the last ones; None: all.
+            routing: experts to take instead of the router's choice.
+            return_states: keep the state after every loop.
+            return_routing: keep the experts chosen at every loop.
+        """
+        wide = e.float() if e.itemsize < 4 else e
+        drive, carry = self.injection.prepare(e)
+        rows = Rows(span, rope, drive.to(wide.dtype), carry)
+        h = self._first_state(wide) if h0 is None else h0.to(wide.dtype)
+        notes = Notes(
+            experts=self.config.experts,
+            layers=self.config.core_layers,
+            tokens=(e.shape[0], e.shape[1]),
+            want_states=return_states,
+            want_routing=return_routing,
+            given=routing,
+        )
+        by_token = rule is not None or (isinstance(loops, Tensor) and loops.ndim == 2)
+        if not by_token and isinstance(loops, Tensor) and cache is not None:
+            loops, by_token = loops.unsqueeze(1).expand(e.shape[:2]), True
+        if not by_token:
+            if isinstance(loops, int) and (backprop_loops is None or backprop_loops >= loops):
+                output = self._together(h, rows, loops, cache, notes)
+            else:
+                window = self.config.max_loops if backprop_loops is None else backprop_loops
+                output = self._by_sequence(h, rows, loops, window, notes)
+        else:
+            budget = loops if isinstance(loops, Tensor) else torch.tensor(loops, device=e.device)
+            budget = budget.unsqueeze(1) if budget.ndim == 1 else budget
+            budget = budget.expand(e.shape[:2])
+            if torch.is_grad_enabled() and cache is None and drive.requires_grad:
+                output = self._by_token_with_gradient(h, rows, budget, rule, notes)
+            else:
+                if cache is None:
+                    assert new_cache is not None
+                    cache = new_cache(int(budget.max()))
+                output = self._by_token(h, rows, budget, rule, cache, notes)
+        return notes.finish(output)
+
+    def _first_state(self, e: Tensor) -> Tensor:
+        return e if self.config.h0 == "e" else torch.zeros_like(e)
+
+    def one_loop(
+        self,
+        h: Float[Tensor, "*rows hidden"],
+        rows: Rows,
+        loop: Int[Tensor, "*leading"],
+        stores: list[Store] | list[Frozen] | None = None,
+        slot: int = 0,
+        choices: list[Tensor | None] | None = None,
+    ) -> tuple[Float[Tensor, "*rows hidden"], list[Tensor]]:
+        """Apply the equation once; return the new state and each layer's chosen experts."""
+        h, chosen = self.injection(h, rows.drive, rows.carry), []
+        for number, layer in enumerate(self.layers):
+            place = Place(rows.span, None if stores is None else stores[number], slot)
+            given = None if choices is None else choices[number]
+            if self.checkpointing and torch.is_grad_enabled():
+                h, choice = checkpoint(  # type: ignore[misc]
+                    layer, h, rows.rope, loop, place, given, use_reentrant=False
+                )
+            else:
+                h, choice = layer(h, rows.rope, loop, place, given)
+            if choice is not None:
+                chosen.append(choice)
+        return (h if self.norm is None else self.norm(h).to(h.dtype)), chosen
+
+    def _together(
+        self, h: Tensor, rows: Rows, loops: int, cache: Cache | None, notes: Notes
+    ) -> CoreOutput:
+        """Every token takes the same number of loops."""
+        numbers = torch.arange(loops, device=h.device)
+        for loop in range(loops):
+            slot = 0 if cache is None else cache.slot_of(loop)
+            stores = None if cache is None else cache.core
+            choices = notes.choices(loop, None)
+            h, chosen = self.one_loop(h, rows, numbers[loop], stores, slot, choices)
+            notes.count(chosen, loop)
+            notes.route(chosen, None)
+            if notes.want_states:
+                notes.states.append(h)
+        if cache is not None and cache.slot_of(loops - 1) + 1 < cache.slots:
+            cache.leave(rows.span, rows.span.all_rows(), loops - 1)
+        taken = torch.full(h.shape[:2], loops, device=h.device)
+        return CoreOutput(h, taken)
+
+    def _by_sequence(
+        self, h: Tensor, rows: Rows, loops: int | Tensor, window: int, notes: Notes
+    ) -> CoreOutput:
+        """Every sequence takes its own number of loops, the last `window` with gradient.
+
+        Sequences are sorted, deepest first, so that those still running are always a prefix:
+        finished ones leave the batch instead of being masked. All are aligned at the start of
+        the gradient window, each with its own loop number.
+        """
+        if isinstance(loops, int):
+            loops = torch.full((h.shape[0],), loops, device=h.device)
+        order = loops.argsort(descending=True, stable=True)
+        depth = loops.index_select(0, order)
+        h, rows = h.index_select(0, order), self._reorder(rows, order)
+        if notes.given is not None:
+            notes.given = notes.given.index_select(2, order)
+        before = (depth - window).clamp(min=0)
+        with torch.no_grad():
+            h = self._shrinking(h, rows, torch.zeros_like(depth), before, notes)
+        h = self._shrinking(h, rows, before, depth, notes)
+        back = order.argsort()
+        taken = loops.unsqueeze(1).expand(h.shape[:2])
+        return CoreOutput(h.index_select(0, back), taken)
+
+    def _shrinking(
+        self, h: Tensor, rows: Rows, first: Tensor, end: Tensor, notes: Notes
+    ) -> Tensor:
+        """Run each sequence's loops `first` to `end`; their counts must be sorted downwards."""
+        todo = (end - first).tolist()
+        finished: list[Tensor] = []
+        for done in range(max(todo)):
+            running = sum(count > done for count in todo)
+            if running < len(h):
+                finished.append(h[running:])
+                h, rows = h[:running], self._cut(rows, running)
+            loop = first[:running] + done
+            choices = self._choices_by_sequence(notes, loop)
+            h, chosen = self.one_loop(h, rows, loop, choices=choices)
+            notes.count(chosen, 0, loops=loop)
+        return torch.cat([h, *reversed(finished)])
+
+    @staticmethod
+    def _choices_by_sequence(notes: Notes, loop: Tensor) -> list[Tensor | None] | None:
+        if notes.given is None:
+            return None
+        at = loop.clamp(max=len(notes.given) - 1)
+        picked = notes.given[at, :, torch.arange(len(loop), device=loop.device)]
+        return list(picked.transpose(0, 1))  # layer by layer: (sequences, sequence, chosen)
+
+    @staticmethod
+    def _reorder(rows: Rows, order: Tensor) -> Rows:
+        rope = rows.rope
+        if rope.cos.shape[0] > 1:
+            rope = rope.select(order)
+        drive = rows.drive.index_select(0, order)
+        return replace(rows, span=rows.span.reordered(order), rope=rope, drive=drive)
+
+    @staticmethod
+    def _cut(rows: Rows, count: int) -> Rows:
+        rope = rows.rope if rows.rope.cos.shape[0] == 1 else Rope(*(x[:count] for x in rows.rope))
+        span = rows.span.first_sequences(count)
+        return replace(rows, span=span, rope=rope, drive=rows.drive[:count])
+
+    def _by_token(
+        self,
+        h: Tensor,
+        rows: Rows,
+        budget: Tensor,
+        rule: Rule | None,
+        cache: Cache,
+        notes: Notes,
+    ) -> CoreOutput:
+        """Every token leaves the core at its own loop; what has left costs nothing more."""
+        span, width = rows.span, h.shape[-1]
+        shape, tokens = h.shape[:2], h.shape[0] * h.shape[1]
+        numbers, budget = span.all_rows(), budget.flatten()
+        if span.real is not None:  # padding never enters the core
+            everywhere = replace(rows, rope=self._flat_rope(rows.rope, shape))
+            rows = everywhere.keep(numbers, torch.arange(tokens, device=h.device))
+            h = h.flatten(0, 1).index_select(0, numbers)
+            budget = budget.index_select(0, numbers)
+        final = h.new_zeros(tokens, width)
+        taken = torch.zeros(tokens, dtype=torch.int64, device=h.device)
+        ponder = h.new_zeros(tokens) if isinstance(rule, Graves) else None
+        memory: Memory = () if rule is None else rule.start(len(numbers), h.reshape(-1, width))
+        fired = torch.zeros_like(budget, dtype=torch.bool)
+        steps = torch.arange(int(budget.max()) if len(budget) else 0, device=h.device)
+        for loop in range(len(steps)):
+            before = h
+            choices = notes.choices(loop, rows.numbers)
+            slot = cache.slot_of(loop)
+            h, chosen = self.one_loop(h, rows, steps[loop], cache.core, slot, choices)
+            notes.count(chosen, loop)
+            notes.route(chosen, rows.numbers)
+            last, after = budget == loop + 1, h.reshape(-1, width)
+            leaves = last
+            if rule is not None:
+                exits, memory = rule.decide(before.reshape(-1, width), after, memory, last)
+                leaves, fired = fired | last, exits
+            if notes.want_states:
+                earlier = notes.states[-1].flatten(0, 1) if notes.states else torch.zeros_like(final)
+                notes.states.append(earlier.index_copy(0, numbers, after).unflatten(0, shape))
+            gone = leaves.nonzero().squeeze(1)
+            if not len(gone):
+                continue
+            who = numbers.index_select(0, gone)
+            leaving, left = after.index_select(0, gone), select(memory, gone)
+            final.index_copy_(0, who, leaving if rule is None else rule.output(leaving, left))
+            taken.index_fill_(0, who, loop + 1)
+            if ponder is not None and isinstance(rule, Graves):
+                ponder.index_copy_(0, who, rule.ponder(left))
+            cache.leave(span, who, loop)
+            if len(gone) == len(numbers):
+                break
+            kept = (~leaves).nonzero().squeeze(1)
+            if rows.rope.cos.ndim == 4:
+                rows = replace(rows, rope=self._flat_rope(rows.rope, shape))
+            rows = rows.keep(kept, numbers)
+            numbers, h = numbers.index_select(0, kept), after.index_select(0, kept)
+            budget, fired = budget.index_select(0, kept), fired.index_select(0, kept)
+            memory = select(memory, kept)
+        return CoreOutput(
+            final.unflatten(0, shape),
+            taken.unflatten(0, shape),
+            ponder=None if ponder is None else ponder.unflatten(0, shape),
+        )
+
+    @staticmethod
+    def _flat_rope(rope: Rope, shape: torch.Size) -> Rope:
+        """One row of angles for each token: `(tokens, 1, half)`."""
+        return Rope(*(x.expand(*shape, *x.shape[2:]).flatten(0, 1) for x in rope))
+
+    def _by_token_with_gradient(
+        self, h: Tensor, rows: Rows, budget: Tensor, rule: Rule | None, notes: Notes
+    ) -> CoreOutput:
+        """As `_by_token`, differentiable: tokens that have left are held, not removed.
+
+        This is how a model is trained to read the keys of tokens that left early, and how the
+        rule `act` is learned.
+        """
+        shape, width = h.shape[:2], h.shape[-1]
+        stores = [Frozen() for _ in self.layers]
+        active = torch.ones(shape, dtype=torch.bool, device=h.device)
+        if rows.span.real is not None:
+            active = rows.span.real
+        taken = torch.zeros(shape, dtype=torch.int64, device=h.device)
+        memory: Memory = () if rule is None else rule.start(active.numel(), h.reshape(-1, width))
+        fired = torch.zeros_like(active)
+        steps = torch.arange(int(budget.max()), device=h.device)
+        for loop in range(len(steps)):
+            for store in stores:
+                store.active = active if loop else None
+            choices = notes.choices(loop, None)
+            new, chosen = self.one_loop(h, rows, steps[loop], stores, 0, choices)
+            notes.count([choice[active] for choice in chosen], loop)
+            taken = taken + active
+            last = budget == loop + 1
+            leaves = last
+            if rule is not None:
+                flat = (h.reshape(-1, width), new.reshape(-1, width))
+                exits, updated = rule.decide(*flat, memory, last.flatten())
+                memory = tuple(
+                    torch.where(active.flatten().view(-1, *[1] * (m.ndim - 1)), u, m)
+                    for u, m in zip(updated, memory or updated, strict=True)
+                )
+                leaves, fired = fired | last, exits.view(shape)
+            h = torch.where(active.unsqueeze(-1), new, h)
+            if notes.want_states:
+                notes.states.append(h)
+            active = active & ~leaves
+            if not bool(active.any()):
+                break
+        ponder = None
+        if rule is not None:
+            h = rule.output(h.reshape(-1, width), memory).view_as(h)
+            if isinstance(rule, Graves):
+                ponder = rule.ponder(memory).view(shape)
+        return CoreOutput(h, taken, ponder=ponder)
+
+    def experts_layers(self) -> list[Experts]:
+        """The expert layers, in order; empty for a dense core."""
+        parts = [layer.feed_forward for layer in self.layers]  # type: ignore[union-attr]
+        return [part for part in parts if isinstance(part, Experts)]
+
+    def rebalance(self, loads: Int[Tensor, "loops layers experts"]) -> None:
+        """Move every router's bias by one optimizer step's loads, all loops together."""
+        for layer, counts in zip(self.experts_layers(), loads.sum(0), strict=True):
+            layer.router.rebalance(counts)
+
+    def flops(self, keys: int) -> int:
+        """Floating-point operations of one loop per token that sees `keys` keys, forward."""
+        width = self.config.hidden_size
+        injected = 2 * width if self.config.injection in ("lti", "free") else width
+        if self.config.injection == "linear":
+            injected = 2 * width * width
+        return injected + sum(layer.flops(keys) for layer in self.layers)  # type: ignore[operator, misc]

@@ -1,0 +1,147 @@
+"""Mixture of experts: a router, routed experts behind one sort, and shared experts.
+
+Fine-grained and shared experts after DeepSeekMoE (arXiv 2401.06066); balanced without an
+auxiliary loss by a bias on the choice alone, as in DeepSeek-V3 (arXiv 2412.19437).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from openmythos.config import MythosConfig
+from openmythos.model.feed_forward import FEED_FORWARD, FeedForward
+from openmythos.model.grouped import grouped_linear
+
+# Up to so many (token, expert) pairs, multiplying by views of the chosen experts' matrices is
+# quicker than the grouped product: 105 against 340 us for 4 pairs of 32 experts of 256 x 96.
+FEW_PAIRS = 8
+
+
+class Router(nn.Module):
+    """Sigmoid affinities; the top experts by affinity + bias, weighted by affinity alone.
+
+    The bias is `balance * balance_rate` with `balance` a count of moves: an integer buffer, so
+    that casting the model to bf16 cannot round it.
+    """
+
+    balance: Tensor
+
+    def __init__(self, config: MythosConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.experts, config.hidden_size))
+        self.register_buffer("balance", torch.zeros(config.experts, dtype=torch.int32))
+        self.chosen, self.rate = config.experts_per_token, config.balance_rate
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens hidden"],
+        given: Int[Tensor, "tokens chosen"] | None = None,
+    ) -> tuple[Int[Tensor, "tokens chosen"], Float[Tensor, "tokens chosen"]]:
+        """Return the chosen experts and their weights (fp32 or wider, summing to 1).
+
+        `given` replaces the choice for experiments; weights still come from the affinities.
+        """
+        affinity = self._affinity(x)
+        if given is None:
+            given = (affinity.detach() + self.balance * self.rate).topk(self.chosen, -1).indices
+        weights = affinity.gather(-1, given)
+        return given, weights / weights.sum(-1, keepdim=True)
+
+    def _affinity(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self._affinity(x)
+        wide = x.float() if x.itemsize < 4 else x
+        return F.linear(wide, self.weight.to(wide.dtype)).sigmoid()
+
+    @torch.no_grad()
+    def rebalance(self, counts: Int[Tensor, " experts"]) -> None:
+        """Move each bias one step up where `counts` (of one optimizer step) is below the mean.
+
+        Equation 16 of DeepSeek-V3's report: called once after an optimizer step, with counts
+        summed over the global batch and all loops.
+        """
+        mean = counts.sum() / counts.numel()
+        self.balance += torch.sign(mean - counts).to(torch.int32)
+
+    def flops(self) -> int:
+        """Floating-point operations per token, forward."""
+        return 2 * self.weight.numel()
+
+
+class Experts(nn.Module):
+    """Routed experts plus shared ones, in place of a dense feed-forward."""
+
+    def __init__(self, config: MythosConfig) -> None:
+        super().__init__()
+        self.activation, parts = FEED_FORWARD[config.feed_forward]
+        count, hidden, size = config.experts, config.hidden_size, config.expert_size
+        self.router = Router(config)
+        self.w_in = nn.Parameter(torch.empty(count, hidden, parts * size))
+        self.w_out = nn.Parameter(torch.empty(count, size, hidden))
+        self.parts, self.scale = parts, config.routed_scale
+        self.shared = (
+            FeedForward(
+                config.feed_forward,
+                hidden,
+                config.shared_experts * size,
+                config.lora_rank,
+                config.lora_loops or 1,
+            )
+            if config.shared_experts
+            else None
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "*rows hidden"],
+        loop: Int[Tensor, "*leading"],
+        given: Int[Tensor, "*rows chosen"] | None = None,
+    ) -> tuple[Float[Tensor, "*rows hidden"], Int[Tensor, "*rows chosen"]]:
+        """Return the output and the chosen experts of each token."""
+        flat = x.flatten(0, -2)
+        chosen, weights = self.router(flat, None if given is None else given.flatten(0, -2))
+        few = chosen.numel() <= FEW_PAIRS and not torch.compiler.is_compiling()
+        if few and flat.device.type == "cpu" and not torch.is_grad_enabled():
+            y = self._one_by_one(flat, chosen, weights)
+        else:
+            y = self._sorted(flat, chosen, weights)
+        y = y.view_as(x)
+        if self.shared is not None:
+            y = y + self.shared(x, loop)
+        return y, chosen.unflatten(0, x.shape[:-1])
+
+    def _sorted(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Sort the (token, expert) pairs by expert and multiply group by group."""
+        ids = torch.arange(len(self.w_in), device=x.device)
+        expert, pairs = chosen.flatten().sort(stable=True)
+        ends = torch.searchsorted(expert, ids, right=True, out_int32=True)
+        token = pairs // chosen.shape[1]  # whose pair it is
+        # index_select, because the backward of x[token] is not deterministic with two threads.
+        rows = x.index_select(0, token)
+        y = grouped_linear(self.activation(grouped_linear(rows, self.w_in, ends)), self.w_out, ends)
+        y = y.index_select(0, pairs.argsort()).unflatten(0, chosen.shape)  # (tokens, chosen, hidden)
+        return self._combine(y, weights, x)
+
+    def _combine(self, y: Tensor, weights: Tensor, x: Tensor) -> Tensor:
+        """Weigh and sum over the chosen in fp32 or wider."""
+        return ((y.to(weights.dtype) * weights.unsqueeze(-1)).sum(1) * self.scale).to(x.dtype)
+
+    def _one_by_one(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Multiply by views of the chosen matrices: no other expert's weights are touched."""
+        rows = []
+        for row, experts in zip(x.split(1), chosen.tolist(), strict=True):
+            inner = torch.cat([torch.mm(row, self.w_in[expert]) for expert in experts])
+            inner = self.activation(inner)
+            parts = zip(inner.split(1), experts, strict=True)
+            rows.append(torch.cat([torch.mm(part, self.w_out[expert]) for part, expert in parts]))
+        return self._combine(torch.stack(rows), weights, x)
+
+    def flops(self) -> int:
+        """Floating-point operations per token, forward: the chosen experts only."""
+        one = self.w_in[0].numel() + self.w_out[0].numel()
+        shared = 0 if self.shared is None else self.shared.flops()
+        return self.router.flops() + 2 * self.router.chosen * one + shared

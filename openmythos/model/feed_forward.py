@@ -1,0 +1,50 @@
+"""Dense feed-forward kinds, and the table that names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from openmythos.model.adapters import LoopLinear
+
+
+def swiglu(x: Float[Tensor, "*rows double"]) -> Float[Tensor, "*rows single"]:
+    """`silu(gate) * up`, the gate being the first half of the channels (arXiv 2002.05202)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def relu2(x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+    """Squared ReLU (Primer, So et al. 2021, arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
+FEED_FORWARD: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "swiglu": (swiglu, 2),
+    "relu2": (relu2, 1),
+}
+"""Activation, and how many inner channels the first map makes for each one it keeps."""
+
+
+class FeedForward(nn.Module):
+    """Widen, activate, narrow."""
+
+    def __init__(self, kind: str, hidden: int, size: int, rank: int = 0, loops: int = 1) -> None:
+        super().__init__()
+        self.activation, parts = FEED_FORWARD[kind]
+        self.parts, self.size = parts, size
+        self.w_in = LoopLinear(hidden, parts * size, rank, loops)
+        self.w_out = LoopLinear(size, hidden, rank, loops)
+
+    def forward(
+        self, x: Float[Tensor, "*rows hidden"], loop: Int[Tensor, "*leading"]
+    ) -> Float[Tensor, "*rows hidden"]:
+        return self.w_out(self.activation(self.w_in(x, loop)), loop)
+
+    def flops(self) -> int:
+        """Floating-point operations per row, forward."""
+        return self.w_in.flops() + self.w_out.flops()

@@ -1,0 +1,95 @@
+"""The grouped product: rows sorted by expert, one matrix per expert, as one operation.
+
+Torch's `grouped_mm` is used where it takes the dtype and the widths; a loop elsewhere (float64,
+MPS, rows not aligned to 16 bytes). Wrapped as a custom operator because torch's fp32 version
+fails on `meta` and under `torch.compile`, and because its backward refuses expanded gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@torch.library.custom_op("openmythos::grouped_mm", mutates_args=())
+def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Multiply each expert's rows by its matrix.
+
+    Args:
+        x: `(rows, in)`, expert by expert.
+        weights: `(experts, in, out)`.
+        ends: `(experts,)` int32, where each expert's rows end.
+
+    Returns:
+        `(rows, out)`.
+    """
+    if _torch_takes(x, x.shape[1], weights.shape[2]):
+        return F.grouped_mm(x, weights, offs=ends)
+    out = x.new_empty(x.shape[0], weights.shape[2])
+    for expert, (start, end) in _ranges(ends):
+        torch.mm(x[start:end], weights[expert], out=out[start:end])
+    return out
+
+
+@torch.library.custom_op("openmythos::grouped_outer", mutates_args=())
+def grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+    """Return `x_e^T y_e` for every expert's rows: `(experts, in, out)`."""
+    if _torch_takes(x, x.shape[1], y.shape[1]):
+        return F.grouped_mm(x.t(), y, offs=ends)
+    out = x.new_zeros(ends.shape[0], x.shape[1], y.shape[1])
+    for expert, (start, end) in _ranges(ends):
+        torch.mm(x[start:end].t(), y[start:end], out=out[expert])
+    return out
+
+
+def _torch_takes(x: Tensor, *widths: int) -> bool:
+    """Whether torch's `grouped_mm` takes this dtype, device and row strides."""
+    supported = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    aligned = all(width * x.itemsize % 16 == 0 for width in widths)
+    return supported and aligned and x.device.type != "mps" and x.shape[0] > 0
+
+
+def _ranges(ends: Tensor) -> list[tuple[int, tuple[int, int]]]:
+    bounds = [0, *ends.tolist()]
+    pairs = enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+    return [(expert, (start, end)) for expert, (start, end) in pairs if end > start]
+
+
+@grouped_mm.register_fake
+def _(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weights.shape[2])
+
+
+@grouped_outer.register_fake
+def _(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(ends.shape[0], x.shape[1], y.shape[1])
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, weights, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_x = grad_weights = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grouped_mm(grad, weights.transpose(1, 2), ends)
+    if ctx.needs_input_grad[1]:
+        grad_weights = grouped_outer(x, grad, ends)
+    return grad_x, grad_weights, None
+
+
+grouped_mm.register_autograd(_backward, setup_context=_remember)
+
+
+def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_mm` in the autocast dtype where autocast is on, as every linear map."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weights = x.to(dtype), weights.to(dtype)
+    return grouped_mm(x, weights, ends)

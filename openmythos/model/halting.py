@@ -1,0 +1,261 @@
+"""Halting rules: when a token leaves the core. Classes, then the table that names them.
+
+A rule sees a row's state before and after a loop and says which rows exit. Its memory is
+tensors whose first axis is the row, so core and engine carry it without knowing the rule. A row
+that a rule fires on runs one loop more (unless its budget ends first), so that its last slot in
+the cache holds keys of the state the rule decided on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from openmythos.errors import InputError
+
+Memory = tuple[Tensor, ...]
+Readout = Callable[[Tensor], Tensor]
+"""From a state `(rows, hidden)` to logits `(rows, vocab)`, without the coda."""
+
+
+class Rule(Protocol):
+    """One way to decide when tokens exit; built for one call."""
+
+    def start(self, rows: int, like: Tensor) -> Memory:
+        """Return the memory of fresh rows; `like` is `(rows, hidden)`."""
+        ...
+
+    def decide(
+        self, before: Tensor, after: Tensor, memory: Memory, last: Tensor
+    ) -> tuple[Tensor, Memory]:
+        """Return which rows exit, `(rows,)`; `last` marks rows in their budget's last loop."""
+        ...
+
+    def output(self, after: Tensor, memory: Memory) -> Tensor:
+        """Return the state handed to the coda, `(rows, hidden)`."""
+        ...
+
+
+class LearnedExit(nn.Module):
+    """Probability of an exit from the state after a loop: linear on its direction and change.
+
+    Features are the state's root-mean-square norm and the logarithm of how far, relative to its
+    length, the last loop moved it; never the loop's number, which would bind it to one depth.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden + 1))
+        self.bias = nn.Parameter(torch.zeros(()))
+        self.register_buffer("threshold", torch.tensor(0.9))
+
+    def forward(
+        self, before: Float[Tensor, "*rows hidden"], after: Float[Tensor, "*rows hidden"]
+    ) -> Float[Tensor, "*rows"]:
+        """Return logits of the exit probability, in fp32 or wider."""
+        weight, bias = self.weight.to(after.dtype), self.bias.to(after.dtype)
+        length = torch.linalg.vector_norm(after, dim=-1)
+        moved = torch.linalg.vector_norm(after - before, dim=-1) / (length + 1e-8)
+        direction = (after * weight[:-1]).sum(-1) * after.shape[-1] ** 0.5 / (length + 1e-8)
+        return direction + weight[-1] * (moved + 1e-6).log() + bias
+
+
+class Never:
+    """Exit when the budget ends and not before."""
+
+    default = None
+
+    def __init__(self, threshold: float | None, learned: Any, readout: Readout) -> None:
+        if threshold is not None:
+            raise InputError(f"threshold={threshold} must be left out with halting='none'")
+
+    def start(self, rows: int, like: Tensor) -> Memory:
+        """Keep nothing."""
+        return ()
+
+    def decide(
+        self, before: Tensor, after: Tensor, memory: Memory, last: Tensor
+    ) -> tuple[Tensor, Memory]:
+        """No row."""
+        return torch.zeros_like(last), memory
+
+    def output(self, after: Tensor, memory: Memory) -> Tensor:
+        """The state as it is."""
+        return after
+
+
+class Gate:
+    """Exit when the learned gate's probability reaches `threshold`; nothing is accumulated.
+
+    The gate is trained after the model, on frozen states, by looking ahead to each token's best
+    later loop (`openmythos.training.gate`). Default threshold: the one chosen then on validation
+    text.
+    """
+
+    def __init__(self, threshold: float | None, learned: Any, readout: Readout) -> None:
+        if threshold is None:
+            threshold = float(learned["gate"].threshold)
+        self.threshold = _between(threshold, 0, 1)
+        self.gate: LearnedExit = learned["gate"]
+
+    def start(self, rows: int, like: Tensor) -> Memory:
+        """Keep nothing."""
+        return ()
+
+    def decide(
+        self, before: Tensor, after: Tensor, memory: Memory, last: Tensor
+    ) -> tuple[Tensor, Memory]:
+        """Rows whose probability has reached the threshold."""
+        return self.gate(before, after).sigmoid() >= self.threshold, memory
+
+    def output(self, after: Tensor, memory: Memory) -> Tensor:
+        """The state as it is."""
+        return after
+
+
+class RelativeChange:
+    """Exit when two loops in a row move the state by less than `threshold` of its length.
+
+    No training (the latent-difference exit of Geiping et al. 2025, arXiv 2502.05171).
+    """
+
+    def __init__(self, threshold: float | None, learned: Any, readout: Readout) -> None:
+        self.threshold = _between(0.03 if threshold is None else threshold, 0, float("inf"))
+
+    def start(self, rows: int, like: Tensor) -> Memory:
+        """Was the last loop quiet? `(rows,)`."""
+        return (torch.zeros(rows, dtype=torch.bool, device=like.device),)
+
+    def decide(
+        self, before: Tensor, after: Tensor, memory: Memory, last: Tensor
+    ) -> tuple[Tensor, Memory]:
+        """Rows whose last two loops were both quiet."""
+        moved = torch.linalg.vector_norm(after - before, dim=-1)
+        quiet = moved < self.threshold * torch.linalg.vector_norm(before, dim=-1)
+        return quiet & memory[0], (quiet,)
+
+    def output(self, after: Tensor, memory: Memory) -> Tensor:
+        """The state as it is."""
+        return after
+
+
+class Divergence:
+    """Exit when a loop moves the readout's distribution by less than `threshold` nats (KL).
+
+    The readout is norm and head without the coda, so that it is local to the row; KL(after ||
+    before) as in Huginn's exit, whose default was 5e-4 (arXiv 2502.05171).
+    """
+
+    def __init__(self, threshold: float | None, learned: Any, readout: Readout) -> None:
+        self.threshold = _between(5e-4 if threshold is None else threshold, 0, float("inf"))
+        self.readout = readout
+
+    def start(self, rows: int, like: Tensor) -> Memory:
+        """Log-probabilities after the last loop, and whether there are any yet."""
+        return ()
+
+    def decide(
+        self, before: Tensor, after: Tensor, memory: Memory, last: Tensor
+    ) -> tuple[Tensor, Memory]:
+        """Rows whose distribution moved by less than the threshold."""
+        earlier = memory[0] if memory else self._log_probabilities(before)
+        later = self._log_probabilities(after)
+        moved = (later.exp() * (later - earlier)).sum(-1)
+        return moved < self.threshold, (later,)
+
+    def _log_probabilities(self, h: Tensor) -> Tensor:
+        logits = self.readout(h)
+        return (logits.float() if logits.itemsize < 4 else logits).log_softmax(-1)
+
+    def output(self, after: Tensor, memory: Memory) -> Tensor:
+        """The state as it is."""
+        return after
+
+
+class Graves:
+    """Adaptive computation time (Graves 2016, arXiv 1603.08983), for comparison.
+
+    The output is the mean of the states weighted by exit probabilities; the remainder goes to
+    the loop where their sum reaches `threshold` or the budget ends, so weights sum to 1 at every
+    budget. Its ponder cost, loops taken plus remainder, is learned jointly with the model.
+    """
+
+    def __init__(self, threshold: float | None, learned: Any, readout: Readout) -> None:
+        if "act" not in learned:
+            raise InputError(
+                "halting='act' needs a model trained with it: set learned_act=True in its config"
+            )
+        self.threshold = _between(0.99 if threshold is None else threshold, 0, 1)
+        self.exit: LearnedExit = learned["act"]
+
+    def start(self, rows: int, like: Tensor) -> Memory:
+        """Probability spent `(rows,)`, weighted sum of states, loops plus remainder `(rows,)`."""
+        zeros = like.new_zeros(rows)
+        return zeros, torch.zeros_like(like), zeros
+
+    def decide(
+        self, before: Tensor, after: Tensor, memory: Memory, last: Tensor
+    ) -> tuple[Tensor, Memory]:
+        """Rows whose summed probability reaches the threshold, or whose budget ends."""
+        spent, total, ponder = memory
+        p = self.exit(before, after).sigmoid()
+        running = spent < 1
+        ends = running & ((spent + p >= self.threshold) | last)
+        weight = torch.where(running, torch.where(ends, 1 - spent, p), 0.0)
+        total = total + weight.unsqueeze(-1) * after
+        ponder = ponder + running + torch.where(ends, 1 - spent, 0.0)
+        spent = torch.where(ends, 1.0, spent + weight)
+        return ends, (spent, total, ponder)
+
+    def output(self, after: Tensor, memory: Memory) -> Tensor:
+        """The weighted mean of the states."""
+        return memory[1]
+
+    def ponder(self, memory: Memory) -> Float[Tensor, " rows"]:
+        """Return the ponder cost of each row: loops plus remainder, Graves' equation 13."""
+        return memory[2]
+
+
+HALTING: dict[str, Any] = {
+    "none": Never,
+    "gate": Gate,
+    "delta": RelativeChange,
+    "kl": Divergence,
+    "act": Graves,
+}
+
+
+def make_rule(name: str, threshold: float | None, learned: Any, readout: Readout) -> Rule:
+    """Build the rule `name` for one call.
+
+    Args:
+        name: a key of `HALTING`.
+        threshold: the rule's bound; None is its own default.
+        learned: the core's learned exits by name.
+        readout: from a state to logits, for rules that compare distributions.
+
+    Raises:
+        InputError: no such rule, or a threshold it cannot take.
+    """
+    if name not in HALTING:
+        raise InputError(f"halting={name!r} must be one of {', '.join(HALTING)}")
+    return HALTING[name](threshold, learned, readout)  # type: ignore[no-any-return]
+
+
+def select(memory: Memory, rows: Tensor | Bool[Tensor, " rows"]) -> Memory:
+    """Take some rows of a rule's memory."""
+    return tuple(part.index_select(0, rows) for part in memory)
+
+
+def _between(threshold: float, least: float, most: float) -> float:
+    if not least < threshold <= most:
+        raise InputError(f"threshold={threshold} must be above {least} and at most {most}")
+    return threshold
+
+

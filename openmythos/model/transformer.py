@@ -1,0 +1,343 @@
+"""The page: token ids, embedding, prelude, core, coda, head, logits."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from openmythos.config import CachePolicy, HaltingKind, MythosConfig
+from openmythos.model.attention import ATTENTION
+from openmythos.model.cache import Cache, Place, Span
+from openmythos.model.call import check_call
+from openmythos.model.core import Core, CoreOutput
+from openmythos.model.halting import Rule, make_rule
+from openmythos.model.layer import Layer
+from openmythos.model.norm import RMSNorm
+from openmythos.model.rope import Rope, rope_table
+
+
+@dataclass
+class MythosOutput:
+    """What a forward pass returns."""
+
+    logits: Float[Tensor, "batch sequence vocab"]
+    loops: Int[Tensor, "batch sequence"]
+    """Loops each token took."""
+    loads: Int[Tensor, "loops layers experts"] | None = None
+    """Tokens each expert got, by loop and core layer; None for a dense core."""
+    routing: Int[Tensor, "loops layers batch sequence chosen"] | None = None
+    """With `return_routing`: experts chosen; -1 where a token had left the core."""
+    states: Float[Tensor, "loops batch sequence hidden"] | None = None
+    """With `return_states`: the state after every loop."""
+    ponder: Float[Tensor, "batch sequence"] | None = None
+    """With `halting="act"`: Graves' ponder cost."""
+
+
+class OpenMythos(nn.Module):
+    """A recurrent-depth transformer: prelude once, core as many loops as wanted, coda once.
+
+    Args:
+        config: the shape.
+        seed: of the initialisation, which depends on it and on each tensor's name alone.
+    """
+
+    def __init__(self, config: MythosConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        width, eps = config.hidden_size, config.norm_eps
+        self.embed = nn.Embedding(config.vocab_size, width)
+        self.prelude = nn.ModuleList(Layer(config) for _ in range(config.prelude_layers))
+        self.prelude_norm = RMSNorm(width, eps) if config.prelude_norm else None
+        self.core = Core(config)
+        self.core_output: nn.Module | None = None
+        if config.core_output == "linear":
+            self.core_output = nn.Linear(width, width, bias=False)
+        elif config.core_output == "norm":
+            self.core_output = RMSNorm(width, eps)
+        self.coda = nn.ModuleList(Layer(config) for _ in range(config.coda_layers))
+        self.norm = RMSNorm(width, eps) if config.final_norm else None
+        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        if config.tie_head:
+            self.head.weight = self.embed.weight
+        self.identity = object()  # caches know whose they are
+        self.reset_parameters(seed)
+
+    def forward(
+        self,
+        token_ids: Int[Tensor, "batch sequence"],
+        loops: int | Int[Tensor, " batch"] | Int[Tensor, "batch sequence"] | None = None,
+        *,
+        cache: Cache | None = None,
+        halting: HaltingKind = "none",
+        threshold: float | None = None,
+        mask: Bool[Tensor, "batch sequence"] | None = None,
+        positions: Int[Tensor, "batch sequence"] | None = None,
+        h0: Float[Tensor, "batch sequence hidden"] | None = None,
+        routing: Int[Tensor, "loops layers batch sequence chosen"] | None = None,
+        backprop_loops: int | None = None,
+        return_states: bool = False,
+        return_routing: bool = False,
+    ) -> MythosOutput:
+        """Compute logits for every token.
+
+        Args:
+            token_ids: int64, from 0 to vocab_size - 1.
+            loops: budget of every token, of each sequence, or of each token; at least 1.
+                Default: `config.mean_loops`. May exceed the trained depth.
+            cache: kept keys and values of earlier calls; extended in place.
+            halting: when tokens leave the core before their budget ends; see `HALTING`.
+            threshold: the rule's bound; None is its own default.
+            mask: False marks padding, which nothing sees and which never enters the core.
+            positions: rotary positions; default: each token's place in its sequence.
+            h0: first state, for experiments.
+            routing: experts to take instead of the routers' choice; the last loop's serve for
+                all later loops.
+            backprop_loops: loops with gradient, the last ones; None: all.
+            return_states: also return the state after every loop.
+            return_routing: also return the experts chosen.
+
+        Raises:
+            InputError: token ids, loops, mask or another argument do not fit.
+            CacheError: the cache is another model's, or of another batch size, or too short.
+        """
+        loops = self.config.mean_loops if loops is None else loops
+        check_call(self, token_ids, loops, cache, mask, positions, h0, routing, backprop_loops)
+        rule = self._rule(halting, threshold)
+        span = self._span(token_ids, cache, mask, loops)
+        rope = self._rope(span, positions)
+        places = self._outer_places(span, cache)
+        once = torch.zeros((), dtype=torch.int64, device=token_ids.device)
+
+        x = self.embed(token_ids) * self.config.embedding_scale
+        for layer in self.prelude:
+            x, _ = layer(x, rope, once, next(places))
+        e = x if self.prelude_norm is None else self.prelude_norm(x)
+        core: CoreOutput = self.core(
+            e,
+            rope,
+            span,
+            loops,
+            rule=rule,
+            cache=cache,
+            new_cache=lambda slots: self._scratch(span, slots, e),
+            h0=h0,
+            backprop_loops=backprop_loops,
+            routing=routing,
+            return_states=return_states,
+            return_routing=return_routing,
+        )
+        logits = self._decode(core.h, rope, places)
+
+        if cache is not None:
+            cache.commit(span)
+        taken = core.loops if span.real is None else core.loops * span.real
+        return MythosOutput(logits, taken, core.loads, core.routing, core.states, core.ponder)
+
+    def _decode(self, h: Tensor, rope: Rope, places: Iterator[Place]) -> Tensor:
+        """The coda's half of the page: from the core's state to logits."""
+        y = h.to(self.embed.weight.dtype)
+        y = y if self.core_output is None else self.core_output(y)
+        once = torch.zeros((), dtype=torch.int64, device=h.device)
+        for layer in self.coda:
+            y, _ = layer(y, rope, once, next(places))
+        return self.readout(y)
+
+    def decode(
+        self,
+        h: Float[Tensor, "batch sequence hidden"],
+        *,
+        mask: Bool[Tensor, "batch sequence"] | None = None,
+        positions: Int[Tensor, "batch sequence"] | None = None,
+    ) -> Float[Tensor, "batch sequence vocab"]:
+        """Compute logits from states of the core, as `return_states` gives them: coda and head.
+
+        One pass of the core thus serves every depth, and a gate learns from all of them.
+        """
+        span = Span.fresh(h.shape[0], h.shape[1], mask, h.device)
+        places = iter([Place(span)] * len(self.coda))
+        return self._decode(h, self._rope(span, positions), places)
+
+    def readout(self, y: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
+        """Norm and head: logits of a state, without the coda."""
+        y = y if self.norm is None else self.norm(y)
+        logits = self.head(y.to(self.head.weight.dtype))
+        return logits if self.config.logit_scale == 1 else logits * self.config.logit_scale
+
+    def new_cache(
+        self,
+        batch_size: int = 1,
+        max_length: int | None = None,
+        *,
+        loops: int | None = None,
+        policy: CachePolicy = "per_loop",
+    ) -> Cache:
+        """Make an empty cache for this model's dtype and device.
+
+        Args:
+            batch_size: sequences.
+            max_length: tokens each may have; default: the config's.
+            loops: slots to start with, more are added when a call runs more loops; default:
+                `config.mean_loops`.
+            policy: `per_loop` or `last`; see `Cache`.
+
+        Raises:
+            InputError: a size is below 1, or the policy is unknown.
+        """
+        from openmythos.model.call import check_cache_sizes
+
+        length = self.config.max_length if max_length is None else max_length
+        slots = self.config.mean_loops if loops is None else loops
+        check_cache_sizes(self.config, batch_size, length, slots, policy)
+        return Cache(
+            [layer.attention.kept for layer in [*self.prelude, *self.coda]],  # type: ignore[union-attr, misc]
+            [layer.attention.kept for layer in self.core.layers],  # type: ignore[union-attr, misc]
+            batch_size=batch_size,
+            max_length=length,
+            loops=slots,
+            policy=policy,
+            dtype=self.embed.weight.dtype,
+            device=self.embed.weight.device,
+            owner=self.identity,
+        )
+
+    def _rule(self, halting: str, threshold: float | None) -> Rule | None:
+        rule = make_rule(halting, threshold, self.core.learned_exits(), self.readout)
+        return None if halting == "none" else rule
+
+    def _span(
+        self, token_ids: Tensor, cache: Cache | None, mask: Tensor | None, loops: int | Tensor
+    ) -> Span:
+        batch, sequence = token_ids.shape
+        if cache is None:
+            return Span.fresh(batch, sequence, mask, token_ids.device)
+        return cache.begin(sequence, mask, loops if isinstance(loops, int) else int(loops.max()))
+
+    def _rope(self, span: Span, positions: Tensor | None) -> Rope:
+        where = span.index if positions is None else positions
+        if positions is None and span.start is not None:
+            where = where[:1]  # the same for every sequence
+        dim = ATTENTION[self.config.attention].rope_dim(self.config)
+        dtype = self.embed.weight.dtype
+        return rope_table(where, dim, self.config.rope_base, dtype).per_head()
+
+    def _outer_places(self, span: Span, cache: Cache | None) -> Iterator[Place]:
+        for number in range(len(self.prelude) + len(self.coda)):
+            yield Place(span, None if cache is None else cache.outer[number])
+
+    def _scratch(self, span: Span, slots: int, e: Tensor) -> Cache:
+        """A cache for one call: exited tokens leave their keys somewhere."""
+        return Cache(
+            [],
+            [layer.attention.kept for layer in self.core.layers],  # type: ignore[union-attr, misc]
+            batch_size=span.batch,
+            max_length=span.keys,
+            loops=slots,
+            policy="per_loop",
+            dtype=e.dtype,
+            device=e.device,
+            owner=self.identity,
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int = 0) -> None:
+        """Initialise every tensor from `seed` and its own name, so that any sharding agrees.
+
+        Matrices are normal with 1/sqrt(fan_in), out-projections `config.out_init` times that
+        (small but not zero: with zero all loops are collinear); B, C and norms are the identity.
+        The embedding's rows have unit length. Nothing happens on `meta`.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                continue
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            self._initialise(name, parameter, generator)
+        decay = getattr(self.core.injection, "decay", None)
+        if decay is not None and not decay.step.is_meta:
+            decay.reset_parameters()
+
+    def _initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        last = name.rsplit(".", 1)[-1]
+        square = parameter.ndim == 2 and parameter.shape[0] == parameter.shape[1]
+        if name in ("core.injection.weight", "core_output.weight") and square:
+            torch.nn.init.eye_(parameter)
+            return
+        if name.endswith("lora.up") or name.startswith(("core.gate.", "core.act.")):
+            parameter.zero_()
+            if name.endswith(".bias"):
+                parameter.fill_(-4.0)  # an untrained exit never fires
+            return
+        if parameter.ndim < 2 or last in ("qk_scale", "q_scale", "k_scale"):
+            if last not in ("diagonal", "qk_bias"):
+                parameter.fill_(1.0)
+            return
+        if last == "qk_bias":
+            parameter.zero_()
+            return
+        stacked = parameter.ndim == 3 and "lora" not in name
+        fan_in = parameter.shape[-2] if stacked else parameter.shape[-1]
+        scale = 1 / math.sqrt(fan_in)
+        if name.endswith((".out.weight", "w_out.weight", "w_out")):
+            scale *= self.config.out_init
+        values = torch.empty(parameter.shape, dtype=torch.float32)
+        values.normal_(0, scale, generator=generator)
+        parameter.copy_(values)
+
+    def fused_splits(self) -> dict[str, tuple[int, list[int]]]:
+        """Parameters that hold several matrices side by side: the axis and the pieces' sizes.
+
+        An optimizer that works on matrices (Muon) treats each piece on its own.
+        """
+        splits: dict[str, tuple[int, list[int]]] = {}
+        for name, module in self.named_modules():
+            own = getattr(module, "fused_splits", None) if module is not self else None
+            if own is not None:
+                splits |= {f"{name}.{key}": split for key, split in own().items()}
+        return splits
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The depth-wise LoRA's parameters by name, for fine-tuning them alone."""
+        return {name: p for name, p in self.named_parameters() if ".lora." in name}
+
+    def flops(self, keys: int, loops: int) -> int:
+        """Floating-point operations per token that sees `keys` keys, forward at `loops` loops."""
+        outer = sum(layer.flops(keys) for layer in [*self.prelude, *self.coda])  # type: ignore[operator, misc]
+        linear = [self.core_output, getattr(self.core.injection, "weight", None)]
+        once = sum(2 * self.config.hidden_size**2 for part in linear if part is not None)
+        head = 2 * self.head.weight.numel()
+        return int(outer + once + head + loops * self.core.flops(keys))
+
+    def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> None:
+        """Write `config.json`, `model.safetensors` and, where given, `tokenizer.json`."""
+        from openmythos.model.files import save_model
+
+        save_model(self, Path(folder), tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> OpenMythos:
+        """Read what `save_pretrained` wrote; no code in it is ever run.
+
+        Raises:
+            CheckpointError: a file is missing, damaged or of another shape.
+        """
+        from openmythos.model.files import load_model
+
+        return load_model(cls, Path(folder))
+
+
+def cross_entropy(
+    logits: Float[Tensor, "*rows vocab"], targets: Int[Tensor, "*rows"]
+) -> Float[Tensor, "*rows"]:
+    """Loss of every token in nats, in fp32 or wider."""
+    wide = logits.float() if logits.itemsize < 4 else logits
+    flat = F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction="none")
+    return flat.view(targets.shape)

@@ -1,0 +1,1 @@
+"""From text to a trained model: tokenizer, corpus, depth, optimizer, checkpoint, trainer."""

