@@ -134,4 +134,5 @@ def _uniform_numbers(
     first, last = int(indices.min()), int(indices.max())
     words = np.random.Philox(counter=first, key=key).random_raw(4 * (last - first + 1))
     chosen = words[::4][indices - first]  # a counter gives four words; the first serves
-    return (chosen >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    numbers: Float64[np.ndarray, " batch"] = (chosen >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return numbers

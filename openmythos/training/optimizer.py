@@ -8,7 +8,7 @@ takes stacked experts and fused matrices, and orthogonalises everything of one s
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -53,6 +53,7 @@ GROUPS: dict[str, Group] = {
     "core_output": Group("adamw", decays=False),  # C of the state's readout, a dynamics parameter
     "gate": Group("adamw", decays=True),
     "norm": Group("adamw", decays=False),
+    "scale": Group("adamw", decays=False),  # one gain per head: a table of vectors, not a matrix
     "bias": Group("adamw", decays=False),
     "attention": Group("muon", decays=True),
     "feed_forward": Group("muon", decays=True),
@@ -81,7 +82,7 @@ def build_optimizers(
     named_parameters: Iterable[tuple[str, Tensor]],
     config: OptimizerConfig,
     *,
-    fused_splits: Mapping[str, Split] | None = None,
+    fused_splits: Mapping[str, tuple[int, Sequence[int]]] | None = None,
     dtype: torch.dtype | None = None,
 ) -> "Optimizers":
     """Returns the optimizers in which every parameter that wants gradients is exactly once.
@@ -92,7 +93,7 @@ def build_optimizers(
     named = {name: p for name, p in named_parameters if p.requires_grad}
     if not named:
         raise ConfigError("parameters=0 must be 1 or more: nothing in this model wants a gradient")
-    splits = fused_splits or {}
+    splits = {name: (axis, tuple(sizes)) for name, (axis, sizes) in (fused_splits or {}).items()}
     muon: dict[Split | None, list[Tensor]] = defaultdict(list)
     adamw: dict[bool, list[Tensor]] = defaultdict(list)
     for name, parameter in named.items():
@@ -394,7 +395,7 @@ def _newton_schulz(
 def orthogonal_dtype(device: torch.device) -> torch.dtype:
     """Returns bfloat16 where the device multiplies it faster than float32, else float32.
 
-    On a CPU without AMX or AVX512-BF16, bfloat16 products are emulated: 25 times slower (measured).
+    On a CPU without AMX or AVX512-BF16, bfloat16 products are emulated, 15 to 25 times slower.
     """
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         return torch.bfloat16
@@ -428,6 +429,8 @@ def _split(
     if stacked:
         has_gradient = grad.flatten(1).any(dim=1)  # (experts,); True for NaN too
         busy = None if has_gradient.all() else has_gradient.nonzero().squeeze(1)
+        if busy is not None and len(busy) == 0:
+            return
     views = [parameter, grad, momentum]
     if not stacked:
         views = [view.unsqueeze(0) for view in views]

@@ -4,8 +4,8 @@ The command line builds its flags and its help from these dataclasses, and must 
 torch could be imported.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from openmythos.errors import ConfigError
 
@@ -57,6 +57,105 @@ class OptimizerConfig:
             default = type(self).__dataclass_fields__[name].default
             value = getattr(self, name)
             raise ConfigError(f"{name}={value} must {rule}: the default is {default}")
+
+
+Precision = Literal["auto", "fp32", "bf16"]
+TrainedPart = Literal["all", "adapters"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run, apart from its text and the model's shape."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+
+    batch_size: int = 16
+    """Sequences in one optimizer step."""
+
+    length: int = 256
+    """Tokens predicted in each sequence."""
+
+    accumulation: int = 1
+    """Parts into which a batch is cut, so that a part fits in memory. Changes no result but
+    rounding."""
+
+    depth: DepthLaw = "poisson"
+    """Law of the loops of each sequence; its mean is the model's mean_loops."""
+
+    backprop_loops: int | None = None
+    """Last loops that carry gradient. Default: all up to a mean of 8, else half of the mean."""
+
+    train: TrainedPart = "all"
+    """What learns: everything, or the depth-wise LoRA alone."""
+
+    ponder_cost: float = 0.01
+    """Weight of Graves' ponder cost, for a model with learned_act."""
+
+    gate_steps: int = 100
+    """Steps that train the halting gate on the finished model; 0 leaves it untrained."""
+
+    seed: int = 0
+    """Seed of weights, order of text, loops and noise."""
+
+    precision: Precision = "auto"
+    """fp32, bf16 autocast, or whichever is measured to be faster here."""
+
+    threads: int | None = None
+    """CPU threads. Default: as many as torch takes."""
+
+    compile: bool = False
+    """Compile the core's layers with torch.compile; slow to start."""
+
+    checkpoint_activations: bool = False
+    """Recompute each layer in the backward pass: less memory, about a third more time."""
+
+    save_every: int = 100
+    """Steps between checkpoints."""
+
+    keep: int = 2
+    """Checkpoints that are kept, apart from the best."""
+
+    evaluate_every: int = 100
+    """Steps between measurements on held-out text."""
+
+    evaluate_tokens: int = 16_384
+    """Tokens in such a measurement; the last one takes all of the held-out text."""
+
+    log: Literal["none", "tensorboard"] = "none"
+    """Where metrics go beside metrics.jsonl."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Learning rates and their schedule."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "length", "accumulation", "save_every", "keep"):
+            self._require(name, 1)
+        for name in ("evaluate_every", "evaluate_tokens"):
+            self._require(name, 1)
+        for name in ("seed", "gate_steps", "ponder_cost"):
+            self._require(name, 0)
+        for name in ("backprop_loops", "threads"):
+            if getattr(self, name) is not None:
+                self._require(name, 1)
+        if self.batch_size % self.accumulation:
+            raise ConfigError(
+                f"accumulation={self.accumulation} must divide batch_size={self.batch_size}: "
+                "parts are of one size"
+            )
+        for name, kind in {"depth": DepthLaw, "precision": Precision, "train": TrainedPart}.items():
+            if getattr(self, name) not in get_args(kind):
+                names = ", ".join(get_args(kind))
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {names}")
+
+    def _require(self, name: str, least: int) -> None:
+        if getattr(self, name) < least:
+            raise ConfigError(f"{name}={getattr(self, name)} must be {least} or more")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step predicts."""
+        return self.batch_size * self.length
 
 
 def schedule(step: int, steps: int, config: OptimizerConfig) -> float:

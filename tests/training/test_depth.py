@@ -42,7 +42,7 @@ def test_the_draws_follow_the_stated_probabilities(law, mean_loops):
     chances = loop_probabilities(law, mean_loops)
     seen = np.bincount(draw(law, mean_loops), minlength=3 * mean_loops + 1)[1:]
     expected = chances * DRAWS
-    # 5 deviations, at most 48 values and 12 cases: fails once in 3,000 seeds, and the seed is fixed.
+    # 5 deviations, 12 cases of up to 48 values: one seed in 3,000 fails, and it is fixed.
     assert (np.abs(seen - expected) <= 5 * np.sqrt(expected) + 5).all()
 
 

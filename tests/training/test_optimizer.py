@@ -1,11 +1,14 @@
 import dataclasses
 import math
+from typing import get_args
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from openmythos.config import AttentionKind, FeedForwardKind, MythosConfig
 from openmythos.errors import CheckpointError, ConfigError
+from openmythos.model.transformer import OpenMythos
 from openmythos.training.optimizer import (
     LR_FACTORS,
     Muon,
@@ -22,9 +25,7 @@ SHAPES = [(24, 40), (40, 24), (16, 16), (24, 40)]
 
 def parameters(*shapes, seed=0, dtype=torch.float32):
     random = torch.Generator().manual_seed(seed)
-    return [
-        torch.nn.Parameter(torch.randn(shape, generator=random).to(dtype)) for shape in shapes
-    ]
+    return [torch.nn.Parameter(torch.randn(shape, generator=random).to(dtype)) for shape in shapes]
 
 
 def give_gradients(named_or_list, seed):
@@ -178,6 +179,8 @@ NAMES = {
     "prelude.0.attention.qkv.weight": ((40, 24), "muon", True),
     "prelude.0.attention.qkv.bias": ((40,), "adamw", False),
     "prelude.0.attention.q_norm.weight": ((8,), "adamw", False),
+    "prelude.0.attention.qk_scale": ((5, 8), "adamw", False),
+    "prelude.0.attention.qk_bias": ((5, 8), "adamw", False),
     "prelude.0.attention.out.weight": ((24, 24), "muon", True),
     "prelude.0.feed_forward.w_in.weight": ((96, 24), "muon", True),
     "prelude.0.feed_forward.w_out.weight": ((24, 48), "muon", True),
@@ -203,9 +206,9 @@ NAMES = {
     "head.weight": ((64, 24), "adamw", True),
 }
 SPLITS = {
-    "prelude.0.attention.qkv.weight": (0, (24, 8, 8)),
-    "coda.0.attention.qkv.weight": (0, (24, 8, 8)),
-    "core.layers.0.feed_forward.experts.w_in": (2, (8, 8)),
+    "prelude.0.attention.qkv.weight": (0, [24, 8, 8]),
+    "coda.0.attention.qkv.weight": (0, [24, 8, 8]),
+    "core.layers.0.feed_forward.experts.w_in": (2, [8, 8]),
 }
 
 
@@ -224,6 +227,23 @@ def test_every_parameter_has_its_group(name):
     assert group_of(name, torch.empty(shape)) == (optimizer, decays)
 
 
+@pytest.mark.parametrize("attention", get_args(AttentionKind))
+@pytest.mark.parametrize("feed_forward", get_args(FeedForwardKind))
+def test_muon_takes_the_models_linear_maps_and_experts_and_nothing_else(attention, feed_forward):
+    config = MythosConfig.preset("nano").replace(
+        attention=attention, feed_forward=feed_forward, lora_rank=2
+    )
+    with torch.device("meta"):
+        model = OpenMythos(config)
+    named, splits = dict(model.named_parameters()), model.fused_splits()
+    matrices = {name for name, p in named.items() if group_of(name, p).optimizer == "muon"}
+    maps = {name.removesuffix(".weight").rpartition(".")[2] for name in matrices}
+    assert maps <= {"qkv", "out", "q_down", "q_up", "kv_down", "kv_up", "w_in", "w_out"}
+    assert {"out", "w_in", "w_out"} <= maps
+    assert splits.keys() <= matrices
+    build_optimizers(named.items(), OptimizerConfig(), fused_splits=splits)
+
+
 def test_every_parameter_is_in_exactly_one_group_with_its_settings():
     named = named_parameters()
     optimizers = build(named, muon_lr=0.5, adam_lr=0.25, weight_decay=0.125)
@@ -238,7 +258,8 @@ def test_every_parameter_is_in_exactly_one_group_with_its_settings():
                 assert group["lr"] == (0.5 if kind == "muon" else 0.25)
                 assert group["weight_decay"] == (0.125 if decays else 0.0)
                 if kind == "muon":
-                    assert group["split"] == SPLITS.get(name)
+                    split = group["split"] and (group["split"][0], list(group["split"][1]))
+                    assert split == SPLITS.get(name)
     assert sorted(seen) == sorted(NAMES)
 
 

@@ -1,0 +1,80 @@
+"""The command `openmythos`: one file per command, found by name; torch is imported inside.
+
+A command's file has a docstring (its help), a settings dataclass `Settings` (its flags) and a
+function `run(settings)`. An error of ours becomes one sentence on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+COMMANDS = {
+    "demo": "Train a small model on real text, measure it at every depth, let it write.",
+    "train": "Train a model on your text.",
+    "generate": "Continue a prompt.",
+    "chat": "Write with a model, turn by turn.",
+    "eval": "Measure bits per byte of a text at several depths.",
+    "info": "Show a scale's parameters, operations and memory, or compare all.",
+    "plot": "Draw a training run.",
+    "bench": "Measure this machine and a model's speed on it.",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; exits with 0, 2 on bad input, 130 on Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        sys.exit(0)
+    if arguments[0] == "--version":
+        from openmythos import __version__
+
+        print(f"openmythos {__version__}")
+        sys.exit(0)
+    name = arguments[0]
+    if name not in COMMANDS:
+        _fail(f"command={name!r} must be one of {', '.join(COMMANDS)}")
+    from openmythos.errors import MythosError
+
+    command = import_module(f"openmythos.cli.{name}_command")
+    try:
+        command.run(parse(command, name, arguments[1:]))
+    except MythosError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader has seen enough, as with `| head`
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def parse(command: Any, name: str, arguments: list[str]) -> Any:
+    """Build a command's `Settings` from its flags; exits with 2 on flags that do not fit."""
+    import tyro
+
+    defaults = command.defaults(arguments) if hasattr(command, "defaults") else None
+    extra = {} if defaults is None else {"default": defaults}
+    return tyro.cli(
+        command.Settings,
+        prog=f"openmythos {name}",
+        description=command.__doc__,
+        args=arguments,
+        **extra,
+    )
+
+
+def _overview() -> str:
+    rows = "\n".join(f"  {name:<10}{line}" for name, line in COMMANDS.items())
+    return (
+        "Recurrent-depth transformers: train them, run them, choose how deep they think.\n\n"
+        f"usage: openmythos COMMAND [flags]\n\n{rows}\n\n"
+        "openmythos COMMAND --help shows a command's flags and an example.\n"
+        "First steps: openmythos demo"
+    )
+
+
+def _fail(sentence: str) -> None:
+    print(f"openmythos: {sentence}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,97 @@
+"""The progress bar of a training run."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+if TYPE_CHECKING:
+    from openmythos.training.trainer import Trainer
+
+SMOOTHING = 0.9
+
+
+class Progress:
+    """Shows loss, bits per byte, speed, share of the machine's peak, time left."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.console = Console()
+        self.bar = RichProgress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=trainer.config.steps, completed=trainer.step)
+        self.smooth: dict[str, float] = {}
+        self.announced = False
+
+    def __enter__(self) -> Progress:
+        model, config = self.trainer.model, self.trainer.config
+        count = sum(p.numel() for p in model.parameters())
+        self.say(
+            f"{count / 1e6:.2f} M parameters, {self.trainer.training.tokens:,} tokens to train on, "
+            f"{self.trainer.validation.tokens:,} held out, {config.tokens_per_step:,} a step; "
+            f"in {self.trainer.run}"
+        )
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def report(self, line: dict[str, Any]) -> None:
+        """Take one line of the run's metrics."""
+        if not self.announced and self.trainer.machine is not None:
+            machine = self.trainer.machine
+            self.say(
+                f"precision {machine.precision} ({machine.reason}); matrix products peak at "
+                f"{machine.peak / 1e9:.0f} GFLOP/s here"
+            )
+            self.announced = True
+        if "validation" in line:
+            self._measured(line)
+        elif "gate" in line:
+            gate = line["gate"]
+            self.say(
+                f"gate: threshold {gate['threshold']}, {gate['mean_loops']:.2f} of "
+                f"{gate['budget']} loops, loss {gate['loss']:.4f} against {gate['full_loss']:.4f} "
+                "nats"
+            )
+        else:
+            self._step(line)
+
+    def _measured(self, line: dict[str, Any]) -> None:
+        depths = "  ".join(f"{loops}: {bits:.4f}" for loops, bits in line["validation"].items())
+        self.say(f"step {line['step'] + 1}: held-out bits per byte by loops  {depths}")
+
+    def _step(self, line: dict[str, Any]) -> None:
+        for name in ("loss", "bits_per_byte", "tokens_per_second", "peak_share"):
+            before = self.smooth.get(name, line[name])
+            self.smooth[name] = SMOOTHING * before + (1 - SMOOTHING) * line[name]
+        now = self.smooth
+        text = (
+            f"loss {now['loss']:.3f}  {now['bits_per_byte']:.3f} bits/byte  "
+            f"{now['tokens_per_second']:,.0f} tokens/s  {now['peak_share']:.0%} of peak"
+        )
+        if line["skipped"]:
+            text += f"  {line['skipped']} skipped"
+        self.bar.update(self.task, completed=line["step"] + 1, description=text)
+        if not self.console.is_terminal and (line["step"] + 1) % 50 == 0:
+            self.say(f"step {line['step'] + 1}/{self.trainer.config.steps}  {text}")

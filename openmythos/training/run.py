@@ -1,0 +1,111 @@
+"""A run's folder: what a training writes, and how to find one's way in it.
+
+    run/settings.json       model, training, corpus and tokenizer, as they were at the start
+    run/tokenizer.json
+    run/train.bin           tokenised text, rebuilt when missing
+    run/validation.bin
+    run/metrics.jsonl       one line a step, and one a measurement
+    run/step-00000120/      checkpoints
+    run/model/              the finished model, for `openmythos.load`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openmythos.config import MythosConfig
+from openmythos.errors import CheckpointError
+from openmythos.files import write_atomically
+from openmythos.training.settings import OptimizerConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from openmythos.model.transformer import OpenMythos
+    from openmythos.training.tokenizer import Tokenizer
+
+SETTINGS = "settings.json"
+METRICS = "metrics.jsonl"
+MODEL = "model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All that a run was started with."""
+
+    model: MythosConfig
+    train: TrainConfig
+    source: dict[str, Any]
+    """Where the text came from: corpus or path, field, share held out."""
+
+    def save(self, run: Path) -> None:
+        """Write `settings.json`."""
+        content = {
+            "model": json.loads(self.model.to_json()),
+            "train": dataclasses.asdict(self.train),
+            "source": self.source,
+        }
+        write_atomically(run / SETTINGS, (json.dumps(content, indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, run: Path) -> Settings:
+        """Read `settings.json`.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        path = run / SETTINGS
+        if not path.is_file():
+            raise CheckpointError(f"run={run} must hold {SETTINGS}: it is not a training run")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            train = dict(content["train"])
+            train["optimizer"] = OptimizerConfig(**train["optimizer"])
+            model = MythosConfig.from_json(json.dumps(content["model"]), str(path))
+            return cls(model, TrainConfig(**train), content["source"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} must be a whole settings file, but: {error}") from error
+
+
+def metrics(run: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of `metrics.jsonl`; a torn last line is passed over."""
+    path = run / METRICS
+    if not path.is_file():
+        raise CheckpointError(f"run={run} must hold {METRICS}: it is not a training run")
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def cut_metrics(run: Path, step: int) -> None:
+    """Forget the metrics of steps that a resumed run will make again."""
+    if (run / METRICS).is_file():
+        kept = [json.dumps(line) + "\n" for line in metrics(run) if line["step"] < step]
+        write_atomically(run / METRICS, "".join(kept).encode())
+
+
+def load_from_run(run: Path) -> tuple[OpenMythos, Tokenizer]:
+    """Return the model of a run's last whole checkpoint, and its tokenizer.
+
+    Raises:
+        CheckpointError: the folder is no run, or has no checkpoint yet.
+    """
+    import torch
+
+    from openmythos.model.files import fill
+    from openmythos.model.transformer import OpenMythos
+    from openmythos.training import checkpoint
+    from openmythos.training.tokenizer import Tokenizer
+
+    settings = Settings.load(run)
+    newest = checkpoint.latest(run)
+    if newest is None:
+        raise CheckpointError(f"run={run} must have a checkpoint: train it further")
+    with torch.device("meta"):
+        model = OpenMythos(settings.model)
+    fill(model, checkpoint.load(newest).tensors["model"], str(newest))
+    return model.eval(), Tokenizer.load(run)

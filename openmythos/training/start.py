@@ -1,0 +1,125 @@
+"""Starting a run and opening one again: from settings and text to a trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from openmythos.config import MythosConfig
+from openmythos.errors import CheckpointError, ConfigError
+from openmythos.model.transformer import OpenMythos
+from openmythos.training import checkpoint
+from openmythos.training.corpus import Corpus, open_corpus, open_text, prepare
+from openmythos.training.run import SETTINGS, Settings
+from openmythos.training.settings import TrainConfig
+from openmythos.training.tokenizer import Tokenizer
+from openmythos.training.trainer import Trainer
+
+
+def start_run(
+    run: Path,
+    model: MythosConfig,
+    train: TrainConfig,
+    *,
+    source: dict[str, Any],
+    tokenizer: Path | None = None,
+    start_from: Path | None = None,
+) -> Trainer:
+    """Read the text, make or take a tokenizer, write the run's folder, return its trainer.
+
+    Args:
+        run: a folder that holds no run yet.
+        model: the shape; its vocab_size becomes the tokenizer's.
+        train: the training.
+        source: `{"corpus": name}`, or `{"text": path, "field": ..., "held_out": ...}`.
+        tokenizer: a `tokenizer.json`; default: learned from the training documents.
+        start_from: a model's folder whose weights and tokenizer to start from.
+
+    Raises:
+        MythosError: something does not fit; nothing was written into `run`.
+    """
+    if (run / SETTINGS).exists():
+        raise ConfigError(
+            f"run={run} holds a run already: resume it with --resume {run}, or choose another folder"
+        )
+    if train.length > model.max_length:
+        raise ConfigError(
+            f"length={train.length} must be at most the model's max_length={model.max_length}"
+        )
+    corpus = _open(source)
+    tokens = _tokenizer(corpus, model, tokenizer, start_from)
+    if start_from is not None:
+        given = MythosConfig.load(start_from)
+        model = given.replace(lora_rank=model.lora_rank, lora_loops=model.lora_loops)
+    model = model if start_from is not None else model.replace(vocab_size=tokens.vocab_size)
+    least = max(train.tokens_per_step, train.length + 1)
+    run.mkdir(parents=True, exist_ok=True)
+    training, validation = prepare(corpus, tokens, run, least_tokens=least)
+    tokens.save(run / "tokenizer.json")
+    settings = Settings(model, train, _remembered(source))
+    trainer = Trainer(run, settings, tokens, training, validation)
+    if start_from is not None:
+        _take_weights(trainer, start_from)
+    settings.save(run)
+    checkpoint.remove_leftovers(run)
+    if start_from is not None:
+        trainer.save()  # a resume must not start from fresh weights
+    return trainer
+
+
+def open_run(run: Path) -> Trainer:
+    """Return the trainer of an existing run, at its newest whole checkpoint.
+
+    Raises:
+        MythosError: the folder is no run, or something in it does not fit.
+    """
+    settings = Settings.load(run)
+    tokens = Tokenizer.load(run)
+    least = max(settings.train.tokens_per_step, settings.train.length + 1)
+    training, validation = prepare(_open(settings.source), tokens, run, least_tokens=least)
+    trainer = Trainer(run, settings, tokens, training, validation)
+    trainer.resume()
+    return trainer
+
+
+def _open(source: dict[str, Any]) -> Corpus:
+    if "corpus" in source:
+        return open_corpus(source["corpus"])
+    return open_text(source["text"], field=source["field"], held_out=source["held_out"])
+
+
+def _remembered(source: dict[str, Any]) -> dict[str, Any]:
+    """A relative path would mean another file when the run is resumed from elsewhere."""
+    if "text" not in source:
+        return source
+    return {**source, "text": str(Path(source["text"]).resolve())}
+
+
+def _tokenizer(
+    corpus: Corpus, model: MythosConfig, given: Path | None, start_from: Path | None
+) -> Tokenizer:
+    if start_from is not None and given is not None:
+        raise ConfigError("tokenizer must be left out with start_from, which brings its own")
+    if given is not None or start_from is not None:
+        return Tokenizer.load(given or start_from)  # type: ignore[arg-type]
+    return Tokenizer.train(corpus.training_documents(), vocab_size=model.vocab_size)
+
+
+def _take_weights(trainer: Trainer, folder: Path) -> None:
+    """Start from a model's weights; adapters it does not have stay as initialised."""
+    given = OpenMythos.from_pretrained(folder).to(trainer.device)
+    if trainer.tokenizer.vocab_size > given.config.vocab_size:
+        raise CheckpointError(f"{folder}: its tokenizer does not fit its model")
+    own = dict(trainer.model.state_dict())
+    same = dataclasses.asdict(given.config)
+    added = {name: t for name, t in own.items() if ".lora." in name}
+    if same["lora_rank"] not in (0, trainer.model_config.lora_rank):
+        raise ConfigError(
+            f"lora_rank={trainer.model_config.lora_rank} must be the start_from model's "
+            f"{same['lora_rank']}"
+        )
+    tensors = {**added, **given.state_dict()}
+    trainer.model.load_state_dict(tensors)
+
+

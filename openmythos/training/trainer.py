@@ -1,0 +1,447 @@
+"""One training run: sampled depth, two optimizers, checkpoints that resume to the bit.
+
+Everything drawn at a step (text, depth, noise) is a pure function of the seed, the step and the
+sample's number, so a checkpoint needs no generator's state, and accumulation or a resume change
+nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openmythos.errors import CheckpointError, ConfigError
+from openmythos.model.files import fill, storable
+from openmythos.model.transformer import MythosOutput, OpenMythos, cross_entropy
+from openmythos.training import checkpoint
+from openmythos.training.depth import backprop_loops, sample_loops
+from openmythos.training.evaluate import Evaluation, evaluate
+from openmythos.training.gate import GateReport, train_gate
+from openmythos.training.machine import Machine, matmul_peak, measure
+from openmythos.training.optimizer import build_optimizers
+from openmythos.training.run import METRICS, MODEL, Settings, cut_metrics
+from openmythos.training.settings import schedule
+from openmythos.training.token_file import TokenFile
+from openmythos.training.tokenizer import Tokenizer
+
+Report = Callable[[dict[str, Any]], None]
+"""Told of every step and every measurement: the lines of `metrics.jsonl`."""
+
+NOISE = math.sqrt(2 / 5)  # deviation of a noisy first state (Geiping et al. 2025)
+
+
+class Stopped(Exception):  # noqa: N818 (not an error)
+    """The run was asked to stop; its checkpoint is written."""
+
+
+class Trainer:
+    """Trains a model in a run's folder.
+
+    Args:
+        run: the folder, which holds `settings.json` and `tokenizer.json`.
+        settings: as saved there.
+        tokenizer: as saved there.
+        training: tokens to learn from.
+        validation: held-out tokens.
+        device: where to train; default: CUDA, else MPS, else the CPU.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        settings: Settings,
+        tokenizer: Tokenizer,
+        training: TokenFile,
+        validation: TokenFile,
+        device: torch.device | None = None,
+    ) -> None:
+        self.run, self.settings, self.tokenizer = run, settings, tokenizer
+        self.training, self.validation = training, validation
+        self.config, self.model_config = settings.train, settings.model
+        self.device = device or default_device()
+        # Large logits early in training make denormals, and steps ten times slower.
+        torch.set_flush_denormal(True)
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        self.machine: Machine | None = None
+        self.model = OpenMythos(self.model_config, seed=self.config.seed).to(self.device)
+        self.model.core.checkpointing = self.config.checkpoint_activations
+        self._choose_parameters()
+        self.optimizers = build_optimizers(
+            self.model.named_parameters(),
+            self.config.optimizer,
+            fused_splits={k: (a, tuple(s)) for k, (a, s) in self.model.fused_splits().items()},
+        )
+        self.step = 0
+        self.best = math.inf
+        self._stop = False
+
+    def _choose_parameters(self) -> None:
+        adapters = self.model.adapter_parameters()
+        if self.config.train == "adapters" and not adapters:
+            raise ConfigError("train='adapters' must go with lora_rank of 1 or more: there are none")
+        for name, parameter in self.model.named_parameters():
+            wanted = name in adapters if self.config.train == "adapters" else True
+            parameter.requires_grad_(wanted and not name.startswith("core.gate."))
+
+    # The run ------------------------------------------------------------------------------------
+
+    def fit(self, report: Report = lambda line: None) -> OpenMythos:
+        """Train to the last step, measure, train the gate, write the finished model.
+
+        Ctrl-C and SIGTERM end it after the step in hand, with a checkpoint.
+
+        Raises:
+            Stopped: the run was interrupted; `resume` goes on from the checkpoint.
+            CheckpointError: a checkpoint cannot be written.
+        """
+        self._prepare()
+        with self._stop_on_signals(), self._metrics(report) as write:
+            while self.step < self.config.steps:
+                write(self._one_step())
+                self._between_steps(write)
+            self._finish(write)
+        return self.model
+
+    def _prepare(self) -> None:
+        """Decide precision and kernels once; a resumed run takes over what was decided."""
+        if self.machine is None:
+            self.machine = measure(self.config.precision, self.device)
+        if self.config.compile:
+            for layer in self.model.core.layers:
+                layer.compile(dynamic=True)
+
+    def _between_steps(self, write: Report) -> None:
+        done = self.step == self.config.steps
+        score = None
+        if self.step % self.config.evaluate_every == 0 and not done:
+            result = self._evaluate(self.config.evaluate_tokens)
+            score = self._score(result)
+            write(self._measurement(result))
+        if self.step % self.config.save_every == 0 or done or self._stop:
+            self.save(score)
+        if self._stop:
+            raise Stopped
+
+    def _finish(self, write: Report) -> None:
+        result = self._evaluate(None)
+        self.save(self._score(result))
+        write(self._measurement(result) | {"final": True})
+        if self.config.gate_steps and self.model_config.mean_loops > 1:
+            gate = self._train_gate()
+            write({"step": self.step, "gate": dataclasses.asdict(gate)})
+        self.model.save_pretrained(self.run / MODEL, self.tokenizer)
+
+    @contextlib.contextmanager
+    def _stop_on_signals(self) -> Iterator[None]:
+        """Let the step in hand end before stopping; a second Ctrl-C stops at once."""
+
+        def ask(number: int, frame: Any) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        try:
+            before = [signal.signal(number, ask) for number in numbers]
+        except ValueError:  # not in the main thread: signals are another's
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def _metrics(self, report: Report) -> Iterator[Report]:
+        board = _tensorboard(self.run) if self.config.log == "tensorboard" else None
+        with (self.run / METRICS).open("a", encoding="utf-8") as file:
+
+            def write(line: dict[str, Any]) -> None:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                if board is not None:
+                    for name, value in line.items():
+                        if isinstance(value, int | float):
+                            board.add_scalar(name, value, line["step"])
+                report(line)
+
+            yield write
+        if board is not None:
+            board.close()
+
+    # A step -------------------------------------------------------------------------------------
+
+    def _one_step(self) -> dict[str, Any]:
+        started = time.perf_counter()
+        config, step = self.config, self.step
+        self.optimizers.set_lr(schedule(step, config.steps, config.optimizer))
+        self.optimizers.zero_grad()
+        self.model.train()
+        samples = np.arange(step * config.batch_size, (step + 1) * config.batch_size)
+        depth = self._depth(samples)
+        total, loads, flops = 0.0, None, 0.0
+        for part in np.split(np.arange(config.batch_size), config.accumulation):
+            out, loss = self._forward(samples[part], depth[part])
+            (loss / config.tokens_per_step).backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+            flops += self._flops(depth[part])
+            if out.loads is not None:
+                loads = _add(loads, out.loads)
+        norm = self.optimizers.step()
+        if loads is not None and math.isfinite(norm) and config.train == "all":
+            self.model.core.rebalance(loads)
+        self.step += 1
+        seconds = time.perf_counter() - started
+        return self._line(total, depth, norm, loads, flops, seconds)
+
+    def _depth(self, samples: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
+        return sample_loops(
+            self.config.depth,
+            self.model_config.mean_loops,
+            seed=self.config.seed,
+            step=self.step,
+            indices=samples,
+        )
+
+    def _forward(self, samples: Any, depth: Any) -> tuple[MythosOutput, Tensor]:
+        """Return the output and the summed loss in nats of one part of the batch."""
+        ids = self.training.batch(samples, self.config.length, seed=self.config.seed)
+        token_ids = torch.from_numpy(ids).to(self.device)
+        loops = torch.from_numpy(depth).to(self.device)
+        same = int(depth[0]) if (depth == depth[0]).all() else None
+        learned_act = self.model_config.learned_act
+        with self._autocast():
+            out = self.model(
+                token_ids[:, :-1],
+                loops if same is None else same,
+                h0=self._noise(samples),
+                backprop_loops=self._window(),
+                halting="act" if learned_act else "none",
+            )
+            losses = cross_entropy(out.logits, token_ids[:, 1:])
+        loss = losses.sum()
+        if out.ponder is not None:
+            loss = loss + self.config.ponder_cost * out.ponder.sum()
+        return out, loss
+
+    def _window(self) -> int:
+        given = self.config.backprop_loops
+        return backprop_loops(self.model_config.mean_loops) if given is None else given
+
+    def _autocast(self) -> torch.autocast:
+        bf16 = self.machine is not None and self.machine.precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
+
+    def _noise(self, samples: Any) -> Tensor | None:
+        """A noisy first state, a pure function of the seed and each sample's number."""
+        if self.model_config.h0 != "noise":
+            return None
+        shape = (self.config.length, self.model_config.hidden_size)
+        states = []
+        for sample in samples:
+            seed = np.random.SeedSequence([self.config.seed, int(sample)]).generate_state(1)
+            generator = torch.Generator().manual_seed(int(seed[0]))
+            states.append(torch.randn(shape, generator=generator) * NOISE)
+        return torch.stack(states).to(self.device)
+
+    def _flops(self, depth: Any) -> float:
+        """Floating-point operations of a step on sequences of these depths."""
+        keys, model = self.config.length // 2, self.model
+        once = model.flops(keys, 0)
+        loop = model.core.flops(keys)
+        with_gradient = np.minimum(depth, self._window())
+        factor = 4 if self.config.checkpoint_activations else 3
+        loops = (depth - with_gradient) + factor * with_gradient
+        return float(self.config.length * (3 * once * len(depth) + loop * loops.sum()))
+
+    def _line(
+        self,
+        total: float,
+        depth: Any,
+        norm: float,
+        loads: Tensor | None,
+        flops: float,
+        seconds: float,
+    ) -> dict[str, Any]:
+        loss = total / self.config.tokens_per_step
+        bytes_per_token = self.training.bytes / self.training.tokens
+        line = {
+            "step": self.step - 1,
+            "loss": loss,
+            "bits_per_byte": loss / math.log(2) / bytes_per_token,
+            "gradient_norm": norm,
+            "loops": float(depth.mean()),
+            "lr": schedule(self.step - 1, self.config.steps, self.config.optimizer),
+            "skipped": self.optimizers.skipped,
+            "tokens_per_second": self.config.tokens_per_step / seconds,
+            "peak_share": flops / seconds / (self.machine.peak if self.machine else math.inf),
+            "spectral_radius": float(self.model.core.injection.spectral_radius()),
+        }
+        if loads is not None:
+            by_expert = loads.sum(0).float()
+            line["load_max_over_mean"] = float((by_expert.amax(-1) / by_expert.mean(-1)).max())
+        return line
+
+    # Measuring ----------------------------------------------------------------------------------
+
+    def _evaluate(self, max_tokens: int | None) -> Evaluation:
+        mean = self.model_config.mean_loops
+        loops = sorted({1, 2, 4, 8, 16, mean}) if mean > 1 else [1]
+        with self._autocast():
+            return evaluate(
+                self.model,
+                self.validation,
+                self.tokenizer.token_bytes,
+                loops,
+                length=min(self.config.length, self.model_config.max_length),
+                max_tokens=max_tokens,
+            )
+
+    def _score(self, result: Evaluation) -> float:
+        return result.bits_per_byte[result.loops.index(self.model_config.mean_loops)]
+
+    def _measurement(self, result: Evaluation) -> dict[str, Any]:
+        line: dict[str, Any] = {
+            "step": self.step - 1,
+            "validation": dict(zip(map(str, result.loops), result.bits_per_byte, strict=True)),
+        }
+        return line | self._inside()
+
+    @torch.no_grad()
+    def _inside(self) -> dict[str, Any]:
+        """RMS of the state after each loop and load of each expert, on held-out text."""
+        self.model.eval()
+        windows = self.validation.windows(min(self.config.length, self.model_config.max_length))
+        ids = self.validation.read(windows.starts[:4], windows.length)[:, :-1]
+        loops = max(2, 2 * self.model_config.mean_loops) if self.model_config.mean_loops > 1 else 1
+        out = self.model(torch.from_numpy(ids).to(self.device), loops, return_states=True)
+        rms = out.states.float().square().mean((1, 2, 3)).sqrt()
+        line: dict[str, Any] = {"state_rms": [round(float(x), 5) for x in rms]}
+        if out.loads is not None:
+            share = out.loads.float() / out.loads.sum(-1, keepdim=True)
+            line["expert_share"] = [[[round(float(x), 5) for x in r] for r in s] for s in share]
+        return line
+
+    def _train_gate(self) -> GateReport:
+        with self._autocast():
+            return train_gate(
+                self.model,
+                self.training,
+                self.validation,
+                length=min(self.config.length, self.model_config.max_length),
+                steps=self.config.gate_steps,
+                seed=self.config.seed,
+            )
+
+    # Checkpoints --------------------------------------------------------------------------------
+
+    def save(self, bits_per_byte: float | None = None) -> Path:
+        """Write a checkpoint of this step.
+
+        Raises:
+            CheckpointError: the disk is full or refuses; earlier checkpoints stay.
+        """
+        tensors = {"model": storable(self.model), "optimizer": self.optimizers.state_tensors()}
+        state = {
+            "model": json.loads(self.model_config.to_json()),
+            "train": dataclasses.asdict(self.config),
+            "tokenizer": self.tokenizer.fingerprint,
+            "text": self.training.source_fingerprint,
+            "threads": torch.get_num_threads(),
+            "precision": None if self.machine is None else self.machine.precision,
+            "torch": torch.__version__,
+        }
+        return checkpoint.save(
+            self.run, self.step, tensors, state, keep=self.config.keep, bits_per_byte=bits_per_byte
+        )
+
+    def resume(self) -> bool:
+        """Go on from the newest whole checkpoint; False where there is none.
+
+        Raises:
+            CheckpointError: it was made with another model, text or tokenizer.
+        """
+        checkpoint.remove_leftovers(self.run)
+        newest = checkpoint.latest(self.run)
+        if newest is None:
+            cut_metrics(self.run, 0)
+            return False
+        found = checkpoint.load(newest)
+        self._check(found.state, newest)
+        fill(self.model, found.tensors["model"], str(newest))
+        self.model.to(self.device)
+        self._choose_parameters()
+        self.optimizers = build_optimizers(
+            self.model.named_parameters(),
+            self.config.optimizer,
+            fused_splits={k: (a, tuple(s)) for k, (a, s) in self.model.fused_splits().items()},
+        )
+        self.optimizers.load_state_tensors(found.tensors["optimizer"])
+        self.step = found.step
+        torch.set_num_threads(found.state["threads"])
+        precision = found.state["precision"] or "fp32"
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.machine = Machine(precision, "as before", matmul_peak(dtype, self.device))
+        cut_metrics(self.run, self.step)
+        return True
+
+    def _check(self, state: dict[str, Any], where: Path) -> None:
+        mine = {
+            "model": json.loads(self.model_config.to_json()),
+            "train": json.loads(json.dumps(dataclasses.asdict(self.config))),
+            "tokenizer": self.tokenizer.fingerprint,
+            "text": self.training.source_fingerprint,
+        }
+        for what in ("model", "train"):
+            for name, value in mine[what].items():
+                if state[what].get(name) != value:
+                    raise CheckpointError(
+                        f"{name}={value!r} must be {state[what].get(name)!r}, as in {where}: "
+                        "resume with the settings that the run was started with"
+                    )
+        for what in ("tokenizer", "text"):
+            if state[what] != mine[what]:
+                raise CheckpointError(
+                    f"{what}={mine[what][:12]} must be {state[what][:12]}, as in {where}: "
+                    f"the {what} has changed since; put the old one back, or start a new run"
+                )
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _add(total: Tensor | None, loads: Tensor) -> Tensor:
+    """Sum loads by loop; parts of a batch may differ in depth."""
+    if total is None:
+        return loads
+    longer, shorter = (total, loads) if len(total) >= len(loads) else (loads, total)
+    longer = longer.clone()
+    longer[: len(shorter)] += shorter
+    return longer
+
+
+def _tensorboard(run: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "log='tensorboard' needs the package: pip install 'openmythos[log]'"
+        ) from error
+    return SummaryWriter(str(run / "tensorboard"))  # type: ignore[no-untyped-call]
