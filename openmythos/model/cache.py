@@ -364,19 +364,26 @@ class Cache:
 class Frozen:
     """A store for training with per-token exits: nothing is written in place.
 
-    Holds each core layer's entries as of the last loop; tokens that have left keep theirs, so
-    that those still in the core see the keys they will meet at inference, with gradients.
+    Holds one core layer's entries of one loop; tokens that have left keep theirs, so that those
+    still in the core see the keys they will meet at inference, with gradients. A store serves
+    one loop alone, because activation checkpointing runs its layer again in the backward pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, earlier: dict[str, Tensor] | None = None, active: Tensor | None = None
+    ) -> None:
+        self.earlier, self.active = earlier or {}, active
         self.entries: dict[str, Tensor] = {}
-        self.active: Tensor | None = None
+
+    def after(self, active: Bool[Tensor, "batch sequence"]) -> Frozen:
+        """Return the store of the next loop, in which only `active` tokens bring new entries."""
+        return Frozen(self.entries, active)
 
     def update(self, kept: dict[str, Tensor], span: Span, slot: int) -> dict[str, Tensor]:
         """Take the entries of active tokens, keep the others'; shapes `(batch, sequence, ...)`."""
-        if self.active is not None and self.entries:
+        if self.active is not None and self.earlier:
             for name, new in kept.items():
                 active = self.active.view(*self.active.shape, *[1] * (new.ndim - 2))
-                kept[name] = torch.where(active, new, self.entries[name])
+                kept[name] = torch.where(active, new, self.earlier[name])
         self.entries = dict(kept)
         return kept

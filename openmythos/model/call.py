@@ -24,7 +24,6 @@ def check_call(
     positions: Tensor | None,
     h0: Tensor | None,
     routing: Tensor | None,
-    backprop_loops: int | None,
 ) -> None:
     """Raise `InputError` or `CacheError` where an argument of `OpenMythos.forward` does not fit."""
     config = model.config
@@ -56,8 +55,6 @@ def check_call(
             raise InputError(f"positions has dtype {positions.dtype}, must be torch.int64")
     if h0 is not None:
         _check_shape("h0", h0, (batch, sequence, config.hidden_size))
-    if backprop_loops is not None and backprop_loops < 1:
-        raise InputError(f"backprop_loops={backprop_loops} must be 1 or more")
     if routing is not None:
         _check_routing(routing, config, batch, sequence)
 
@@ -103,6 +100,29 @@ def check_loops(loops: int | Tensor, batch: int, sequence: int) -> None:
         raise InputError(f"loops={loops} must be 1 or more")
 
 
+def check_window(
+    backprop_loops: int | None, loops: int | Tensor, halting: str, notes: bool
+) -> None:
+    """Raise `InputError` unless a gradient window of `backprop_loops` can be kept.
+
+    It cannot where tokens leave the core one by one, nor where sequences of different depths all
+    start at loop 0, as they do to take notes of every loop: a window starts elsewhere for each.
+    """
+    if backprop_loops is None:
+        return
+    if isinstance(backprop_loops, bool) or not isinstance(backprop_loops, int) or backprop_loops < 1:
+        raise InputError(f"backprop_loops={backprop_loops!r} must be an integer of 1 or more")
+    if halting != "none":
+        raise InputError(f"backprop_loops={backprop_loops} must be left out with {halting=}")
+    if isinstance(loops, Tensor) and loops.ndim == 2:
+        raise InputError(f"backprop_loops={backprop_loops} must be left out with loops per token")
+    if isinstance(loops, Tensor) and notes:
+        raise InputError(
+            f"backprop_loops={backprop_loops} must be left out with loops per sequence where "
+            "return_states or return_routing is asked for"
+        )
+
+
 def check_cache_sizes(
     config: MythosConfig, batch_size: int, max_length: int, loops: int, policy: str
 ) -> None:
@@ -142,5 +162,10 @@ def _check_routing(routing: Tensor, config: MythosConfig, batch: int, sequence: 
     wanted = (config.core_layers, batch, sequence, config.experts_per_token)
     if routing.ndim != 5 or tuple(routing.shape[1:]) != wanted:
         raise InputError(f"routing has shape {tuple(routing.shape)}, must be (loops, *{wanted})")
-    if int(routing.min()) < 0 or int(routing.max()) >= config.experts:
-        raise InputError(f"routing must hold experts from 0 to {config.experts - 1}")
+    if routing.dtype != torch.int64:
+        raise InputError(f"routing has dtype {routing.dtype}, must be torch.int64")
+    if int(routing.min()) < -1 or int(routing.max()) >= config.experts:
+        raise InputError(
+            f"routing must hold experts from 0 to {config.experts - 1}, or -1 where a token has "
+            "left the core"
+        )

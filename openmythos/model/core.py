@@ -77,7 +77,7 @@ class Notes:
     want_states: bool = False
     want_routing: bool = False
     given: Int[Tensor, "loops layers batch sequence chosen"] | None = None
-    loads: list[Tensor] = field(default_factory=list)
+    cells: list[Tensor] = field(default_factory=list)
     routing: list[Tensor] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
 
@@ -90,21 +90,29 @@ class Notes:
             return list(given)
         return [layer.flatten(0, 1).index_select(0, numbers) for layer in given]
 
-    def count(self, chosen: list[Tensor], loop: int, loops: Tensor | None = None) -> None:
-        """Add the experts chosen at `loop`, or at each sequence's own of `loops`."""
-        if not chosen:
-            return
-        last = loop if loops is None else int(loops.max())
-        while len(self.loads) <= last:
-            self.loads.append(chosen[0].new_zeros(self.layers, self.experts))
+    @property
+    def by_token(self) -> bool:
+        """Whether states or choices of each loop are wanted, for which loops must run in step."""
+        return self.want_states or self.want_routing
+
+    def count(self, chosen: list[Tensor], loop: Tensor, real: Tensor | None = None) -> None:
+        """Note the experts chosen at `loop`, one for all or one for each sequence; not padding's."""
         for number, choice in enumerate(chosen):
-            if loops is None:
-                self.loads[loop][number] += torch.bincount(choice.flatten(), minlength=self.experts)
-                continue
-            cell = loops.view(-1, *[1] * (choice.ndim - 1)) * self.experts + choice
-            counts = torch.bincount(cell.flatten(), minlength=(last + 1) * self.experts)
-            for at, row in enumerate(counts.view(-1, self.experts)):
-                self.loads[at][number] += row
+            row = loop if loop.ndim == 0 else loop.view(-1, *[1] * (choice.ndim - 1))
+            cell = torch.add(choice, row, alpha=self.layers * self.experts)
+            cell = cell if real is None else cell[real]
+            self.cells.append((cell + number * self.experts if number else cell).flatten())
+
+    def loads(self) -> Tensor | None:
+        """Return the tokens each expert got, `(loops, layers, experts)`: one count for all loops."""
+        if not self.cells:
+            return None
+        cells = torch.cat(self.cells)
+        one_loop = self.layers * self.experts
+        loops = int(cells.max()) // one_loop + 1
+        counts = cells.new_zeros(loops * one_loop)
+        counts.scatter_add_(0, cells, torch.ones_like(cells))  # whole numbers: any order is exact
+        return counts.view(loops, self.layers, self.experts)
 
     def route(self, chosen: list[Tensor], numbers: Tensor | None) -> None:
         """Write down the experts chosen by the rows in the core."""
@@ -124,7 +132,7 @@ class Notes:
         """Put the notes into the output."""
         return replace(
             output,
-            loads=torch.stack(self.loads) if self.loads else None,
+            loads=self.loads(),
             routing=torch.stack(self.routing) if self.routing else None,
             states=torch.stack(self.states) if self.states else None,
         )
@@ -190,22 +198,19 @@ class Core(nn.Module):
             tokens=(e.shape[0], e.shape[1]),
             want_states=return_states,
             want_routing=return_routing,
-            given=routing,
+            given=None if routing is None else routing.clamp(min=0),  # -1: no loop reads it
         )
-        by_token = rule is not None or (isinstance(loops, Tensor) and loops.ndim == 2)
-        if not by_token and isinstance(loops, Tensor) and cache is not None:
-            loops, by_token = loops.unsqueeze(1).expand(e.shape[:2]), True
-        if not by_token:
-            if isinstance(loops, int) and (backprop_loops is None or backprop_loops >= loops):
-                output = self._together(h, rows, loops, cache, notes)
-            else:
-                window = self.config.max_loops if backprop_loops is None else backprop_loops
-                output = self._by_sequence(h, rows, loops, window, notes)
+        if rule is None and isinstance(loops, int):
+            window = loops if backprop_loops is None else backprop_loops
+            output = self._together(h, rows, loops, window, cache, notes)
+        elif rule is None and loops.ndim == 1 and cache is None and not notes.by_token:
+            window = int(loops.max()) if backprop_loops is None else backprop_loops
+            output = self._by_sequence(h, rows, loops, window, notes)
         else:
             budget = loops if isinstance(loops, Tensor) else torch.tensor(loops, device=e.device)
             budget = budget.unsqueeze(1) if budget.ndim == 1 else budget
             budget = budget.expand(e.shape[:2])
-            if torch.is_grad_enabled() and cache is None and drive.requires_grad:
+            if torch.is_grad_enabled() and cache is None and self._learns(drive, h):
                 output = self._by_token_with_gradient(h, rows, budget, rule, notes)
             else:
                 if cache is None:
@@ -213,6 +218,10 @@ class Core(nn.Module):
                     cache = new_cache(int(budget.max()))
                 output = self._by_token(h, rows, budget, rule, cache, notes)
         return notes.finish(output)
+
+    def _learns(self, *inputs: Tensor) -> bool:
+        """Whether anything needs a gradient: the adapters may learn behind a frozen prelude."""
+        return any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))
 
     def _first_state(self, e: Tensor) -> Tensor:
         return e if self.config.h0 == "e" else torch.zeros_like(e)
@@ -242,16 +251,23 @@ class Core(nn.Module):
         return (h if self.norm is None else self.norm(h).to(h.dtype)), chosen
 
     def _together(
-        self, h: Tensor, rows: Rows, loops: int, cache: Cache | None, notes: Notes
+        self,
+        h: Tensor,
+        rows: Rows,
+        loops: int,
+        window: int,
+        cache: Cache | None,
+        notes: Notes,
     ) -> CoreOutput:
-        """Every token takes the same number of loops."""
-        numbers = torch.arange(loops, device=h.device)
+        """Every token takes the same number of loops, the last `window` with gradient."""
+        numbers, learns = torch.arange(loops, device=h.device), torch.is_grad_enabled()
         for loop in range(loops):
             slot = 0 if cache is None else cache.slot_of(loop)
             stores = None if cache is None else cache.core
             choices = notes.choices(loop, None)
-            h, chosen = self.one_loop(h, rows, numbers[loop], stores, slot, choices)
-            notes.count(chosen, loop)
+            with torch.set_grad_enabled(learns and loop >= loops - window):
+                h, chosen = self.one_loop(h, rows, numbers[loop], stores, slot, choices)
+            notes.count(chosen, numbers[loop], rows.span.real)
             notes.route(chosen, None)
             if notes.want_states:
                 notes.states.append(h)
@@ -261,7 +277,7 @@ class Core(nn.Module):
         return CoreOutput(h, taken)
 
     def _by_sequence(
-        self, h: Tensor, rows: Rows, loops: int | Tensor, window: int, notes: Notes
+        self, h: Tensor, rows: Rows, loops: Tensor, window: int, notes: Notes
     ) -> CoreOutput:
         """Every sequence takes its own number of loops, the last `window` with gradient.
 
@@ -269,8 +285,6 @@ class Core(nn.Module):
         finished ones leave the batch instead of being masked. All are aligned at the start of
         the gradient window, each with its own loop number.
         """
-        if isinstance(loops, int):
-            loops = torch.full((h.shape[0],), loops, device=h.device)
         order = loops.argsort(descending=True, stable=True)
         depth = loops.index_select(0, order)
         h, rows = h.index_select(0, order), self._reorder(rows, order)
@@ -298,7 +312,7 @@ class Core(nn.Module):
             loop = first[:running] + done
             choices = self._choices_by_sequence(notes, loop)
             h, chosen = self.one_loop(h, rows, loop, choices=choices)
-            notes.count(chosen, 0, loops=loop)
+            notes.count(chosen, loop, rows.span.real)
         return torch.cat([h, *reversed(finished)])
 
     @staticmethod
@@ -352,7 +366,7 @@ class Core(nn.Module):
             choices = notes.choices(loop, rows.numbers)
             slot = cache.slot_of(loop)
             h, chosen = self.one_loop(h, rows, steps[loop], cache.core, slot, choices)
-            notes.count(chosen, loop)
+            notes.count(chosen, steps[loop])
             notes.route(chosen, rows.numbers)
             last, after = budget == loop + 1, h.reshape(-1, width)
             leaves = last
@@ -410,11 +424,12 @@ class Core(nn.Module):
         fired = torch.zeros_like(active)
         steps = torch.arange(int(budget.max()), device=h.device)
         for loop in range(len(steps)):
-            for store in stores:
-                store.active = active if loop else None
+            stores = [store.after(active) for store in stores]
             choices = notes.choices(loop, None)
             new, chosen = self.one_loop(h, rows, steps[loop], stores, 0, choices)
-            notes.count([choice[active] for choice in chosen], loop)
+            chosen = [choice[active] for choice in chosen]
+            notes.count(chosen, steps[loop])
+            notes.route(chosen, active.flatten().nonzero().squeeze(1))
             taken = taken + active
             last = budget == loop + 1
             leaves = last

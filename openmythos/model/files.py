@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,7 @@ WEIGHTS_FILE = "model.safetensors"
 TIED = "head.weight"  # the same tensor as the embedding where config.tie_head
 
 
+@runtime_checkable
 class Saveable(Protocol):
     """A tokenizer, as far as saving goes."""
 

@@ -5,8 +5,6 @@ MPS, rows not aligned to 16 bytes). Wrapped as a custom operator because torch's
 fails on `meta` and under `torch.compile`, and because its backward refuses expanded gradients.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

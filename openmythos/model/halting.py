@@ -9,7 +9,7 @@ the cache holds keys of the state the rule decided on.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,6 +22,7 @@ Readout = Callable[[Tensor], Tensor]
 """From a state `(rows, hidden)` to logits `(rows, vocab)`, without the coda."""
 
 
+@runtime_checkable
 class Rule(Protocol):
     """One way to decide when tokens exit; built for one call."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,7 @@ LARGEST_STEP = 8.0
 Carry = Tensor  # what multiplies h at every loop: a diagonal, a matrix, or nothing
 
 
+@runtime_checkable
 class Injection(Protocol):
     """`prepare` once per call what does not change over the loops, then `__call__` at each."""
 

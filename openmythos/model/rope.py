@@ -12,24 +12,31 @@ from openmythos.config import RopePairing
 
 
 class Rope(NamedTuple):
-    """Cosine and sine of every position's angles, each `(*positions, dim / 2)`."""
+    """What every channel and its partner are multiplied by, each `(*positions, dim)`.
 
-    cos: Float[Tensor, "*positions half"]
-    sin: Float[Tensor, "*positions half"]
+    `sin` carries the sign of its channel, so that a rotation is two products and one swap.
+    """
+
+    cos: Float[Tensor, "*positions dim"]
+    sin: Float[Tensor, "*positions dim"]
 
     def per_head(self) -> Rope:
-        """Add the axis of the heads: `(*positions, 1, dim / 2)`."""
+        """Add the axis of the heads: `(*positions, 1, dim)`."""
         return Rope(self.cos.unsqueeze(-2), self.sin.unsqueeze(-2))
 
     def select(self, rows: Int[Tensor, " rows"]) -> Rope:
-        """Take the given rows of a flat table."""
+        """Take the given rows of a table."""
         return Rope(self.cos.index_select(0, rows), self.sin.index_select(0, rows))
 
 
 def rope_table(
-    positions: Int[Tensor, "*positions"], dim: int, base: float, dtype: torch.dtype
+    positions: Int[Tensor, "*positions"],
+    dim: int,
+    base: float,
+    pairing: RopePairing,
+    dtype: torch.dtype,
 ) -> Rope:
-    """Return the angles' cosine and sine for `positions`, in fp32 or float64.
+    """Return the factors for `positions`, in fp32, or float64 for a float64 model.
 
     Angles are computed in float64 and then rounded: at position 1,000,000 an fp32 product is
     off by 0.06 radians. MPS has no float64, so there the table is made on the CPU.
@@ -38,9 +45,13 @@ def rope_table(
     if device.type == "mps":
         positions = positions.cpu()
     exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
-    angles = positions.double().unsqueeze(-1) * base**-exponent
+    angles = positions.double().unsqueeze(-1) * base**-exponent  # (*positions, dim / 2)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return Rope(angles.cos().to(wide).to(device), angles.sin().to(wide).to(device))
+    cos, sin = angles.cos().to(wide).to(device), angles.sin().to(wide).to(device)
+    if pairing == "half":
+        return Rope(torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
+    paired = torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)
+    return Rope(*(x.flatten(-2) for x in paired))
 
 
 def rotate(x: Float[Tensor, "*rows dim"], rope: Rope, pairing: RopePairing) -> Tensor:
@@ -48,11 +59,9 @@ def rotate(x: Float[Tensor, "*rows dim"], rope: Rope, pairing: RopePairing) -> T
 
     The product is taken in the table's dtype, so bf16 queries and keys rotate in fp32.
     """
+    wide, half = x.to(rope.cos.dtype), x.shape[-1] // 2
     if pairing == "half":
-        first, second = x.chunk(2, dim=-1)
+        swapped = wide.view(*x.shape[:-1], 2, half).flip(-2)
     else:
-        first, second = x[..., 0::2], x[..., 1::2]
-    turned = (first * rope.cos - second * rope.sin, second * rope.cos + first * rope.sin)
-    if pairing == "half":
-        return torch.cat(turned, dim=-1).to(x.dtype)
-    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+        swapped = wide.view(*x.shape[:-1], half, 2).flip(-1)
+    return torch.addcmul(wide * rope.cos, swapped.view(x.shape), rope.sin).to(x.dtype)

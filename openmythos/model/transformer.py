@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from openmythos.config import CachePolicy, HaltingKind, MythosConfig
 from openmythos.model.attention import ATTENTION
 from openmythos.model.cache import Cache, Place, Span
-from openmythos.model.call import check_call
+from openmythos.model.call import check_call, check_window
 from openmythos.model.core import Core, CoreOutput
 from openmythos.model.halting import Rule, make_rule
 from openmythos.model.layer import Layer
@@ -93,10 +93,10 @@ class OpenMythos(nn.Module):
             token_ids: int64, from 0 to vocab_size - 1.
             loops: budget of every token, of each sequence, or of each token; at least 1.
                 Default: `config.mean_loops`. May exceed the trained depth.
-            cache: kept keys and values of earlier calls; extended in place.
+            cache: kept keys and values of earlier calls; extended in place, without gradient.
             halting: when tokens leave the core before their budget ends; see `HALTING`.
             threshold: the rule's bound; None is its own default.
-            mask: False marks padding, which nothing sees and which never enters the core.
+            mask: False marks padding, which nothing sees and no load counts.
             positions: rotary positions; default: each token's place in its sequence.
             h0: first state, for experiments.
             routing: experts to take instead of the routers' choice; the last loop's serve for
@@ -110,32 +110,34 @@ class OpenMythos(nn.Module):
             CacheError: the cache is another model's, or of another batch size, or too short.
         """
         loops = self.config.mean_loops if loops is None else loops
-        check_call(self, token_ids, loops, cache, mask, positions, h0, routing, backprop_loops)
+        check_call(self, token_ids, loops, cache, mask, positions, h0, routing)
+        check_window(backprop_loops, loops, halting, return_states or return_routing)
         rule = self._rule(halting, threshold)
         span = self._span(token_ids, cache, mask, loops)
         rope = self._rope(span, positions)
         places = self._outer_places(span, cache)
         once = torch.zeros((), dtype=torch.int64, device=token_ids.device)
 
-        x = self.embed(token_ids) * self.config.embedding_scale
-        for layer in self.prelude:
-            x, _ = layer(x, rope, once, next(places))
-        e = x if self.prelude_norm is None else self.prelude_norm(x)
-        core: CoreOutput = self.core(
-            e,
-            rope,
-            span,
-            loops,
-            rule=rule,
-            cache=cache,
-            new_cache=lambda slots: self._scratch(span, slots, e),
-            h0=h0,
-            backprop_loops=backprop_loops,
-            routing=routing,
-            return_states=return_states,
-            return_routing=return_routing,
-        )
-        logits = self._decode(core.h, rope, places)
+        with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):
+            x = self.embed(token_ids) * self.config.embedding_scale
+            for layer in self.prelude:
+                x, _ = layer(x, rope, once, next(places))
+            e = x if self.prelude_norm is None else self.prelude_norm(x)
+            core: CoreOutput = self.core(
+                e,
+                rope,
+                span,
+                loops,
+                rule=rule,
+                cache=cache,
+                new_cache=lambda slots: self._scratch(span, slots, e),
+                h0=h0,
+                backprop_loops=backprop_loops,
+                routing=routing,
+                return_states=return_states,
+                return_routing=return_routing,
+            )
+            logits = self._decode(core.h, rope, places)
 
         if cache is not None:
             cache.commit(span)
@@ -227,7 +229,9 @@ class OpenMythos(nn.Module):
             where = where[:1]  # the same for every sequence
         dim = ATTENTION[self.config.attention].rope_dim(self.config)
         dtype = self.embed.weight.dtype
-        return rope_table(where, dim, self.config.rope_base, dtype).per_head()
+        return rope_table(
+            where, dim, self.config.rope_base, self.config.rope_pairing, dtype
+        ).per_head()
 
     def _outer_places(self, span: Span, cache: Cache | None) -> Iterator[Place]:
         for number in range(len(self.prelude) + len(self.coda)):
