@@ -10,7 +10,8 @@ READY := .venv/.ready
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 # One thread per worker: more of them would only take turns on the same cores.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -n 2
+# Waiting threads sleep instead of spinning, or tests of two threads crawl beside the other worker.
+PYTEST := OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -n 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test soak lint format bench same

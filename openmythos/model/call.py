@@ -110,7 +110,8 @@ def check_window(
     """
     if backprop_loops is None:
         return
-    if isinstance(backprop_loops, bool) or not isinstance(backprop_loops, int) or backprop_loops < 1:
+    whole = isinstance(backprop_loops, int) and not isinstance(backprop_loops, bool)
+    if not whole or backprop_loops < 1:
         raise InputError(f"backprop_loops={backprop_loops!r} must be an integer of 1 or more")
     if halting != "none":
         raise InputError(f"backprop_loops={backprop_loops} must be left out with {halting=}")

@@ -96,7 +96,7 @@ class Notes:
         return self.want_states or self.want_routing
 
     def count(self, chosen: list[Tensor], loop: Tensor, real: Tensor | None = None) -> None:
-        """Note the experts chosen at `loop`, one for all or one for each sequence; not padding's."""
+        """Note the experts chosen at `loop`, one for all or one for each sequence."""
         for number, choice in enumerate(chosen):
             row = loop if loop.ndim == 0 else loop.view(-1, *[1] * (choice.ndim - 1))
             cell = torch.add(choice, row, alpha=self.layers * self.experts)

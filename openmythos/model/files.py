@@ -99,8 +99,11 @@ def fill(model: OpenMythos, tensors: dict[str, Tensor], source: str) -> None:
                 f"{source}: {name} has shape {tuple(tensor.shape)}, must be "
                 f"{tuple(wanted[name].shape)}: it is of another config"
             )
-    model.load_state_dict(tensors, assign=True)
+    if not model.embed.weight.is_meta:
+        model.load_state_dict(tensors)
+        return
+    # Cloned, because a file's tensors lie anywhere in it, and a product's rounding depends on how
+    # its operands are aligned.
+    model.load_state_dict({name: t.clone() for name, t in tensors.items()}, assign=True)
     if tied:
         model.head.weight = model.embed.weight
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)

@@ -16,6 +16,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from openmythos.errors import InputError
+from openmythos.model.wide import keep_wide
+
+DEFAULT_THRESHOLD = 0.9  # of a gate that was never trained
 
 Memory = tuple[Tensor, ...]
 Readout = Callable[[Tensor], Tensor]
@@ -46,6 +49,7 @@ class LearnedExit(nn.Module):
 
     Features are the state's root-mean-square norm and the logarithm of how far, relative to its
     length, the last loop moved it; never the loop's number, which would bind it to one depth.
+    Kept in fp32 or wider: in bf16 a threshold of 0.999 would round to 1 and never be reached.
     """
 
     threshold: Tensor
@@ -53,8 +57,11 @@ class LearnedExit(nn.Module):
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(hidden + 1))
-        self.bias = nn.Parameter(torch.zeros(()))
-        self.register_buffer("threshold", torch.tensor(0.9))
+        self.bias = nn.Parameter(torch.zeros(1))  # sharding refuses scalars
+        self.register_buffer("threshold", torch.tensor(DEFAULT_THRESHOLD))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedExit:
+        return super()._apply(keep_wide(fn), recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def forward(
         self, before: Float[Tensor, "*rows hidden"], after: Float[Tensor, "*rows hidden"]

@@ -15,6 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from openmythos.model.wide import keep_wide
+
 FLOOR = 2.0**-8  # A <= exp(-2^-8) < 1 - 2^-9: representable below 1 even in bf16
 START = math.sqrt(1 / 5)  # A at initialisation, Parcae's 0.447
 LARGEST_STEP = 8.0
@@ -60,12 +62,7 @@ class Decay(nn.Module):
             self.rate.fill_(math.log(math.expm1(1.0)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decay:
-        def widely(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            narrow = moved.is_floating_point() and moved.itemsize < 4
-            return tensor.to(moved.device) if narrow else moved
-
-        return super()._apply(widely, recurse)  # type: ignore[no-any-return, no-untyped-call]
+        return super()._apply(keep_wide(fn), recurse)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class LTI(nn.Module):

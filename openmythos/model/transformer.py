@@ -19,7 +19,8 @@ from openmythos.model.attention import ATTENTION
 from openmythos.model.cache import Cache, Place, Span
 from openmythos.model.call import check_call, check_window
 from openmythos.model.core import Core, CoreOutput
-from openmythos.model.halting import Rule, make_rule
+from openmythos.model.halting import DEFAULT_THRESHOLD, Rule, make_rule
+from openmythos.model.injection import START
 from openmythos.model.layer import Layer
 from openmythos.model.norm import RMSNorm
 from openmythos.model.rope import Rope, rope_table
@@ -265,6 +266,11 @@ class OpenMythos(nn.Module):
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
             self._initialise(name, parameter, generator)
+        if self.config.tie_head:
+            self.head.weight = self.embed.weight  # `to_empty` unties them
+        for name, buffer in self.named_buffers():
+            if not buffer.is_meta:
+                buffer.fill_(DEFAULT_THRESHOLD if name.endswith("threshold") else 0)
         decay = getattr(self.core.injection, "decay", None)
         if decay is not None and not decay.step.is_meta:
             decay.reset_parameters()
@@ -281,8 +287,7 @@ class OpenMythos(nn.Module):
                 parameter.fill_(-4.0)  # an untrained exit never fires
             return
         if parameter.ndim < 2 or last in ("qk_scale", "q_scale", "k_scale"):
-            if last not in ("diagonal", "qk_bias"):
-                parameter.fill_(1.0)
+            parameter.fill_(START if last == "diagonal" else 1.0)
             return
         if last == "qk_bias":
             parameter.zero_()

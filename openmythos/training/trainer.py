@@ -228,7 +228,7 @@ class Trainer:
                 token_ids[:, :-1],
                 loops if same is None else same,
                 h0=self._noise(samples),
-                backprop_loops=self._window(),
+                backprop_loops=None if learned_act else self._window(),
                 halting="act" if learned_act else "none",
             )
             losses = cross_entropy(out.logits, token_ids[:, 1:])
@@ -382,13 +382,6 @@ class Trainer:
         found = checkpoint.load(newest)
         self._check(found.state, newest)
         fill(self.model, found.tensors["model"], str(newest))
-        self.model.to(self.device)
-        self._choose_parameters()
-        self.optimizers = build_optimizers(
-            self.model.named_parameters(),
-            self.config.optimizer,
-            fused_splits={k: (a, tuple(s)) for k, (a, s) in self.model.fused_splits().items()},
-        )
         self.optimizers.load_state_tensors(found.tensors["optimizer"])
         self.step = found.step
         torch.set_num_threads(found.state["threads"])

@@ -1,0 +1,74 @@
+"""Two processes that run different numbers of loops: nothing hangs, and gradients add up."""
+
+import socket
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.testing import assert_close
+
+from openmythos import MythosConfig, OpenMythos
+from openmythos.model.transformer import cross_entropy
+
+LOOPS = (3, 7)  # of rank 0 and rank 1
+
+
+def model():
+    return OpenMythos(
+        MythosConfig(
+            vocab_size=31, hidden_size=16, max_length=16, num_heads=2, core_layers=2,
+            mean_loops=3, experts=4, experts_per_token=2, expert_size=8,
+        )
+    )
+
+
+def token_ids(rank):
+    return torch.randint(0, 31, (2, 9), generator=torch.Generator().manual_seed(rank))
+
+
+def loss(network, rank, window):
+    ids = token_ids(rank)
+    logits = network(ids[:, :-1], LOOPS[rank], backprop_loops=window).logits
+    return cross_entropy(logits, ids[:, 1:]).sum() / (2 * ids[:, 1:].numel())
+
+
+def work(rank, port, folder):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    network = model()
+    mesh = init_device_mesh("cpu", (2,))
+    # The whole loop is one unit: a rank gathers once, however often it loops.
+    for unit in (*network.prelude, network.core, *network.coda, network):
+        fully_shard(unit, mesh=mesh)
+    for window in (None, 2):  # all loops with gradient, then a window at the end
+        network.zero_grad()
+        loss(network, rank, window).backward()
+        gradients = {
+            name: p.grad.full_tensor() * 2  # FSDP averages over ranks
+            for name, p in network.named_parameters()
+            if p.grad is not None
+        }
+        if rank == 0:
+            torch.save(gradients, f"{folder}/{window}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_with_other_depths_do_not_hang_and_their_gradients_add_up(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(work, args=(port, str(tmp_path)), nprocs=2)
+    for window in (None, 2):
+        alone = model()
+        for rank in (0, 1):
+            loss(alone, rank, window).backward()
+        together = torch.load(tmp_path / f"{window}.pt", weights_only=True)
+        expected = {n: p.grad for n, p in alone.named_parameters() if p.grad is not None}
+        assert set(together) == set(expected)
+        for name, gradient in expected.items():
+            assert_close(together[name], gradient, atol=1e-6, rtol=1e-4, msg=name)

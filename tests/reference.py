@@ -1,0 +1,278 @@
+"""Plain implementations that tests compare the package with.
+
+numpy in float64, one token, one loop and one head at a time; nothing is shared with the package
+but the names of the weights.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def softplus(x):
+    return np.logaddexp(0, x)
+
+
+def rms_norm(x, scale, eps):
+    return x / np.sqrt(np.mean(x * x) + eps) * scale
+
+
+def rotate(x, position, base, pairing):
+    """Turn channel i and its partner by position * base^(-2i/d)."""
+    out, half = np.empty_like(x), len(x) // 2
+    for i in range(half):
+        first, second = (i, i + half) if pairing == "half" else (2 * i, 2 * i + 1)
+        angle = position * base ** (-2 * i / len(x))
+        cos, sin = np.cos(angle), np.sin(angle)
+        out[first] = x[first] * cos - x[second] * sin
+        out[second] = x[second] * cos + x[first] * sin
+    return out
+
+
+def attend(query, keys, values, scale):
+    """Softmax attention of one head's query over lists of keys and values."""
+    scores = np.array([scale * (query @ key) for key in keys])
+    weights = np.exp(scores - scores.max())
+    weights /= weights.sum()
+    return sum(weight * value for weight, value in zip(weights, values, strict=True))
+
+
+def activate(x, kind):
+    if kind == "relu2":
+        return np.maximum(x, 0) ** 2
+    gate, up = np.split(x, 2)
+    return gate * sigmoid(gate) * up
+
+
+@dataclass
+class Result:
+    logits: np.ndarray
+    """(batch, sequence, vocab)"""
+    loops: np.ndarray
+    """(batch, sequence)"""
+    states: np.ndarray
+    """(loops, batch, sequence, hidden): a token that has left keeps its last."""
+    routing: dict = field(default_factory=dict)
+    """(batch, place, loop, layer) to the experts chosen, best first."""
+    margin: float = np.inf
+    """Smallest gap between an expert chosen and one left out."""
+
+
+class Reference:
+    """One model's weights, and the forward pass token by token, loop by loop."""
+
+    def __init__(self, model):
+        self.config = model.config
+        self.weights = {n: t.detach().double().numpy() for n, t in model.state_dict().items()}
+
+    def __call__(self, token_ids, loops, *, rule=None, h0=None):
+        """`loops` is (batch, sequence); `rule` a class of this file, or none."""
+        token_ids, loops = np.asarray(token_ids), np.asarray(loops)
+        result = Result(None, loops.copy(), None)
+        self.result, logits, states = result, [], []
+        for b in range(len(token_ids)):
+            self.sequence = b
+            first = None if h0 is None else np.asarray(h0[b], dtype=np.float64)
+            out = self.one_sequence(token_ids[b], loops[b], rule, first)
+            logits.append(out[0])
+            states.append(out[1])
+        result.logits = np.stack(logits)
+        deepest = max(len(s) for s in states)
+        states = [s + s[-1:] * (deepest - len(s)) for s in states]
+        result.states = np.stack(states, 1)
+        return result
+
+    def one_sequence(self, ids, budget, rule, h0):
+        c, w = self.config, self.weights
+        places = range(len(ids))
+        x = [w["embed.weight"][token] * c.embedding_scale for token in ids]
+        for number in range(c.prelude_layers):
+            x = self.outer_layer(f"prelude.{number}", x)
+        e = [self.norm(v, "prelude_norm") if c.prelude_norm else v for v in x]
+        h = list(h0 if h0 is not None else e if c.h0 == "e" else [np.zeros_like(v) for v in e])
+        rules = [rule(self) if rule else None for _ in places]
+        left, entries, states = {}, {}, []  # left: the loop after which each token exited
+        for loop in range(max(budget)):
+            active = [p for p in places if p not in left]
+            if not active:
+                break
+            before, u = list(h), {p: self.inject(h[p], e[p]) for p in active}
+            for number in range(c.core_layers):
+                for p in active:  # every key of this loop, before any is read
+                    name = f"core.layers.{number}"
+                    entries[number, loop, p] = self.entry(name, u[p], p, loop)
+                for p in active:
+                    seen = [entries[number, min(loop, left.get(q, loop)), q] for q in range(p + 1)]
+                    u[p] = self.layer(name, u[p], p, loop, seen, number)
+            for p in active:
+                h[p] = self.norm(u[p], "core.norm") if c.loop_norm else u[p]
+                last = loop + 1 == budget[p]
+                fired_before = rules[p] is not None and rules[p].fired
+                if rules[p] is not None:
+                    rules[p].look(before[p], h[p], last)
+                if last or fired_before:  # one loop more than where the rule fired
+                    left[p] = loop
+            states.append(np.stack(h))
+        for p in places:
+            self.result.loops[self.sequence, p] = left[p] + 1
+            if rules[p] is not None:
+                h[p] = rules[p].output(h[p])
+        y = list(h)
+        if c.core_output == "linear":
+            y = [w["core_output.weight"] @ v for v in y]
+        elif c.core_output == "norm":
+            y = [self.norm(v, "core_output") for v in y]
+        for number in range(c.coda_layers):
+            y = self.outer_layer(f"coda.{number}", y)
+        return np.stack([self.readout(v) for v in y]), states
+
+    def readout(self, y):
+        y = self.norm(y, "norm") if self.config.final_norm else y
+        return self.weights["head.weight"] @ y * self.config.logit_scale
+
+    def norm(self, x, name):
+        return rms_norm(x, self.weights[f"{name}.weight"], self.config.norm_eps)
+
+    def inject(self, h, e):
+        kind, w = self.config.injection, self.weights
+        if kind == "lti":
+            step = softplus(w["core.injection.decay.step"])
+            a = np.exp(-(2.0**-8 + step * softplus(w["core.injection.decay.rate"])))
+            return a * h + 8 * np.tanh(step / 8) * (w["core.injection.weight"] @ e)
+        if kind == "free":
+            return w["core.injection.diagonal"] * h + w["core.injection.weight"] @ e
+        if kind == "linear":
+            return w["core.injection.weight"] @ np.concatenate([h, e])
+        return h + e if kind == "add" else h
+
+    def outer_layer(self, name, x):
+        entries = [self.entry(name, v, p, 0) for p, v in enumerate(x)]
+        return [self.layer(name, v, p, 0, entries[: p + 1]) for p, v in enumerate(x)]
+
+    def layer(self, name, h, place, loop, seen, number=None):
+        attention, feed_forward = self.query, self.feed_forward
+        if number is not None and self.config.experts:
+            feed_forward = self.experts
+        h = self.residual(name, "attention", h, lambda x: attention(name, x, place, loop, seen))
+        return self.residual(
+            name, "feed_forward", h, lambda x: feed_forward(name, x, place, loop, number)
+        )
+
+    def residual(self, name, part, h, function):
+        y = function(self.norm(h, f"{name}.{part}_norm"))
+        if self.config.norm == "pre":
+            return h + y
+        if self.config.norm == "peri":
+            return h + self.norm(y, f"{name}.{part}_out_norm")
+        return self.norm(h + y, f"{name}.{part}_out_norm")
+
+    def linear(self, name, x, loop):
+        """A map, with its loop's LoRA where it has one; past the last, the last."""
+        y = self.weights[f"{name}.weight"] @ x
+        if f"{name}.lora.up" in self.weights:
+            up, down = self.weights[f"{name}.lora.up"], self.weights[f"{name}.lora.down"]
+            at = min(loop, len(up) - 1)
+            y = y + up[at] @ (down[at] @ x)
+        return y
+
+    def turn(self, x, place):
+        return rotate(x, place, self.config.rope_base, self.config.rope_pairing)
+
+    def entry(self, name, h, place, loop):
+        """What a token leaves for later ones to see: keys and values, or latent and rotated key."""
+        x = self.norm(h, f"{name}.attention_norm")
+        return (self.entry_gqa if self.config.attention == "gqa" else self.entry_mla)(
+            f"{name}.attention", x, place, loop
+        )
+
+    def query(self, name, x, place, loop, seen):
+        attention = self.query_gqa if self.config.attention == "gqa" else self.query_mla
+        return self.linear(
+            f"{name}.attention.out", attention(f"{name}.attention", x, place, loop, seen), loop
+        )
+
+    def head_gqa(self, name, qkv, head, place):
+        """Head `head` of the fused product, queries before keys: biased, normed, turned."""
+        c, width = self.config, self.config.head_dim
+        x = qkv[head * width : (head + 1) * width]
+        if c.qk_bias:
+            x = x + self.weights[f"{name}.qk_bias"][head]
+        if c.qk_norm:
+            x = rms_norm(x, self.weights[f"{name}.qk_scale"][head], c.norm_eps)
+        return self.turn(x, place)
+
+    def entry_gqa(self, name, x, place, loop):
+        c = self.config
+        qkv = self.linear(f"{name}.qkv", x, loop)
+        keys = [self.head_gqa(name, qkv, c.num_heads + g, place) for g in range(c.kv_heads)]
+        values = qkv[(c.num_heads + c.kv_heads) * c.head_dim :].reshape(c.kv_heads, c.head_dim)
+        return keys, values
+
+    def query_gqa(self, name, x, place, loop, seen):
+        c, out = self.config, []
+        qkv = self.linear(f"{name}.qkv", x, loop)
+        for head in range(c.num_heads):
+            group = head // (c.num_heads // c.kv_heads)
+            keys, values = zip(*[(k[group], v[group]) for k, v in seen], strict=True)
+            query = self.head_gqa(name, qkv, head, place)
+            out.append(attend(query, keys, values, c.head_dim**-0.5))
+        return np.concatenate(out)
+
+    def entry_mla(self, name, x, place, loop):
+        c = self.config
+        both = self.linear(f"{name}.kv_down", x, loop)
+        latent, key = both[: c.kv_latent], both[c.kv_latent :]
+        if c.qk_norm:
+            key = rms_norm(key, self.weights[f"{name}.k_scale"], c.norm_eps)
+        return self.norm(latent, f"{name}.kv_norm"), self.turn(key, place)
+
+    def query_mla(self, name, x, place, loop, seen):
+        c, out = self.config, []
+        if c.q_latent:
+            x = self.norm(self.linear(f"{name}.q_down", x, loop), f"{name}.q_norm")
+        queries = self.linear(f"{name}.q_up", x, loop).reshape(c.num_heads, -1)
+        up = self.weights[f"{name}.kv_up.weight"].reshape(c.num_heads, -1, c.kv_latent)
+        for head, query in enumerate(queries):
+            if c.qk_norm:
+                query = rms_norm(query, self.weights[f"{name}.q_scale"][head], c.norm_eps)
+            query = np.concatenate([query[: c.nope_dim], self.turn(query[c.nope_dim :], place)])
+            to_key, to_value = up[head, : c.nope_dim], up[head, c.nope_dim :]
+            keys = [np.concatenate([to_key @ latent, key]) for latent, key in seen]
+            values = [to_value @ latent for latent, _ in seen]
+            out.append(attend(query, keys, values, (c.nope_dim + c.rope_dim) ** -0.5))
+        return np.concatenate(out)
+
+    def feed_forward(self, name, x, place, loop, number, part="feed_forward"):
+        inner = activate(self.linear(f"{name}.{part}.w_in", x, loop), self.config.feed_forward)
+        return self.linear(f"{name}.{part}.w_out", inner, loop)
+
+    def experts(self, name, x, place, loop, number):
+        c, w, name = self.config, self.weights, f"{name}.feed_forward"
+        affinity = sigmoid(w[f"{name}.router.weight"] @ x)
+        score = affinity + w[f"{name}.router.balance"] * c.balance_rate
+        order = np.argsort(-score, kind="stable")
+        chosen = order[: c.experts_per_token]
+        if c.experts_per_token < c.experts:
+            gap = score[chosen[-1]] - score[order[c.experts_per_token]]
+            self.result.margin = min(self.result.margin, gap)
+        self.result.routing[self.sequence, place, loop, number] = chosen.tolist()
+        y = np.zeros_like(x)
+        for expert in chosen:
+            inner = activate(x @ w[f"{name}.w_in"][expert], c.feed_forward)
+            weight = affinity[expert] / affinity[chosen].sum()
+            y += c.routed_scale * weight * (inner @ w[f"{name}.w_out"][expert])
+        if c.shared_experts:
+            y += self.feed_forward(name, x, place, loop, number, part="shared")
+        return y
+
+
+def exit_probability(reference, which, before, after):
+    weight = reference.weights[f"core.{which}.weight"]
+    length = np.sqrt((after**2).sum())
+    moved = np.sqrt(((after - before) ** 2).sum()) / (length + 1e-8)
+    direction = (weight[:-1] @ after) * np.sqrt(len(after)) / (length + 1e-8)
+    return sigmoid(direction + weight[-1] * np.log(moved + 1e-6) + reference.bias(which))

@@ -1,0 +1,359 @@
+"""A run: it learns, resumes to the bit, and refuses what does not fit."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import openmythos
+from openmythos import MythosConfig, OpenMythos, Tokenizer
+from openmythos.errors import CheckpointError, ConfigError, DataError
+from openmythos.training import checkpoint
+from openmythos.training.run import METRICS, Settings, metrics
+from openmythos.training.settings import OptimizerConfig, TrainConfig
+from openmythos.training.start import open_run, start_run
+from openmythos.training.trainer import Stopped
+
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "max_length": 64,
+    "num_heads": 4,
+    "kv_heads": 2,
+    "prelude_layers": 1,
+    "core_layers": 1,
+    "coda_layers": 1,
+    "mean_loops": 2,
+    "experts": 4,
+    "experts_per_token": 2,
+    "expert_size": 16,
+}
+FAST = {"gate_steps": 0, "evaluate_tokens": 64, "precision": "fp32", "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "rhyme.txt"
+    lines = [f"The {n} mice ran up the clock, and the clock struck {n % 12}." for n in range(400)]
+    path.write_text("\n\n".join(lines))
+    return path
+
+
+def source(text):
+    return {"text": str(text), "field": "text", "held_out": 0.1}
+
+
+def start(run, text, model=None, **train):
+    settings = {"steps": 8, "batch_size": 4, "length": 16, "save_every": 3, "evaluate_every": 4}
+    train = TrainConfig(**{**settings, **FAST, **train})
+    return start_run(run, MythosConfig(**{**SHAPE, **(model or {})}), train, source=source(text))
+
+
+def weights(run):
+    return load_file(run / "model" / "model.safetensors")
+
+
+def same(run, other):
+    first, second = weights(run), weights(other)
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_learns_and_its_model_loads(tmp_path, text):
+    trainer = start(tmp_path / "run", text, steps=60)
+    trainer.fit()
+    steps = [line for line in metrics(tmp_path / "run") if "loss" in line]
+    assert len(steps) == 60
+    assert steps[-1]["loss"] < 0.6 * steps[0]["loss"]
+    for loaded in (tmp_path / "run", tmp_path / "run" / "model"):
+        lm = openmythos.load(loaded)
+        assert len(lm.generate("The 3 mice", max_new_tokens=5, seed=1)) > 0
+
+
+def test_measurements_hold_every_depth_and_the_state_of_every_loop(tmp_path, text):
+    start(tmp_path / "run", text).fit()
+    measured = [line for line in metrics(tmp_path / "run") if "validation" in line]
+    assert measured[-1]["final"]
+    assert list(measured[-1]["validation"]) == ["1", "2", "4", "8", "16"]
+    assert len(measured[-1]["state_rms"]) == 4
+    share = torch.tensor(measured[-1]["expert_share"])
+    assert share.shape == (4, 1, 4)  # loops, core layers, experts
+    assert_close(share.sum(-1), torch.ones(4, 1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, text, threads):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = {"threads": threads, "depth": "lognormal_poisson", "gate_steps": 2}
+    start(whole, text, model={"h0": "noise"}, **options).fit()
+    trainer = start(cut, text, model={"h0": "noise"}, **options)
+
+    def stop(line):
+        trainer._stop = trainer.step == 4
+
+    with pytest.raises(Stopped):
+        trainer.fit(stop)
+    assert checkpoint.latest(cut).name == "step-00000004"
+    again = open_run(cut)
+    assert again.step == 4
+    again.fit()
+    assert same(whole, cut)
+    for key in ("loss", "loops", "gradient_norm"):
+        first, second = ([x.get(key) for x in metrics(run)] for run in (whole, cut))
+        assert first == second
+    torch.set_num_threads(1)
+
+
+def test_a_run_without_a_checkpoint_yet_starts_over(tmp_path, text):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    start(whole, text).fit()
+    start(cut, text)
+    trainer = open_run(cut)
+    assert trainer.step == 0
+    trainer.fit()
+    assert same(whole, cut)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from openmythos.training.start import open_run
+open_run(Path(sys.argv[1])).fit(lambda line: print(line["step"], flush=True))
+"""
+
+
+def kill_and_resume(run, waits):
+    """Run in a process that is killed after each of `waits` seconds, then to the end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED, str(run)]
+    for wait in waits:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+        process.stdout.readline()  # the first step is done
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment, timeout=100)
+
+
+def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, text):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = {"steps": 40, "save_every": 1}
+    start(cut, text, **options)
+    kill_and_resume(cut, [0.03])
+    start(whole, text, **options).fit()
+    assert same(whole, cut)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("threads", [1, 2])
+def test_runs_killed_at_many_moments_end_with_the_same_bits(tmp_path, text, threads):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = {"steps": 200, "save_every": 1, "threads": threads, "gate_steps": 2}
+    start(cut, text, **options)
+    kill_and_resume(cut, [0.0, 0.011, 0.05, 0.13, 0.3, 0.02, 0.17, 0.5])
+    start(whole, text, **options).fit()
+    assert same(whole, cut)
+
+
+def test_ctrl_c_saves_before_it_ends(tmp_path, text):
+    run = tmp_path / "run"
+    start(run, text, steps=500, save_every=400, evaluate_every=400)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "openmythos", "train", "--resume", str(run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while not (run / METRICS).exists() or not (run / METRICS).read_text():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in output
+    saved = checkpoint.load(checkpoint.latest(run))
+    assert saved.step == max(line["step"] for line in metrics(run)) + 1
+
+
+def test_accumulation_changes_nothing_but_rounding(tmp_path, text):
+    runs = [tmp_path / f"{parts}" for parts in (1, 2, 4)]
+    for parts, run in zip((1, 2, 4), runs, strict=True):
+        start(run, text, steps=3, accumulation=parts).fit()
+    one, *others = ([x["loss"] for x in metrics(run) if "loss" in x] for run in runs)
+    for other in others:
+        assert_close(torch.tensor(other), torch.tensor(one), atol=1e-4, rtol=0)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, text):
+    trainer = start(tmp_path / "run", text, steps=2)
+    trainer._prepare()
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.model.core.layers[0].feed_forward.w_out.register_hook(lambda g: g * math.inf)
+    line = trainer._one_step()
+    assert (line["skipped"], trainer.step) == (1, 1)
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_training_adapters_changes_the_adapters_alone(tmp_path, text):
+    start(tmp_path / "base", text, steps=2).fit()
+    base = tmp_path / "base" / "model"
+    shape = MythosConfig(**SHAPE).replace(lora_rank=2)
+    train = TrainConfig(
+        steps=3, batch_size=4, length=16, **FAST, train="adapters",
+        optimizer=OptimizerConfig(warmup_steps=0),
+    )
+    trainer = start_run(
+        tmp_path / "tuned", shape, train, source=source(text), start_from=base
+    )
+    before = {name: t.clone() for name, t in trainer.model.state_dict().items()}
+    trainer.fit()
+    changed = {n for n, t in trainer.model.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed
+    assert all(".lora." in name for name in changed)
+    assert set(load_file(base / "model.safetensors")) < set(weights(tmp_path / "tuned"))
+
+
+def test_training_balances_the_experts_and_act_learns_its_exit(tmp_path, text):
+    trainer = start(tmp_path / "run", text, model={"learned_act": True}, steps=6)
+    exit_before = trainer.model.core.act.weight.clone()
+    trainer.fit()
+    assert int(trainer.model.core.layers[0].feed_forward.router.balance.abs().max()) > 0
+    assert not torch.equal(trainer.model.core.act.weight, exit_before)
+
+
+def test_a_trained_gate_changes_nothing_but_the_gate(tmp_path, text):
+    trainer = start(tmp_path / "run", text, steps=4, gate_steps=5)
+    trainer.fit()
+    saved = checkpoint.load(checkpoint.latest(tmp_path / "run")).tensors["model"]
+    changed = {n for n, t in weights(tmp_path / "run").items() if not torch.equal(t, saved[n])}
+    assert changed <= {"core.gate.weight", "core.gate.bias", "core.gate.threshold"}
+    assert "core.gate.weight" in changed
+
+
+def test_a_plain_transformer_is_the_same_code(tmp_path, text):
+    plain = {"injection": "none", "h0": "e", "core_output": "none", "mean_loops": 1, "experts": 0,
+             "prelude_layers": 0, "core_layers": 3, "coda_layers": 0}
+    start(tmp_path / "run", text, model=plain).fit()
+    assert list([x for x in metrics(tmp_path / "run") if "final" in x][0]["validation"]) == ["1"]
+
+
+def test_activation_checkpointing_gives_the_same_losses(tmp_path, text):
+    for name, on in (("with", True), ("without", False)):
+        start(tmp_path / name, text, steps=3, checkpoint_activations=on).fit()
+    first, second = (
+        [x["loss"] for x in metrics(tmp_path / name) if "loss" in x] for name in ("with", "without")
+    )
+    assert_close(torch.tensor(first), torch.tensor(second), atol=1e-6, rtol=0)
+
+
+def test_resuming_with_another_tokenizer_is_refused(tmp_path, text):
+    run = tmp_path / "run"
+    start(run, text).fit()
+    Tokenizer.train(["another text altogether"], vocab_size=258).save(run / "tokenizer.json")
+    with pytest.raises(CheckpointError, match="tokenizer=.* must be"):
+        open_run(run)
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path, text):
+    run = tmp_path / "run"
+    start(run, text).fit()
+    settings = Settings.load(run)
+    dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=99)).save(run)
+    with pytest.raises(CheckpointError, match="steps=99 must be 8"):
+        open_run(run)
+
+
+def test_resuming_with_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, text):
+    run = tmp_path / "run"
+    start(run, text).fit()
+    newest = checkpoint.latest(run)
+    (newest / "tensors.safetensors").write_bytes(b"torn")
+    with pytest.warns(UserWarning, match="passed over"):
+        trainer = open_run(run)
+    assert 0 < trainer.step < 8
+
+
+@pytest.mark.parametrize(
+    ("train", "model", "sentence"),
+    [
+        ({"length": 65}, {}, "length=65 must be at most the model's max_length=64"),
+        ({"train": "adapters"}, {}, "train='adapters' must go with lora_rank of 1 or more"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_work(tmp_path, text, train, model, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        start(tmp_path / "run", text, model=model, **train)
+    assert not (tmp_path / "run" / "settings.json").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, text):
+    start(tmp_path / "run", text)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        start(tmp_path / "run", text)
+
+
+def test_text_shorter_than_a_batch_is_refused_and_leaves_nothing(tmp_path, text):
+    with pytest.raises(DataError, match="one batch"):
+        start(tmp_path / "run", text, batch_size=1000, length=64)
+    assert not list((tmp_path / "run").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"steps": 0}, "steps=0 must be 1 or more"),
+        ({"accumulation": 3}, "accumulation=3 must divide batch_size=16"),
+        ({"backprop_loops": 0}, "backprop_loops=0 must be 1 or more"),
+    ],
+)
+def test_settings_out_of_range_are_refused(fields, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        TrainConfig(**fields)
+
+
+def test_settings_survive_their_file(tmp_path):
+    settings = Settings(MythosConfig(**SHAPE), TrainConfig(steps=7), {"corpus": "embedded"})
+    settings.save(tmp_path)
+    assert Settings.load(tmp_path) == settings
+    (tmp_path / "settings.json").write_text(json.dumps({"model": {}}))
+    with pytest.raises(CheckpointError, match="must be a whole settings file"):
+        Settings.load(tmp_path)
+
+
+def test_every_parameter_of_a_model_has_one_optimizer():
+    model = OpenMythos(MythosConfig(**SHAPE).replace(attention="mla", q_latent=8, lora_rank=2))
+    from openmythos.training.optimizer import group_of
+
+    muon = {n for n, p in model.named_parameters() if group_of(n, p).optimizer == "muon"}
+    layer = "core.layers.0"
+    assert {n for n in muon if n.startswith(layer)} == {
+        f"{layer}.attention.{name}.weight" for name in ("q_down", "q_up", "kv_down", "kv_up", "out")
+    } | {
+        f"{layer}.feed_forward.{name}"
+        for name in ("w_in", "w_out", "shared.w_in.weight", "shared.w_out.weight")
+    }
+
+
+def test_splits_of_fused_matrices_add_up():
+    for attention in ("gqa", "mla"):
+        model = OpenMythos(MythosConfig(**SHAPE).replace(attention=attention))
+        parameters = dict(model.named_parameters())
+        for name, (axis, sizes) in model.fused_splits().items():
+            assert parameters[name].shape[axis] == sum(sizes), name
+
+
+def test_run_is_a_path(tmp_path):
+    with pytest.raises(CheckpointError, match="must hold settings.json"):
+        open_run(Path(tmp_path))
