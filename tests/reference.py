@@ -60,6 +60,8 @@ class Result:
     """(batch, place, loop, layer) to the experts chosen, best first."""
     margin: float = np.inf
     """Smallest gap between an expert chosen and one left out."""
+    rules: list = field(default_factory=list)
+    """Each token's rule, sequence by sequence."""
 
 
 class Reference:
@@ -70,7 +72,7 @@ class Reference:
         self.weights = {n: t.detach().double().numpy() for n, t in model.state_dict().items()}
 
     def __call__(self, token_ids, loops, *, rule=None, h0=None):
-        """`loops` is (batch, sequence); `rule` a class of this file, or none."""
+        """`loops` is (batch, sequence); `rule` makes one token's rule from this, or is None."""
         token_ids, loops = np.asarray(token_ids), np.asarray(loops)
         result = Result(None, loops.copy(), None)
         self.result, logits, states = result, [], []
@@ -95,6 +97,7 @@ class Reference:
         e = [self.norm(v, "prelude_norm") if c.prelude_norm else v for v in x]
         h = list(h0 if h0 is not None else e if c.h0 == "e" else [np.zeros_like(v) for v in e])
         rules = [rule(self) if rule else None for _ in places]
+        self.result.rules.extend(rule for rule in rules if rule)
         left, entries, states = {}, {}, []  # left: the loop after which each token exited
         for loop in range(max(budget)):
             active = [p for p in places if p not in left]
@@ -271,8 +274,76 @@ class Reference:
 
 
 def exit_probability(reference, which, before, after):
-    weight = reference.weights[f"core.{which}.weight"]
+    """Logistic on the state's direction and the logarithm of how far the last loop moved it."""
+    weight, bias = (reference.weights[f"core.{which}.{part}"] for part in ("weight", "bias"))
     length = np.sqrt((after**2).sum())
     moved = np.sqrt(((after - before) ** 2).sum()) / (length + 1e-8)
     direction = (weight[:-1] @ after) * np.sqrt(len(after)) / (length + 1e-8)
-    return sigmoid(direction + weight[-1] * np.log(moved + 1e-6) + reference.bias(which))
+    return sigmoid(direction + weight[-1] * np.log(moved + 1e-6) + bias.sum())
+
+
+class OneRule:
+    """A halting rule for one token: `look` after every loop sets `fired` and keeps the margin."""
+
+    def __init__(self, reference, threshold):
+        self.reference, self.threshold, self.fired, self.quiet = reference, threshold, False, False
+        self.margin = np.inf
+
+    def compare(self, value):
+        """Whether `value` has reached the threshold; remember how near it came."""
+        self.margin = min(self.margin, abs(value - self.threshold) / self.threshold)
+        return value >= self.threshold
+
+    def output(self, h):
+        return h
+
+
+class Gate(OneRule):
+    def look(self, before, after, last):
+        self.fired = self.compare(exit_probability(self.reference, "gate", before, after))
+
+
+class Delta(OneRule):
+    def look(self, before, after, last):
+        length = np.sqrt((before**2).sum())
+        moved = np.sqrt(((after - before) ** 2).sum())
+        quiet = length > 0 and not self.compare(moved / length)
+        self.fired, self.quiet = quiet and self.quiet, quiet
+
+
+class Kl(OneRule):
+    def look(self, before, after, last):
+        earlier, later = (self.log_probabilities(h) for h in (before, after))
+        self.fired = not self.compare((np.exp(later) * (later - earlier)).sum())
+
+    def log_probabilities(self, h):
+        logits = self.reference.readout(h)
+        return logits - np.logaddexp.reduce(logits)
+
+
+class Act(OneRule):
+    """Graves 2016: p_1, p_2, ... until their sum reaches the threshold, then the remainder."""
+
+    def __init__(self, reference, threshold):
+        super().__init__(reference, threshold)
+        self.weights, self.states = [], []
+
+    def look(self, before, after, last):
+        if self.fired:
+            return
+        p = exit_probability(self.reference, "act", before, after)
+        spent = sum(self.weights)
+        self.fired = bool(self.compare(spent + p) or last)
+        self.weights.append(1 - spent if self.fired else p)
+        self.states.append(after)
+
+    def output(self, h):
+        return sum(w * s for w, s in zip(self.weights, self.states, strict=True))
+
+    @property
+    def ponder(self):
+        """Loops plus remainder."""
+        return len(self.weights) + self.weights[-1]
+
+
+RULES = {"gate": Gate, "delta": Delta, "kl": Kl, "act": Act}

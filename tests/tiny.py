@@ -28,7 +28,8 @@ SIZES = {
 def tiny(*, seed=0, spread=0.3, dtype=torch.float32, **changes):
     """A model of a few thousand parameters whose vectors, too, differ from their first values."""
     model = OpenMythos(MythosConfig(**{**SIZES, **changes}), seed=seed).eval()
-    shake(model, seed=seed, spread=spread)
+    if spread:
+        shake(model, seed=seed, spread=spread)
     return model.to(dtype)
 
 

@@ -61,6 +61,7 @@ def parse(command: Any, name: str, arguments: list[str]) -> Any:
         prog=f"openmythos {name}",
         description=command.__doc__,
         args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),  # --json, without a --no-json
         **extra,
     )
 

@@ -9,20 +9,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from openmythos.config import CachePolicy, HaltingKind
 from openmythos.errors import InputError
 from openmythos.inference.sampling import Sampling, draw
+from openmythos.inference.thinking import Thinking
+from openmythos.model.call import check_loops
 from openmythos.model.transformer import OpenMythos
-
-
-class Thinking(NamedTuple):
-    """How deep each token is thought about."""
-
-    loops: int | None = None
-    """Budget; None: the model's mean."""
-    halting: HaltingKind = "none"
-    threshold: float | None = None
-    cache_policy: CachePolicy = "per_loop"
 
 
 class NewToken(NamedTuple):
@@ -64,8 +55,9 @@ def generate(
     if sampling.seed is not None:
         generator = torch.Generator(device=token_ids.device).manual_seed(sampling.seed)
     loops = model.config.mean_loops if thinking.loops is None else thinking.loops
+    check_loops(loops, batch, prompt)
     cache = model.new_cache(
-        batch, prompt + max_new_tokens, loops=max(1, loops), policy=thinking.cache_policy
+        batch, prompt + max_new_tokens, loops=loops, policy=thinking.cache_policy
     )
     how = {"halting": thinking.halting, "threshold": thinking.threshold}
     lengths = [prompt] * batch if mask is None else mask.sum(1).tolist()

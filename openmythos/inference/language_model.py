@@ -10,8 +10,9 @@ import torch
 
 from openmythos.config import CachePolicy, HaltingKind
 from openmythos.errors import CheckpointError, InputError
-from openmythos.inference.generate import Thinking, generate
+from openmythos.inference.generate import generate
 from openmythos.inference.sampling import Sampling
+from openmythos.inference.thinking import Thinking
 from openmythos.model.transformer import OpenMythos
 from openmythos.training.tokenizer import Tokenizer
 
@@ -21,7 +22,8 @@ class Piece:
     """Text that a new token made whole (possibly none), and the loops the token took."""
 
     text: str
-    token_id: int
+    token_id: int | None
+    """None: no token, but text that was held back until the end."""
     loops: int
 
 
@@ -127,27 +129,34 @@ class LanguageModel:
             self.model,
             torch.tensor([token_ids], device=self.model.embed.weight.device),
             max_new_tokens=min(max_new_tokens, room) if max_new_tokens > 0 else max_new_tokens,
-            thinking=Thinking(loops, halting, threshold, cache_policy),
+            thinking=Thinking(
+                loops=loops, halting=halting, threshold=threshold, cache_policy=cache_policy
+            ),
             sampling=sampling,
         )
         return self._pieces(((int(n.token_ids), int(n.loops)) for n in tokens), stops)
 
     def _pieces(self, tokens: Iterator[tuple[int, int]], stops: list[str]) -> Iterator[Piece]:
         text, hold = self.tokenizer.text_stream(), HoldBack(stops)
-        token_id = loops = 0
-        for token_id, loops in tokens:
+        loops = 0
+        for token_id, taken in tokens:
             if token_id == self.tokenizer.end_id:
                 break
+            loops = taken
             yield Piece(hold.push(text.push(token_id)), token_id, loops)
             if hold.stopped:
                 return
         rest = hold.push(text.finish()) + hold.finish()
         if rest:
-            yield Piece(rest, token_id, loops)
+            yield Piece(rest, None, loops)
 
 
 class HoldBack:
-    """Lets text through up to a stop string, holding back what may be the start of one."""
+    """Lets text through up to a stop string, holding back what may be the start of one.
+
+    The first stop to be complete ends the text (of two that end together, the longer), so that
+    it does not matter how the text was cut into pieces.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops, self.held, self.stopped = stops, "", False
@@ -157,10 +166,11 @@ class HoldBack:
         if self.stopped:
             return ""
         text = self.held + text
-        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self.held = True, ""
-            return text[: min(found)]
+            _, start = min(found)
+            return text[:start]
         keep = max((self._overlap(text, stop) for stop in self.stops), default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -7,13 +7,19 @@ from typing import TYPE_CHECKING
 
 from openmythos.errors import InputError
 
+COLDEST = 1e-30  # a temperature that fp32 can still divide by
+
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn. Filters apply in the order of the fields."""
+    """How the next token is drawn. A token must pass every filter.
+
+    Each filter sees the probabilities after the temperature and before the other filters, so
+    their order does not matter.
+    """
 
     temperature: float = 0.8
     """Divides the logits; 0 takes the likeliest token, ties going to the lower id."""
@@ -52,7 +58,9 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
         sampling: with a temperature above 0.
     """
     wide = logits.float() if logits.itemsize < 4 else logits
-    probabilities = (wide / sampling.temperature).softmax(-1)
+    # Less their maximum before the division, or a low temperature makes them infinite.
+    below = wide - wide.amax(-1, keepdim=True)
+    probabilities = (below / max(sampling.temperature, COLDEST)).softmax(-1)
     # Ties are ordered by id, so that a filter never depends on the sort.
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     kept = ordered >= sampling.min_p * ordered[..., :1]

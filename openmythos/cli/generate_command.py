@@ -1,0 +1,133 @@
+"""Continue a prompt, at the depth you choose.
+
+Examples:
+
+    openmythos generate runs/nano --prompt 'The whale' --loops 8
+    openmythos generate runs/nano --prompt 'The whale' --loops 16 --halting gate --show-loops
+    cat story.txt | openmythos generate runs/nano --prompt - --temperature 0 --json
+
+MODEL is the folder of a model or of a training run. Text appears as it is made. It ends at the
+end of a document, at a --stop string, after --max-new-tokens, or where the model's max_length
+is reached.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from openmythos.cli.loop_colours import LoopColours, colours_wanted
+from openmythos.errors import InputError
+from openmythos.inference.sampling import Sampling
+from openmythos.inference.thinking import Thinking
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from openmythos.inference.language_model import LanguageModel, Piece
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Flags of `openmythos generate`."""
+
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Folder of a model, or of a training run."""
+
+    prompt: str = ""
+    """Text to continue; `-` reads it from standard input. Default: start a document."""
+
+    max_new_tokens: int = 256
+    """Most tokens to make."""
+
+    thinking: Annotated[Thinking, tyro.conf.arg(name="")] = field(default_factory=Thinking)
+    """How deep each token is thought about."""
+
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    """How each token is drawn."""
+
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A string that ends the text and is left out of it; may be given several times."""
+
+    show_loops: bool = False
+    """Colour each token by the loops it took, and count them at the end."""
+
+    json: bool = False
+    """Print one JSON object at the end instead of text."""
+
+
+def run(settings: Settings) -> None:
+    """Load the model and write."""
+    from openmythos.inference.language_model import load
+
+    prompt = _from_stdin() if settings.prompt == "-" else settings.prompt
+    lm = load(settings.model)
+    pieces = _pieces(lm, prompt, settings)
+    if settings.json:
+        print(json.dumps(_as_json(pieces)))
+        return
+    wanted = settings.show_loops and colours_wanted()
+    budget = settings.thinking.loops or lm.model.config.mean_loops
+    colours = LoopColours(budget, wanted)
+    started = time.perf_counter()
+    for piece in pieces:
+        sys.stdout.write(colours.paint(piece))
+        sys.stdout.flush()
+    seconds = time.perf_counter() - started
+    print()
+    if settings.show_loops:
+        print(f"\n{colours.legend()}")
+    if sys.stderr.isatty():
+        tokens = colours.counts.total()
+        print(f"[{tokens} tokens, {tokens / seconds:.0f} a second]", file=sys.stderr)
+
+
+def _pieces(lm: LanguageModel, prompt: str, settings: Settings) -> Iterator[Piece]:
+    thinking, sampling = settings.thinking, settings.sampling
+    return lm.stream(
+        prompt,
+        max_new_tokens=settings.max_new_tokens,
+        loops=thinking.loops,
+        halting=thinking.halting,
+        threshold=thinking.threshold,
+        cache_policy=thinking.cache_policy,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        stop=settings.stop,
+    )
+
+
+def _as_json(pieces: Iterator[Piece]) -> dict[str, Any]:
+    """Take all pieces; the clock runs from the prompt's first token to the last new one."""
+    started = time.perf_counter()
+    made = list(pieces)
+    seconds = time.perf_counter() - started
+    tokens = [piece for piece in made if piece.token_id is not None]
+    loops = [piece.loops for piece in tokens]
+    return {
+        "text": "".join(piece.text for piece in made),
+        "token_ids": [piece.token_id for piece in tokens],
+        "loops": loops,
+        "mean_loops": sum(loops) / len(loops) if loops else None,
+        "seconds": seconds,
+        "tokens_per_second": len(tokens) / seconds,
+    }
+
+
+def _from_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"prompt from standard input must be UTF-8, but is not at byte {error.start}: "
+            "convert it, for example with iconv"
+        ) from None

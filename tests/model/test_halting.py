@@ -1,0 +1,275 @@
+"""Halting rules against plain loops; and that an exit saves work and changes nothing else."""
+
+from functools import partial
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from openmythos.config import HaltingKind
+from openmythos.model.attention import ATTENTION
+from openmythos.model.halting import HALTING, LearnedExit, make_rule
+from tests.reference import RULES, Reference
+from tests.tiny import in_parts, some_ids, some_loops, tiny
+
+# Chosen so that tokens of these tiny models leave at different loops.
+THRESHOLDS = {"gate": 0.5, "delta": 0.6, "kl": 0.05, "act": 0.9}
+BUDGET = 7
+
+
+def model_for(rule, **changes):
+    changes = {"core_layers": 1, **changes}
+    model = tiny(learned_act=rule == "act", lora_rank=2, spread=0.5, **changes)
+    if rule == "act":
+        with torch.no_grad():
+            model.core.act.bias.fill_(-1.5)
+    return model
+
+
+def how(rule):
+    return {"halting": rule, "threshold": THRESHOLDS[rule]}
+
+
+def reference(model, rule, token_ids, loops=BUDGET):
+    budget = torch.as_tensor(loops).expand(token_ids.shape)
+    expected = Reference(model)(token_ids, budget, rule=partial_rule(rule))
+    assert min(one.margin for one in expected.rules) > 1e-3  # relative, far above fp32's rounding
+    assert expected.margin > 1e-4  # of the choice of experts
+    return expected
+
+
+def partial_rule(rule):
+    return partial(RULES[rule], threshold=THRESHOLDS[rule])
+
+
+def test_the_table_has_a_class_for_every_name_of_the_config():
+    assert tuple(HALTING) == get_args(HaltingKind)
+    assert set(RULES) == set(HALTING) - {"none"}
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_exits_where_plain_loops_do(rule, attention):
+    model, token_ids = model_for(rule, attention=attention).double(), some_ids(2, 6)
+    expected = reference(model, rule, token_ids)
+    assert len(set(expected.loops.flatten().tolist())) >= 3  # there is something to compare
+    with torch.no_grad():
+        out = model(token_ids, BUDGET, return_states=True, **how(rule))
+    assert out.loops.tolist() == expected.loops.tolist()
+    assert_close(out.logits, torch.from_numpy(expected.logits), rtol=0, atol=1e-10)
+    assert_close(out.states, torch.from_numpy(expected.states), rtol=0, atol=1e-10)
+    if rule == "act":
+        ponder = torch.tensor([one.ponder for one in expected.rules]).view(2, 6)
+        assert_close(out.ponder, ponder.double(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("rule", RULES)
+def test_exits_are_the_same_with_cache_without_batched_alone_and_chunked(rule, attention):
+    model, token_ids = model_for(rule, attention=attention), some_ids(2, 6)
+    expected = reference(model, rule, token_ids)
+    logits, loops = torch.from_numpy(expected.logits).float(), torch.from_numpy(expected.loops)
+    size = logits.abs().max()
+
+    def check(out_logits, out_loops, rows=slice(None)):
+        assert torch.equal(out_loops, loops[rows])
+        assert_close(out_logits, logits[rows], rtol=0, atol=1e-4 * float(size))
+
+    with torch.no_grad():
+        out = model(token_ids, BUDGET, **how(rule))
+        check(out.logits, out.loops)
+        for row in range(2):
+            alone = model(token_ids[row : row + 1], BUDGET, **how(rule))
+            check(alone.logits, alone.loops, slice(row, row + 1))
+        for sizes in ((6,), (2, 1, 3), (1,) * 6):
+            cache = model.new_cache(batch_size=2, max_length=6)
+            check(*in_parts(model, token_ids, sizes, BUDGET, cache, **how(rule)))
+        left = torch.tensor([[False] * 2 + [True] * 4, [True] * 6])
+        padded = model(torch.cat([token_ids[:, :2], token_ids[:, :4]], 1)[:1], BUDGET,
+                       mask=left[:1], **how(rule))
+        check(padded.logits[:, 2:], padded.loops[:, 2:], (slice(1), slice(4)))
+
+
+@pytest.mark.parametrize("rule", sorted(set(RULES) - {"act"}))
+def test_the_loops_a_rule_took_given_as_budgets_reproduce_its_logits(rule):
+    model, token_ids = model_for(rule).double(), some_ids(2, 6)
+    with torch.no_grad():
+        out = model(token_ids, BUDGET, return_routing=True, **how(rule))
+        again = model(token_ids, out.loops, routing=out.routing)
+    assert_close(again.logits, out.logits, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_budget_for_each_token_bounds_its_loops(rule):
+    model, token_ids, budget = model_for(rule).double(), some_ids(2, 6), some_loops(2, 6)
+    expected = Reference(model)(token_ids, budget, rule=partial_rule(rule))
+    with torch.no_grad():
+        out = model(token_ids, budget, **how(rule))
+    assert (out.loops <= budget).all()
+    assert out.loops.tolist() == expected.loops.tolist()
+    assert_close(out.logits, torch.from_numpy(expected.logits), rtol=0, atol=1e-10)
+
+
+class RowCounter:
+    """Rows that pass each core layer, counted at the layer itself."""
+
+    def __init__(self, model):
+        self.model, self.rows, self.hooks = model, [], []
+
+    def __enter__(self):
+        for layer in self.model.core.layers:
+            self.hooks.append(layer.register_forward_hook(self.count))
+        return self
+
+    def count(self, layer, inputs, output):
+        self.rows.append(output[0].numel() // output[0].shape[-1])
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("sizes", [None, (6,), (3, 1, 1, 1)])
+def test_a_token_that_has_left_passes_no_layer_any_more(rule, sizes):
+    model, token_ids = model_for(rule, core_layers=2, experts=0), some_ids(2, 6)
+    with torch.no_grad(), RowCounter(model) as counter:
+        if sizes is None:
+            loops = model(token_ids, BUDGET, **how(rule)).loops
+        else:
+            cache = model.new_cache(batch_size=2, max_length=6)
+            _, loops = in_parts(model, token_ids, sizes, BUDGET, cache, **how(rule))
+    assert sum(counter.rows) == 2 * int(loops.sum())
+    assert int(loops.sum()) < BUDGET * 12
+
+
+def test_padding_passes_no_layer_where_tokens_leave_one_by_one():
+    model, token_ids = model_for("delta", experts=0), some_ids(2, 6)
+    mask = torch.tensor([[False] * 4 + [True] * 2, [True] * 6])
+    with torch.no_grad(), RowCounter(model) as counter:
+        loops = model(token_ids, BUDGET, mask=mask, **how("delta")).loops
+    assert sum(counter.rows) == int(loops.sum())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_with_gradient_exits_and_logits_are_the_same(rule):
+    model, token_ids = model_for(rule).double(), some_ids(2, 6)
+    mask = torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
+    for options in ({}, {"mask": mask}):
+        with torch.no_grad():
+            removed = model(token_ids, BUDGET, return_routing=True, **options, **how(rule))
+        held = model(token_ids, BUDGET, return_routing=True, **options, **how(rule))
+        assert held.logits.requires_grad
+        assert torch.equal(held.loops, removed.loops)
+        assert torch.equal(held.loads, removed.loads)
+        real = options.get("mask", torch.ones_like(token_ids, dtype=torch.bool))
+        assert torch.equal(held.routing[:, :, real], removed.routing[:, :, real])
+        assert_close(held.logits[real], removed.logits[real], rtol=0, atol=1e-11)
+
+
+def test_the_ponder_cost_has_the_gradient_of_finite_differences():
+    model, token_ids = model_for("act", experts=0).double(), some_ids(2, 4)
+    bias = model.core.act.bias
+
+    def loss():
+        out = model(token_ids, BUDGET, **how("act"))
+        return out.ponder.sum() + out.logits.square().mean(), out.loops
+
+    value, loops = loss()
+    value.backward()
+    with torch.no_grad():
+        values = []
+        for shift in (1e-6, -2e-6):
+            bias += shift
+            value, moved = loss()
+            assert torch.equal(moved, loops)  # otherwise the cost jumps
+            values.append(float(value))
+    # Central differences in float64: relative error near 1e-16 / 1e-6 plus 1e-12.
+    assert float(bias.grad.sum()) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-6)
+
+
+class Graves:
+    """The rule `act` alone, fed with exit probabilities of our choice."""
+
+    def __init__(self, threshold):
+        self.rule = make_rule("act", threshold, {"act": self.probability}, lambda h: h)
+
+    def probability(self, before, after):
+        return self.logit
+
+    def run(self, probabilities, states):
+        """`probabilities` (loops, rows) and `states` (loops, rows, hidden)."""
+        memory, ended = self.rule.start(states.shape[1], states[0]), []
+        for loop, (p, h) in enumerate(zip(probabilities, states, strict=True)):
+            self.logit = p.logit()
+            last = torch.full(p.shape, loop + 1 == len(states))
+            exits, memory = self.rule.decide(h, h, memory, last)
+            ended.append(exits)
+        return self.rule.output(h, memory), self.rule.ponder(memory), torch.stack(ended)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.99, 1.0])
+@pytest.mark.parametrize("budget", [1, 2, 5, 40])
+def test_weights_of_act_sum_to_1_at_every_budget(threshold, budget):
+    p = torch.rand(budget, 30) * torch.linspace(0.01, 1, 30)
+    ones = torch.ones(budget, 30, 3)
+    output, _, ended = Graves(threshold).run(p, ones)
+    assert_close(output, ones[0], rtol=0, atol=1e-6)
+    assert (ended.sum(0) == 1).all()  # every row ends once
+
+
+def test_act_is_graves_example_by_hand():
+    p = torch.tensor([[0.2], [0.3], [0.6], [0.9]])
+    states = torch.tensor([1.0, 10.0, 100.0, 1000.0]).view(4, 1, 1)
+    output, ponder, ended = Graves(0.99).run(p, states)
+    assert output.item() == pytest.approx(0.2 * 1 + 0.3 * 10 + 0.5 * 100)
+    assert ponder.item() == pytest.approx(3 + 0.5)  # three loops, and what is left at the third
+    assert ended.flatten().tolist() == [False, False, True, False]
+    output, ponder, _ = Graves(0.99).run(p[:2], states[:2])  # the budget ends first
+    assert output.item() == pytest.approx(0.2 * 1 + 0.8 * 10)
+    assert ponder.item() == pytest.approx(2 + 0.8)
+
+
+def test_a_token_runs_one_loop_more_than_where_its_rule_fired():
+    model = model_for("gate")
+    with torch.no_grad():
+        model.core.gate.weight.zero_()
+        model.core.gate.bias.fill_(20.0)  # fires at once
+        for budget, taken in ((1, 1), (2, 2), (6, 2)):
+            out = model(some_ids(2, 3), budget, halting="gate")
+            assert (out.loops == taken).all()
+
+
+def test_a_gate_that_was_never_trained_does_not_fire():
+    model = tiny(spread=0)
+    assert (model(some_ids(), 5, halting="gate").loops == 5).all()
+
+
+def test_the_gates_default_threshold_is_the_one_it_was_trained_to():
+    model, token_ids = model_for("gate"), some_ids(2, 6)
+    model.core.gate.threshold.fill_(0.3)
+    with torch.no_grad():
+        default = model(token_ids, BUDGET, halting="gate").loops
+        assert torch.equal(default, model(token_ids, BUDGET, halting="gate", threshold=0.3).loops)
+        assert not torch.equal(default, model(token_ids, BUDGET, halting="gate", threshold=0.9).loops)
+
+
+def test_learned_exits_decide_alike_whatever_the_model_is_cast_to():
+    exit_ = LearnedExit(8)
+    exit_.threshold.fill_(0.999)
+    before = {name: t.clone() for name, t in exit_.state_dict().items()}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert_close(dict(exit_.to(dtype).state_dict()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_threshold_makes_tokens_leave_after_more_loops_than_a_stricter_one(rule):
+    # A gate that demands more certainty, or a state that must be quieter, stays longer.
+    model, token_ids = model_for(rule), some_ids(2, 6)
+    stricter = {"gate": (0.2, 0.5, 0.9), "act": (0.2, 0.5, 0.9)}.get(rule, (5.0, 0.5, 0.05))
+    with torch.no_grad():
+        outs = [model(token_ids[:, :1], BUDGET, halting=rule, threshold=t) for t in stricter]
+    loops = np.stack([out.loops.numpy() for out in outs])
+    assert (np.diff(loops, axis=0) >= 0).all()
