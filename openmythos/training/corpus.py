@@ -86,14 +86,7 @@ def open_text(path: str | Path, *, field: str = "text", held_out: float = 0.05) 
     path = Path(path)
     if not 0 < held_out <= 0.5:
         raise DataError(f"held_out={held_out} must be above 0 and at most 0.5: 0.05 is usual")
-    files = _files(path)
-
-    def read() -> Iterator[str]:
-        for file in files:
-            for text in _READERS[file.suffix.lower()](file, field):
-                if text.strip():
-                    yield text
-
+    read = _reader(path, field)
     sizes = {_digest(text): len(text.encode()) for text in read()}
     if not sizes:
         raise DataError(f"text={str(path)!r} must not be empty: give a file with text in it")
@@ -102,6 +95,27 @@ def open_text(path: str | Path, *, field: str = "text", held_out: float = 0.05) 
     chosen = _choose(sizes, held_out)
     split = f"{len(chosen)} of {len(sizes)} documents are held out"
     return _divide(str(path), split, read, chosen)
+
+
+def read_documents(path: str | Path, *, field: str = "text") -> list[str]:
+    """Returns all documents of a file or folder, undivided. Raises DataError as `open_text`."""
+    documents = list(_reader(Path(path), field)())
+    if not documents:
+        raise DataError(f"text={str(path)!r} must not be empty: give a file with text in it")
+    return documents
+
+
+def _reader(path: Path, field: str) -> Callable[[], Iterator[str]]:
+    """Finds the files at once, and returns a function that reads the documents in them."""
+    files = _files(path)
+
+    def read() -> Iterator[str]:
+        for file in files:
+            for text in _READERS[file.suffix.lower()](file, field):
+                if text.strip():
+                    yield text
+
+    return read
 
 
 def prepare(

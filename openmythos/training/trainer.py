@@ -106,15 +106,15 @@ class Trainer:
             Stopped: the run was interrupted; `resume` goes on from the checkpoint.
             CheckpointError: a checkpoint cannot be written.
         """
-        self._prepare()
+        self.prepare()
         with self._stop_on_signals(), self._metrics(report) as write:
             while self.step < self.config.steps:
-                write(self._one_step())
+                write(self.one_step())
                 self._between_steps(write)
             self._finish(write)
         return self.model
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
         """Decide precision and kernels once; a resumed run takes over what was decided."""
         if self.machine is None:
             self.machine = measure(self.config.precision, self.device)
@@ -184,7 +184,8 @@ class Trainer:
 
     # A step -------------------------------------------------------------------------------------
 
-    def _one_step(self) -> dict[str, Any]:
+    def one_step(self) -> dict[str, Any]:
+        """Take one optimizer step; return its line of metrics."""
         started = time.perf_counter()
         config, step = self.config, self.step
         self.optimizers.set_lr(schedule(step, config.steps, config.optimizer))

@@ -87,8 +87,12 @@ def test_exits_are_the_same_with_cache_without_batched_alone_and_chunked(rule, a
             cache = model.new_cache(batch_size=2, max_length=6)
             check(*in_parts(model, token_ids, sizes, BUDGET, cache, **how(rule)))
         left = torch.tensor([[False] * 2 + [True] * 4, [True] * 6])
-        padded = model(torch.cat([token_ids[:, :2], token_ids[:, :4]], 1)[:1], BUDGET,
-                       mask=left[:1], **how(rule))
+        padded = model(
+            torch.cat([token_ids[:, :2], token_ids[:, :4]], 1)[:1],
+            BUDGET,
+            mask=left[:1],
+            **how(rule),
+        )
         check(padded.logits[:, 2:], padded.loops[:, 2:], (slice(1), slice(4)))
 
 
@@ -253,7 +257,9 @@ def test_the_gates_default_threshold_is_the_one_it_was_trained_to():
     with torch.no_grad():
         default = model(token_ids, BUDGET, halting="gate").loops
         assert torch.equal(default, model(token_ids, BUDGET, halting="gate", threshold=0.3).loops)
-        assert not torch.equal(default, model(token_ids, BUDGET, halting="gate", threshold=0.9).loops)
+        assert not torch.equal(
+            default, model(token_ids, BUDGET, halting="gate", threshold=0.9).loops
+        )
 
 
 def test_learned_exits_decide_alike_whatever_the_model_is_cast_to():

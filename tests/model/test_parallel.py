@@ -16,8 +16,15 @@ LOOPS = (3, 7)  # of rank 0 and rank 1
 def model():
     return OpenMythos(
         MythosConfig(
-            vocab_size=31, hidden_size=16, max_length=16, num_heads=2, core_layers=2,
-            mean_loops=3, experts=4, experts_per_token=2, expert_size=8,
+            vocab_size=31,
+            hidden_size=16,
+            max_length=16,
+            num_heads=2,
+            core_layers=2,
+            mean_loops=3,
+            experts=4,
+            experts_per_token=2,
+            expert_size=8,
         )
     )
 
@@ -37,9 +44,7 @@ def work(rank, port, folder):
     from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     network = model()
     mesh = init_device_mesh("cpu", (2,))
     # The whole loop is one unit: a rank gathers once, however often it loops.

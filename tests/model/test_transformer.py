@@ -108,9 +108,7 @@ def test_given_first_states_are_the_first_states():
     model, token_ids = tiny(dtype=torch.float64), some_ids(2, 4)
     h0 = torch.randn(2, 4, 24, dtype=torch.float64)
     expected = Reference(model)(token_ids, np.full((2, 4), 3), h0=h0)
-    assert_close(
-        model(token_ids, 3, h0=h0).logits, torch.from_numpy(expected.logits), **EXACT
-    )
+    assert_close(model(token_ids, 3, h0=h0).logits, torch.from_numpy(expected.logits), **EXACT)
 
 
 def test_the_default_is_the_mean_number_of_loops():
@@ -186,7 +184,10 @@ def test_positions_follow_their_tokens_when_some_leave_the_core(loops):
 
 
 def test_weights_depend_on_the_seed_and_each_tensors_name_alone():
-    one, other = tiny(spread=0).state_dict(), tiny(spread=0, core_layers=3, coda_layers=0).state_dict()
+    one, other = (
+        tiny(spread=0).state_dict(),
+        tiny(spread=0, core_layers=3, coda_layers=0).state_dict(),
+    )
     shared = set(one) & set(other)
     assert len(shared) > 20
     assert all(torch.equal(one[name], other[name]) for name in shared)

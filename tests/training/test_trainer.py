@@ -197,10 +197,10 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path, text):
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, text):
     trainer = start(tmp_path / "run", text, steps=2)
-    trainer._prepare()
+    trainer.prepare()
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     trainer.model.core.layers[0].feed_forward.w_out.register_hook(lambda g: g * math.inf)
-    line = trainer._one_step()
+    line = trainer.one_step()
     assert (line["skipped"], trainer.step) == (1, 1)
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name])

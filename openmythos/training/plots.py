@@ -1,0 +1,312 @@
+"""Pictures of a training run, from the lines of its `metrics.jsonl`, and of a depth curve.
+
+Matplotlib takes a second to import, so it is imported when something is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openmythos.errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg", ".pdf")
+BLUE, ORANGE, GREEN, GREY = "#2f6db5", "#d9722e", "#3a8f5c", "#8a8f98"
+SIZE, DPI = (7.2, 4.2), 150  # inches; dots per inch
+
+Line = Mapping[str, Any]
+
+
+def plot_run(lines: Sequence[Line], folder: Path, name: str) -> list[Path]:
+    """Draw every picture that the lines have something for; return the files.
+
+    Args:
+        lines: of `metrics.jsonl`.
+        folder: where the files go; made when missing.
+        name: the run's, for the titles.
+
+    Raises:
+        CheckpointError: the run has not finished a step yet.
+    """
+    if not any("loss" in line for line in lines):
+        raise CheckpointError(f"run={name} must have finished a step: there is nothing to draw yet")
+    files = []
+    for stem, draw in PICTURES.items():
+        figure = draw(lines, name)
+        if figure is not None:
+            files.append(save(figure, folder / f"{stem}.png"))
+    return files
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure, by the path's suffix as PNG, SVG or PDF.
+
+    Raises:
+        InputError: another suffix, or the file cannot be written.
+    """
+    check_picture(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=DPI)
+    except OSError as error:
+        raise InputError(f"picture={str(path)!r} must be writable: {error}") from error
+    return path
+
+
+def check_picture(path: Path) -> None:
+    """Raise `InputError` unless the path's suffix names a format that is drawn here."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"picture={str(path)!r} must end in one of {', '.join(SUFFIXES)}")
+
+
+# The pictures --------------------------------------------------------------------------------------
+
+
+def loss(lines: Sequence[Line], name: str) -> Figure | None:
+    """Bits per byte over the steps: of each training batch, their mean, and on held-out text."""
+    steps = [line for line in lines if "loss" in line]
+    figure, (axes,) = _figure(f"{name}: loss", "optimizer step", "bits per byte")
+    x, y = [line["step"] + 1 for line in steps], [line["bits_per_byte"] for line in steps]
+    axes.plot(x, y, color=BLUE, alpha=0.25, linewidth=0.8)
+    axes.plot(x, _smooth(y), color=BLUE, linewidth=1.8, label="training, smoothed")
+    measured = _measurements(lines)
+    if measured:
+        loops = _best_loops(measured)
+        points = [(line["step"] + 1, line["validation"][loops]) for line in measured]
+        label = f"held-out text, {loops} {'loop' if loops == '1' else 'loops'}"
+        axes.plot(*zip(*points, strict=True), "o-", color=ORANGE, markersize=5, label=label)
+    _leave_out_the_start(axes, _smooth(y))
+    skipped = steps[-1].get("skipped", 0)
+    if skipped:
+        axes.plot([], [], " ", label=f"{skipped} steps skipped")
+    axes.legend(frameon=False)
+    return figure
+
+
+def depth(lines: Sequence[Line], name: str) -> Figure | None:
+    """Bits per byte of held-out text against loops: on the way, and the end by itself."""
+    measured = _measurements(lines)
+    if not measured or len(measured[-1]["validation"]) < 2:
+        return None
+    figure, grid = _figure(
+        f"{name}: quality against depth",
+        "loops of the core",
+        "bits per byte, held-out text",
+        columns=2 if len(measured) > 1 else 1,
+    )
+    *earlier, end = _spread(measured, 6)
+    for number, line in enumerate(earlier):
+        colour, label = _shade((number + 1) / len(earlier)), f"step {line['step'] + 1}"
+        curve = _depth_curve(line["validation"])
+        grid[0].plot(*curve, "o-", color=colour, linewidth=1.3, markersize=4, label=label)
+    for axes in grid:
+        curve, label = _depth_curve(end["validation"]), f"step {end['step'] + 1}"
+        axes.plot(*curve, "o-", color=ORANGE, linewidth=2.2, markersize=5, label=label)
+    for axes in grid:
+        _loop_ticks(axes, [int(loops) for loops in measured[-1]["validation"]])
+        axes.legend(frameon=False)
+    return figure
+
+
+def spectral_radius(lines: Sequence[Line], name: str) -> Figure | None:
+    """Largest entry of the injection's diagonal A over the steps."""
+    steps = [line for line in lines if "spectral_radius" in line]
+    values = [line["spectral_radius"] for line in steps]
+    if not values or not all(math.isfinite(value) for value in values):
+        return None
+    title = f"{name}: spectral radius of the injection"
+    figure, (axes,) = _figure(title, "optimizer step", "spectral radius of A")
+    axes.plot([line["step"] + 1 for line in steps], values, color=BLUE, linewidth=1.8)
+    axes.axhline(1, color=GREY, linewidth=1, linestyle="--")
+    axes.annotate(
+        "1: the linear part would no longer forget",
+        (0.99, 1),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, -4),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        color=GREY,
+        fontsize=9,
+    )
+    axes.set_ylim(0, max(1.06, 1.06 * max(values)))
+    return figure
+
+
+def state_rms(lines: Sequence[Line], name: str) -> Figure | None:
+    """Root mean square of the state after each loop, at the end and on the way there."""
+    measured = [line for line in lines if len(line.get("state_rms", ())) > 1]
+    if not measured:
+        return None
+    title = f"{name}: size of the state"
+    figure, (axes,) = _figure(title, "loops of the core", "root mean square of h")
+    shown = _spread(measured, 5)
+    for number, line in enumerate(shown):
+        rms = line["state_rms"]
+        last = number == len(shown) - 1
+        colour, width = (ORANGE, 2.2) if last else (_shade((number + 1) / len(shown)), 1.3)
+        loops = range(1, len(rms) + 1)
+        label = f"step {line['step'] + 1}"
+        axes.plot(loops, rms, "o-", color=colour, linewidth=width, markersize=4, label=label)
+    axes.set_ylim(0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False)
+    return figure
+
+
+def expert_load(lines: Sequence[Line], name: str) -> Figure | None:
+    """Share of the tokens that each expert got at each loop, one map per core layer."""
+    measured = [line for line in lines if line.get("expert_share")]
+    if not measured:
+        return None
+    from matplotlib.figure import Figure
+
+    line = measured[-1]
+    share = line["expert_share"]  # loops, layers, experts
+    loops, layers, experts = len(share), len(share[0]), len(share[0][0])
+    height = 1.6 + min(5.0, max(1.2, 0.28 * experts))
+    width = 1.8 + layers * min(5.0, max(2.4, 0.42 * loops))
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(f"{name}: load of the experts, step {line['step'] + 1}", fontsize=12)
+    grid = figure.subplots(1, layers, sharey=True, squeeze=False)[0]
+    for layer, axes in enumerate(grid):
+        table = [[share[t][layer][x] * experts for t in range(loops)] for x in range(experts)]
+        image = axes.imshow(
+            table, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", origin="lower", rasterized=True
+        )
+        axes.set_title(f"core layer {layer + 1}", fontsize=10)
+        axes.set_xlabel("loop")
+        axes.set_xticks(*_ticks(loops))
+        axes.set_yticks(*_ticks(experts))
+    grid[0].set_ylabel("expert")
+    bar = figure.colorbar(image, ax=list(grid), ticks=[0, 0.5, 1, 1.5, 2], shrink=0.9)
+    bar.set_label("load, 1 = an equal share")
+    bar.ax.set_yticklabels(["0", "0.5", "1", "1.5", "2 or more"])
+    return figure
+
+
+PICTURES = {
+    "loss": loss,
+    "depth": depth,
+    "spectral_radius": spectral_radius,
+    "state_rms": state_rms,
+    "expert_load": expert_load,
+}
+"""File names, and what draws them; a picture that has no data is None."""
+
+
+def depth_curve(
+    bits_per_byte: Mapping[int, float],
+    title: str,
+    *,
+    references: Mapping[str, float] | None = None,
+    points: Mapping[str, tuple[float, float]] | None = None,
+) -> Figure:
+    """Draw bits per byte against loops.
+
+    Args:
+        bits_per_byte: by number of loops.
+        title: the figure's.
+        references: bits per byte of something without loops, by name: a line across.
+        points: mean loops and bits per byte of a halting rule, by name.
+    """
+    figure, (axes,) = _figure(title, "loops of the core", "bits per byte")
+    loops, bits = _depth_curve(bits_per_byte)
+    axes.plot(loops, bits, "o-", color=BLUE, linewidth=2, markersize=6, label="every token")
+    for (label, value), style in zip((references or {}).items(), ("--", ":", "-."), strict=False):
+        axes.axhline(value, color=GREY, linewidth=1.5, linestyle=style, label=label)
+    for label, (mean, value) in (points or {}).items():
+        axes.plot([mean], [value], "*", color=ORANGE, markersize=13, label=label)
+    _loop_ticks(axes, loops)
+    axes.legend(frameon=False)
+    return figure
+
+
+# Details ---------------------------------------------------------------------------------------------
+
+
+def _figure(title: str, x: str, y: str, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """Return a figure and its panels, whose first carries the label of the vertical axis."""
+    from matplotlib.figure import Figure
+
+    width, height = SIZE
+    figure = Figure(figsize=(width * (1 + 0.5 * (columns - 1)), height), layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    panels = list(figure.subplots(1, columns, squeeze=False)[0])
+    for axes in panels:
+        axes.set_xlabel(x)
+        axes.grid(visible=True, color="#e3e5e8", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(y)
+    return figure, panels
+
+
+def _measurements(lines: Sequence[Line]) -> list[Line]:
+    return [line for line in lines if "validation" in line]
+
+
+def _best_loops(measured: Sequence[Line]) -> str:
+    """The number of loops that did best at the end."""
+    last: Mapping[str, float] = measured[-1]["validation"]
+    return min(last, key=lambda loops: (last[loops], int(loops)))
+
+
+def _depth_curve(bits: Mapping[Any, float]) -> tuple[list[int], list[float]]:
+    pairs = sorted((int(loops), value) for loops, value in bits.items())
+    return [loops for loops, _ in pairs], [value for _, value in pairs]
+
+
+def _loop_ticks(axes: Axes, loops: Sequence[int]) -> None:
+    """A logarithmic axis whose ticks are the loops measured."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(loops), [str(count) for count in loops])
+    axes.minorticks_off()
+
+
+def _ticks(count: int) -> tuple[list[int], list[str]]:
+    """Places and names, from 1, of at most about ten ticks."""
+    places = list(range(0, count, max(1, math.ceil(count / 10))))
+    return places, [str(place + 1) for place in places]
+
+
+def _spread(lines: Sequence[Line], most: int) -> list[Line]:
+    """At most so many of the lines, evenly spread, the last among them."""
+    if len(lines) <= most:
+        return list(lines)
+    places = [round(k * (len(lines) - 1) / (most - 1)) for k in range(most)]
+    return [lines[place] for place in places]
+
+
+def _shade(share: float) -> tuple[float, float, float]:
+    """Greyish blue, darker for later measurements."""
+    light, dark = (0.80, 0.86, 0.93), (0.18, 0.43, 0.71)
+    red, green, blue = (a + (b - a) * share for a, b in zip(light, dark, strict=True))
+    return red, green, blue
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Running mean over the last twentieth of the steps, exponentially weighted."""
+    keep = 1 - 1 / max(1.0, len(values) / 40)
+    mean, weight, smooth = 0.0, 0.0, []
+    for value in values:
+        if math.isfinite(value):
+            mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        smooth.append(mean / weight if weight else math.nan)
+    return smooth
+
+
+def _leave_out_the_start(axes: Axes, values: Sequence[float]) -> None:
+    """The first steps' loss would flatten all that follows."""
+    finite = sorted(value for value in values if math.isfinite(value))
+    if len(finite) < 40:
+        return
+    top, bottom = axes.get_ylim()[1], axes.get_ylim()[0]
+    usual = finite[int(0.95 * (len(finite) - 1))]
+    axes.set_ylim(bottom, min(top, usual + 0.25 * (usual - finite[0]) + 1e-3))

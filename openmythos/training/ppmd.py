@@ -1,0 +1,42 @@
+"""Bits per byte of PPMd, the yardstick: a compressor that learns a text while it reads it.
+
+Prediction by partial matching (Cleary and Witten 1984; Shkarin's variant H, by `pyppmd`). It
+adapts to the text that it is measured on, which a model with fixed weights does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+ORDER = 6
+"""Bytes of context that a prediction looks back on."""
+
+SEPARATOR = b"\n\f\n"
+"""Between documents; its bits count and its bytes do not, as with a model's end mark."""
+
+
+def bits_per_byte(documents: Iterable[str], given: Iterable[str] = ()) -> float | None:
+    """Return 8 (size(given + text) - size(given)) / bytes(text); None without `pyppmd`.
+
+    Args:
+        documents: the text to measure on, not empty.
+        given: text that the compressor reads before.
+    """
+    parts = [document.encode() for document in documents]
+    text, before = SEPARATOR.join(parts), SEPARATOR.join(document.encode() for document in given)
+    before += SEPARATOR if before else b""
+    memory = min(max(1 << 24, 32 * (len(before) + len(text))), 1 << 30)
+    whole, first = _size(before + text, memory), _size(before, memory) if before else 0
+    if whole is None or first is None:
+        return None
+    return 8 * (whole - first) / sum(map(len, parts))
+
+
+def _size(text: bytes, memory: int) -> int | None:
+    """Return the bytes of a compressed text."""
+    try:
+        import pyppmd
+    except ImportError:  # no wheel for every machine
+        return None
+    encoder = pyppmd.Ppmd7Encoder(ORDER, memory)
+    return len(encoder.encode(text)) + len(encoder.flush())

@@ -1,0 +1,51 @@
+"""The named sizes are what their names say."""
+
+import pytest
+import torch
+
+from openmythos.config import MythosConfig
+from openmythos.model.transformer import OpenMythos
+from openmythos.scales import SCALES
+
+NAMED = {"1b": 1e9, "3b": 3e9, "10b": 1e10, "50b": 5e10, "100b": 1e11, "500b": 5e11, "1t": 1e12}
+
+
+def on_meta(name):
+    with torch.device("meta"):
+        return OpenMythos(MythosConfig.preset(name))
+
+
+def test_there_are_seven_large_scales_and_three_small_ones():
+    assert list(SCALES) == ["nano", "tiny", "small", *NAMED]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_scale_has_the_parameters_of_its_name_within_5_percent(name):
+    total = sum(p.numel() for p in on_meta(name).parameters())
+    assert total == pytest.approx(NAMED[name], rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["100b", "500b", "1t"])
+def test_scales_from_100b_on_take_a_million_tokens(name):
+    assert MythosConfig.preset(name).max_length == 1_000_000
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_most_layers_stand_in_the_core_and_rows_are_aligned_for_grouped_products(name):
+    config = MythosConfig.preset(name)
+    assert config.core_layers >= config.layers / 2
+    assert config.expert_size % 8 == 0
+    assert config.hidden_size % 8 == 0
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_operations_per_loop_are_those_of_active_parameters(name):
+    # 2 operations for each weight that a token meets, with no keys to look at.
+    model = on_meta(name)
+    c, active = model.config, 0
+    for part, parameter in model.core.named_parameters():
+        routed = ".router." not in part and "feed_forward.w_" in part and parameter.ndim == 3
+        share = c.experts_per_token / c.experts if routed else 1
+        if "layers" in part and parameter.ndim > 1 and "scale" not in part:
+            active += share * parameter.numel()
+    assert model.core.flops(keys=0) == pytest.approx(2 * active, rel=1e-3)
