@@ -89,49 +89,52 @@ class Reference:
         return result
 
     def one_sequence(self, ids, budget, rule, h0):
-        c, w = self.config, self.weights
-        places = range(len(ids))
-        x = [w["embed.weight"][token] * c.embedding_scale for token in ids]
-        for number in range(c.prelude_layers):
+        x = [self.weights["embed.weight"][token] * self.config.embedding_scale for token in ids]
+        for number in range(self.config.prelude_layers):
             x = self.outer_layer(f"prelude.{number}", x)
-        e = [self.norm(v, "prelude_norm") if c.prelude_norm else v for v in x]
-        h = list(h0 if h0 is not None else e if c.h0 == "e" else [np.zeros_like(v) for v in e])
-        rules = [rule(self) if rule else None for _ in places]
-        self.result.rules.extend(rule for rule in rules if rule)
-        left, entries, states = {}, {}, []  # left: the loop after which each token exited
+        e = [self.norm(v, "prelude_norm") if self.config.prelude_norm else v for v in x]
+        first = e if self.config.h0 == "e" else [np.zeros_like(v) for v in e]
+        rules = [rule(self) if rule else None for _ in ids]
+        self.result.rules.extend(one for one in rules if one)
+        h, states = self.core(e, first if h0 is None else h0, budget, rules)
+        h = [v if one is None else one.output(v) for v, one in zip(h, rules, strict=True)]
+        y = [self.core_output(v) for v in h]
+        for number in range(self.config.coda_layers):
+            y = self.outer_layer(f"coda.{number}", y)
+        return np.stack([self.readout(v) for v in y]), states
+
+    def core(self, e, h, budget, rules):
+        """Return each token's state where it left, and all states after every loop."""
+        h, left, entries, states = list(h), {}, {}, []  # left: each token's last loop
         for loop in range(max(budget)):
-            active = [p for p in places if p not in left]
+            active = [p for p in range(len(e)) if p not in left]
             if not active:
                 break
-            before, u = list(h), {p: self.inject(h[p], e[p]) for p in active}
-            for number in range(c.core_layers):
+            u = {p: self.inject(h[p], e[p]) for p in active}
+            for number in range(self.config.core_layers):
+                name = f"core.layers.{number}"
                 for p in active:  # every key of this loop, before any is read
-                    name = f"core.layers.{number}"
                     entries[number, loop, p] = self.entry(name, u[p], p, loop)
                 for p in active:
                     seen = [entries[number, min(loop, left.get(q, loop)), q] for q in range(p + 1)]
                     u[p] = self.layer(name, u[p], p, loop, seen, number)
             for p in active:
-                h[p] = self.norm(u[p], "core.norm") if c.loop_norm else u[p]
+                after = self.norm(u[p], "core.norm") if self.config.loop_norm else u[p]
                 last = loop + 1 == budget[p]
-                fired_before = rules[p] is not None and rules[p].fired
-                if rules[p] is not None:
-                    rules[p].look(before[p], h[p], last)
-                if last or fired_before:  # one loop more than where the rule fired
+                # A rule that fires lets its token run one loop more.
+                if last or (rules[p] is not None and rules[p].fired):
                     left[p] = loop
+                if rules[p] is not None:
+                    rules[p].look(h[p], after, last)
+                h[p] = after
             states.append(np.stack(h))
-        for p in places:
-            self.result.loops[self.sequence, p] = left[p] + 1
-            if rules[p] is not None:
-                h[p] = rules[p].output(h[p])
-        y = list(h)
-        if c.core_output == "linear":
-            y = [w["core_output.weight"] @ v for v in y]
-        elif c.core_output == "norm":
-            y = [self.norm(v, "core_output") for v in y]
-        for number in range(c.coda_layers):
-            y = self.outer_layer(f"coda.{number}", y)
-        return np.stack([self.readout(v) for v in y]), states
+        self.result.loops[self.sequence] = [left[p] + 1 for p in range(len(e))]
+        return h, states
+
+    def core_output(self, h):
+        if self.config.core_output == "linear":
+            return self.weights["core_output.weight"] @ h
+        return self.norm(h, "core_output") if self.config.core_output == "norm" else h
 
     def readout(self, y):
         y = self.norm(y, "norm") if self.config.final_norm else y

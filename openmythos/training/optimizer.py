@@ -8,7 +8,7 @@ takes stacked experts and fused matrices, and orthogonalises everything of one s
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -34,6 +34,10 @@ Against a loop over the matrices, in ms on one thread (AVX2, float32): 64 of 32 
 (5.1 times faster); 64 of 48 x 128, 16.1 to 8.2 (2.0); 32 of 96 x 256, 46 to 32 (1.5); from
 192 x 192 on the products alone count (1.0), and one call for all would lose a tenth.
 """
+
+
+BUNCH = 2**24
+"""Elements whose updates are held at once."""
 
 
 class Group(NamedTuple):
@@ -292,11 +296,13 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for alike in self._pieces_by_shape().values():
-            updates = [piece.direction() for piece in alike]  # each (n, rows, columns)
-            orthogonal = orthogonalise(torch.cat(updates), self.dtype)
-            sizes = [len(update) for update in updates]
-            for piece, update in zip(alike, torch.split(orthogonal, sizes), strict=True):
-                piece.apply(update)
+            for bunch in _bunches(alike):
+                updates = [piece.direction() for piece in bunch]  # each (n, rows, columns)
+                together = updates[0] if len(updates) == 1 else torch.cat(updates)
+                orthogonal = orthogonalise(together, self.dtype)
+                sizes = [len(update) for update in updates]
+                for piece, update in zip(bunch, torch.split(orthogonal, sizes), strict=True):
+                    piece.apply(update)
         return loss
 
     def _pieces_by_shape(self) -> dict[tuple[Any, ...], list["_Piece"]]:
@@ -358,6 +364,21 @@ class _Piece(NamedTuple):
     def _scatter(self, tensor: Tensor, rows: Tensor) -> None:
         if self.busy is not None:
             tensor.index_copy_(0, self.busy, rows)
+
+
+def _bunches(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
+    """Yields pieces together up to `BUNCH` elements, and larger ones alone.
+
+    The updates of a whole model at once would need as much memory again as its weights.
+    """
+    bunch: list[_Piece] = []
+    for piece in pieces:
+        if bunch and sum(p.grad.numel() for p in bunch) + piece.grad.numel() > BUNCH:
+            yield bunch
+            bunch = []
+        bunch.append(piece)
+    if bunch:
+        yield bunch
 
 
 LR_FACTORS: dict[str, Callable[[int, int], float]] = {

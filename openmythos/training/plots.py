@@ -105,6 +105,9 @@ def depth(lines: Sequence[Line], name: str) -> Figure | None:
         colour, label = _shade((number + 1) / len(earlier)), f"step {line['step'] + 1}"
         curve = _depth_curve(line["validation"])
         grid[0].plot(*curve, "o-", color=colour, linewidth=1.3, markersize=4, label=label)
+    if len(grid) > 1:
+        grid[0].set_title("on the way", fontsize=10)
+        grid[1].set_title("the end, enlarged", fontsize=10)
     for axes in grid:
         curve, label = _depth_curve(end["validation"]), f"step {end['step'] + 1}"
         axes.plot(*curve, "o-", color=ORANGE, linewidth=2.2, markersize=5, label=label)

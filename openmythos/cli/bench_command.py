@@ -1,0 +1,127 @@
+"""Measure this machine and a model's speed on it.
+
+Examples:
+
+    openmythos bench
+    openmythos bench small --loops 1 8 --repeats 3
+    openmythos bench runs/nano --json
+
+MODEL is a preset or the folder of a model or of a run. Measured are the peak of matrix products,
+training steps, prompts read (prefill) and tokens written (decode) at several depths, in
+interleaved rounds, with one CPU thread and with all. Shown are medians at the better number of
+threads. Other load on the machine slows everything down: let it rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from openmythos.errors import InputError
+from openmythos.scales import SCALES
+
+if TYPE_CHECKING:
+    from openmythos.model.transformer import OpenMythos
+    from openmythos.speed import Bench
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Flags of `openmythos bench`."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "nano"
+    """A preset, or the folder of a model or of a training run."""
+
+    loops: tuple[int, ...] = (1, 4, 16)
+    """Depths of prefill and decode; training runs at the mean loops."""
+
+    batches: tuple[int, ...] = (1, 8)
+    """Sequences at once in prefill and decode."""
+
+    length: int = 128
+    """Tokens of a prompt."""
+
+    threads: tuple[int, ...] | None = None
+    """Numbers of CPU threads to try. Default: 1 and all cores."""
+
+    repeats: int = 5
+    """Rounds, of which the median counts."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+def run(settings: Settings) -> None:
+    """Measure and print."""
+    for name in ("loops", "batches", "threads"):
+        values = getattr(settings, name)
+        if values is not None and min(values, default=0) < 1:
+            raise InputError(f"{name}={values} must hold integers of 1 or more")
+    for name in ("length", "repeats"):
+        if getattr(settings, name) < 1:
+            raise InputError(f"{name}={getattr(settings, name)} must be 1 or more")
+    from openmythos.speed import bench
+
+    model = _model(settings.model)
+
+    def report(done: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\rround {done} of {settings.repeats}", end="", file=sys.stderr, flush=True)
+
+    result = bench(
+        model,
+        loops=settings.loops,
+        batches=settings.batches,
+        length=settings.length,
+        threads=settings.threads,
+        repeats=settings.repeats,
+        report=report,
+    )
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    if settings.json:
+        print(json.dumps({"model": settings.model, **dataclasses.asdict(result)}))
+    else:
+        print(_table(settings.model, result))
+
+
+def _model(name: str) -> OpenMythos:
+    from openmythos.training.trainer import default_device
+
+    if name in SCALES:
+        from openmythos.config import MythosConfig
+        from openmythos.model.transformer import OpenMythos
+
+        return OpenMythos(MythosConfig.preset(name)).eval().to(default_device())
+    if not Path(name).is_dir():
+        raise InputError(
+            f"model={name!r} must be one of {', '.join(SCALES)}, or the folder of a model or run"
+        )
+    from openmythos.inference.language_model import load
+
+    return load(name).model.to(default_device())
+
+
+def _table(name: str, result: Bench) -> str:
+    peaks = ", ".join(f"{kind} {peak / 1e9:,.0f} GFLOP/s" for kind, peak in result.peaks.items())
+    lines = [
+        f"matrix products: {peaks}",
+        f"training in {result.machine.precision}: {result.machine.reason}",
+        "",
+        f"{name:<26}{'loops':>6}{'tokens/s':>12}{'of peak':>9}{'threads':>9}",
+    ]
+    words = {"training": "training, {} x {}", "prefill": "prefill, {} x {}"}
+    words["decode"] = "decode, {} after {}"
+    for speed in result.speeds:
+        task = words[speed.task].format(speed.batch, speed.length)
+        lines.append(
+            f"{task:<26}{speed.loops:>6}{speed.tokens_per_second:>12,.0f}"
+            f"{speed.share_of_peak:>9.1%}{speed.threads:>9}"
+        )
+    return "\n".join(lines)
