@@ -133,9 +133,9 @@ def _no_shape_checks():
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def prepared(tmp_path_factory):
     """A folder with all that the pages' code and commands name."""
-    folder = tmp_path_factory.mktemp("workplace")
+    folder = tmp_path_factory.mktemp("prepared")
     lines = [f"The {n} mice ran up the clock, and the clock struck {n % 12}." for n in range(100)]
     (folder / "my_books").mkdir()
     (folder / "my_books" / "rhyme.txt").write_text("\n\n".join(lines))
@@ -165,8 +165,8 @@ def test_an_excerpt_stands_in_its_file(block):
 
 
 @pytest.mark.parametrize("page", dict.fromkeys(block.page for block in RUN), ids=lambda p: p.name)
-def test_the_code_of_a_page_runs_from_top_to_bottom(page, workplace, monkeypatch):
-    monkeypatch.chdir(workplace)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, prepared, monkeypatch):
+    monkeypatch.chdir(prepared)
     names = {}
     for block in RUN:
         if block.page == page:
@@ -176,8 +176,8 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, workplace, monkeypatch
 
 
 @pytest.mark.parametrize("words", TYPED)
-def test_a_command_runs(words, workplace, monkeypatch, capsys):
-    monkeypatch.chdir(workplace)
+def test_a_command_runs(words, prepared, monkeypatch, capsys):
+    monkeypatch.chdir(prepared)
     while re.match(r"[A-Z_]+=", words[0]):  # settings of the environment
         words = words[1:]
     program, *arguments = words
@@ -354,6 +354,14 @@ def every_help():
             exit_code(parse, command, name, ["--help"])
         flags |= set(re.findall(r"--[a-z][\w.-]*", output.getvalue()))
     return flags
+
+
+def test_the_map_of_folders_has_every_file():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    words = set(text.split("## The folders")[1].split("Imports point")[0].split())
+    for folder in ("model", "training", "inference"):
+        files = {file.stem for file in (ROOT / "openmythos" / folder).glob("[!_]*.py")}
+        assert files <= words, files - words
 
 
 FOLDERS = ("model", "training", "inference", "cli")  # each knows only those before it
