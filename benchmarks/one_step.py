@@ -40,9 +40,7 @@ def main() -> None:
     model = OpenMythos(config)
     model.core.checkpointing = True
     splits = {name: (axis, tuple(sizes)) for name, (axis, sizes) in model.fused_splits().items()}
-    optimizers = build_optimizers(
-        model.named_parameters(), OptimizerConfig(), fused_splits=splits
-    )
+    optimizers = build_optimizers(model.named_parameters(), OptimizerConfig(), fused_splits=splits)
     built = time.perf_counter()
     shape = (settings.batch_size, settings.length + 1)
     ids = torch.randint(0, config.vocab_size, shape)

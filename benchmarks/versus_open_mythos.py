@@ -41,7 +41,7 @@ HOW = "pip install --no-deps open-mythos==0.5.0"
 
 
 def our_model(attention: str) -> OpenMythos:
-    """This package's model of the shape above."""
+    """Our model of the shape above."""
     config = MythosConfig(
         vocab_size=VOCAB,
         hidden_size=256,

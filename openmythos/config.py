@@ -193,7 +193,7 @@ class MythosConfig:
         for name in at_least_one.split():
             self._at_least(name, 1)
         for name in (
-            "prelude_layers coda_layers experts shared_experts lora_rank q_latent".split()
+            ["prelude_layers", "coda_layers", "experts", "shared_experts", "lora_rank", "q_latent"]
         ):
             self._at_least(name, 0)
         if self.num_heads % self.kv_heads:  # type: ignore[operator]

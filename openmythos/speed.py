@@ -74,7 +74,7 @@ def bench(
     length: int = 128,
     threads: Sequence[int] | None = None,
     repeats: int = 5,
-    report: Callable[[int], None] = lambda done: None,
+    report: Callable[[int], None] = lambda _: None,
 ) -> Bench:
     """Measure.
 
@@ -175,9 +175,7 @@ def _training(config: MythosConfig, machine: Machine, device: torch.device) -> T
     for parameter in model.core.gate.parameters():
         parameter.requires_grad_(False)
     splits = {name: (axis, tuple(sizes)) for name, (axis, sizes) in model.fused_splits().items()}
-    optimizers = build_optimizers(
-        model.named_parameters(), OptimizerConfig(), fused_splits=splits
-    )
+    optimizers = build_optimizers(model.named_parameters(), OptimizerConfig(), fused_splits=splits)
     token_ids = _some_ids(config, batch, length + 1, device)
 
     def step() -> None:

@@ -1,7 +1,6 @@
 """Measure this machine and a model's speed on it.
 
 Examples:
-
     openmythos bench
     openmythos bench small --loops 1 8 --repeats 3
     openmythos bench runs/nano --json

@@ -1,10 +1,9 @@
 """Write with a model, turn by turn.
 
 Examples:
-
     openmythos chat runs/nano
     openmythos chat runs/nano --loops 16 --halting gate --temperature 0.6
-    printf 'The whale\\n/loops 1\\n\\n/quit\\n' | openmythos chat runs/nano --seed 1
+    openmythos chat runs/nano --seed 1 < lines.txt
 
 The model knows text, not roles: it goes on with all that stands so far, yours and its own. An
 empty line lets it go on by itself. Where the text outgrows the model's max_length, its beginning
@@ -165,8 +164,6 @@ class Chat:
             kept = self.lm.tokenizer.decode_bytes(token_ids[-max(1, 3 * most // 4) :])
             self.text = kept.decode("utf-8", "ignore")  # a character may have been cut
         return self.text
-
-    # Commands -----------------------------------------------------------------------------------
 
     def _command(self, name: str = "", *values: str) -> None:
         commands: dict[str, Callable[..., None]] = {

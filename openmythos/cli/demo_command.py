@@ -1,7 +1,6 @@
 """Train a small model on real text, measure it at every depth, let it write.
 
 Examples:
-
     openmythos demo
     openmythos demo --prompt 'Elizabeth'
     openmythos demo --fresh

@@ -1,7 +1,6 @@
 """Measure bits per byte of a text at several depths.
 
 Examples:
-
     openmythos eval runs/nano --corpus embedded
     openmythos eval runs/nano --text letters.txt --given diary.txt --loops 1 4 16 64
     openmythos eval runs/nano --corpus embedded --halting gate --json

@@ -1,7 +1,6 @@
 """Continue a prompt, at the depth you choose.
 
 Examples:
-
     openmythos generate runs/nano --prompt 'The whale' --loops 8
     openmythos generate runs/nano --prompt 'The whale' --loops 16 --halting gate --show-loops
     cat story.txt | openmythos generate runs/nano --prompt - --temperature 0 --json

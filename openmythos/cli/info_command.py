@@ -1,7 +1,6 @@
 """Show what a model costs: parameters, operations, cache, memory. Without a name, compare all.
 
 Examples:
-
     openmythos info
     openmythos info 1t --loops 1 16 64
     openmythos info runs/nano --json
@@ -62,7 +61,7 @@ def run(settings: Settings) -> None:
         reports = [_as_json(*cost) for cost in costs]
         print(json.dumps(reports if settings.model is None else reports[0]))
     elif settings.model is None:
-        print(_comparison(costs))
+        print(_comparison(costs, settings.keys))
     else:
         print(_page(*costs[0]))
 
@@ -178,48 +177,43 @@ def _cache(config: MythosConfig, account: Account) -> list[str]:
 def _memory(config: MythosConfig, account: Account, training: TrainingBytes) -> list[str]:
     own, length = account.cache_bytes[config.attention], config.max_length
     every, last = (_bytes(own[policy] * length) for policy in ("per_loop", "last"))
-    return [
-        "",
-        f"memory to train in fp32, without activations  {_bytes(training.total):>10}",
-        f"  weights {_bytes(training.weights)}, gradients {_bytes(training.gradients)}, optimizer "
-        f"{_bytes(training.optimizer)} (Muon 4 bytes, AdamW 8)",
-        f"memory to serve in bf16, weights              {_bytes(account.serving_bytes):>10}",
-        f"  and a cache of {length:,} tokens: {every}, or {last} with the last loop only",
-    ]
+    weights, gradients, optimizer = map(_bytes, training)
+    rows = {
+        f"memory to train in fp32, without activations  {_bytes(training.total):>10}": (
+            f"weights {weights}, gradients {gradients}, optimizer {optimizer} (Muon 4 bytes a "
+            "parameter, AdamW 8)"
+        ),
+        f"memory to serve in bf16, weights              {_bytes(account.serving_bytes):>10}": (
+            f"and a cache of {length:,} tokens: {every}, or {last} with the last loop only"
+        ),
+    }
+    return ["", *(line for row, note in rows.items() for line in (row, f"  {note}"))]
 
 
-def _comparison(costs: Sequence[Cost]) -> str:
+COMPARED = """\
+layers: prelude + core x mean loops + coda. FLOP/token: forward, at the mean loops, at most {keys:,}
+keys in sight. cache/token: bf16, a slot for each of the mean loops; last only: for the last loop.
+to train: fp32 weights, gradients and optimizer, without activations. to serve: bf16 weights and
+one sequence of max_length with a slot per loop."""
+
+
+def _comparison(costs: Sequence[Cost], keys: int) -> str:
     titles = ["preset", "total", "active", "attention", "layers", "max_length", "FLOP/token"]
     titles += ["cache/token", "last only", "to train", "to serve"]
     rows = [titles, *(_row(*cost) for cost in costs)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    keys = costs[0][2].keys if len({cost[2].keys for cost in costs}) == 1 else None
-    sight = f"{keys:,}" if keys else "at most 1,024"
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "layers: prelude + core x mean loops + coda. FLOP/token: forward, at the mean loops,",
-            f"{sight} keys in sight. cache/token: bf16, a slot for each of the mean loops; last "
-            "only: the\nlast loop's. to train: fp32 weights, gradients and optimizer, without "
-            "activations. to serve:\nbf16 weights and one sequence of max_length with a slot per "
-            "loop.",
-        ]
-    )
+    return "\n".join([*lines, "", COMPARED.format(keys=keys)])
 
 
-def _row(
-    name: str, config: MythosConfig, account: Account, training: TrainingBytes
-) -> list[str]:
-    own = account.cache_bytes[config.attention]
+def _row(name: str, config: MythosConfig, account: Account, training: TrainingBytes) -> list[str]:
+    own, core = account.cache_bytes[config.attention], f"{config.core_layers} x {config.mean_loops}"
     return [
         name,
         _count(account.total),
         _count(account.active),
         config.attention,
-        f"{config.prelude_layers} + {config.core_layers} x {config.mean_loops} + "
-        f"{config.coda_layers}",
+        f"{config.prelude_layers} + {core} + {config.coda_layers}",
         f"{config.max_length:,}",
         _si(account.flops[config.mean_loops]),
         _bytes(own["per_loop"]),

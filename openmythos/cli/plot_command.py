@@ -1,7 +1,6 @@
 """Draw a training run: PNGs of its metrics, in RUN/plots.
 
 Example:
-
     openmythos plot runs/nano
 
 Draws the loss over the steps, bits per byte against loops, the spectral radius of the injection,

@@ -54,7 +54,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def report(self, line: dict[str, Any]) -> None:
         """Take one line of the run's metrics."""

@@ -1,7 +1,6 @@
 """Train a model on your text.
 
 Examples:
-
     openmythos train --corpus embedded --preset nano --steps 300 --run runs/nano
     openmythos train --text my_books/ --preset tiny --model.mean-loops 8 --run runs/books
     openmythos train --resume runs/books

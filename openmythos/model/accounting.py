@@ -78,9 +78,7 @@ def account(
 
 def parameters(model: OpenMythos) -> dict[str, int]:
     """Count the parameters of each part."""
-    counts = Counter(
-        {"embedding": 0, "prelude": 0, "core": 0, "experts": 0, "coda": 0, "head": 0}
-    )
+    counts = Counter({"embedding": 0, "prelude": 0, "core": 0, "experts": 0, "coda": 0, "head": 0})
     stages = {"embed": "embedding", "prelude": "prelude", "prelude_norm": "prelude"}
     stages |= {"core": "core", "head": "head"}
     for name, parameter in model.named_parameters():

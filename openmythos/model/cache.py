@@ -143,7 +143,8 @@ class Span:
         """The same call without a cache, its sequences in another order."""
         if self.start is not None:
             return self
-        assert self.real is not None and self.visible is not None
+        assert self.real is not None
+        assert self.visible is not None
         return replace(
             self,
             index=self.index.index_select(0, order),

@@ -8,7 +8,7 @@ asks for; each does the same arithmetic for a token.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -22,24 +22,8 @@ from openmythos.model.halting import Graves, LearnedExit, Memory, Rule, select
 from openmythos.model.injection import INJECTION
 from openmythos.model.layer import Layer
 from openmythos.model.norm import RMSNorm
+from openmythos.model.notes import CoreOutput, Notes
 from openmythos.model.rope import Rope
-
-
-@dataclass
-class CoreOutput:
-    """What the loop leaves behind."""
-
-    h: Float[Tensor, "batch sequence hidden"]
-    loops: Int[Tensor, "batch sequence"]
-    """Loops each token took."""
-    loads: Int[Tensor, "loops layers experts"] | None = None
-    """Tokens each expert got, by loop and core layer."""
-    routing: Int[Tensor, "loops layers batch sequence chosen"] | None = None
-    """Experts chosen; -1 where a token had left the core."""
-    states: Float[Tensor, "loops batch sequence hidden"] | None = None
-    """The state after every loop; a token that has left keeps its last."""
-    ponder: Float[Tensor, "batch sequence"] | None = None
-    """Graves' ponder cost, of the rule `act`."""
 
 
 @dataclass(frozen=True)
@@ -64,77 +48,6 @@ class Rows:
             drive=drive.index_select(0, kept),
             carry=self.carry,
             numbers=remaining,
-        )
-
-
-@dataclass
-class Notes:
-    """What a call was asked to write down, loop by loop."""
-
-    experts: int
-    layers: int
-    tokens: tuple[int, int]
-    want_states: bool = False
-    want_routing: bool = False
-    given: Int[Tensor, "loops layers batch sequence chosen"] | None = None
-    cells: list[Tensor] = field(default_factory=list)
-    routing: list[Tensor] = field(default_factory=list)
-    states: list[Tensor] = field(default_factory=list)
-
-    def choices(self, loop: int, numbers: Tensor | None) -> list[Tensor | None]:
-        """The given experts of the rows in the core at `loop`, layer by layer."""
-        if self.given is None:
-            return [None] * self.layers
-        given = self.given[min(loop, len(self.given) - 1)]
-        if numbers is None:
-            return list(given)
-        return [layer.flatten(0, 1).index_select(0, numbers) for layer in given]
-
-    @property
-    def by_token(self) -> bool:
-        """Whether states or choices of each loop are wanted, for which loops must run in step."""
-        return self.want_states or self.want_routing
-
-    def count(self, chosen: list[Tensor], loop: Tensor, real: Tensor | None = None) -> None:
-        """Note the experts chosen at `loop`, one for all or one for each sequence."""
-        for number, choice in enumerate(chosen):
-            row = loop if loop.ndim == 0 else loop.view(-1, *[1] * (choice.ndim - 1))
-            cell = torch.add(choice, row, alpha=self.layers * self.experts)
-            cell = cell if real is None else cell[real]
-            self.cells.append((cell + number * self.experts if number else cell).flatten())
-
-    def loads(self) -> Tensor | None:
-        """Return the tokens each expert got, `(loops, layers, experts)`: one count for all loops."""
-        if not self.cells:
-            return None
-        cells = torch.cat(self.cells)
-        one_loop = self.layers * self.experts
-        loops = int(cells.max()) // one_loop + 1
-        counts = cells.new_zeros(loops * one_loop)
-        counts.scatter_add_(0, cells, torch.ones_like(cells))  # whole numbers: any order is exact
-        return counts.view(loops, self.layers, self.experts)
-
-    def route(self, chosen: list[Tensor], numbers: Tensor | None) -> None:
-        """Write down the experts chosen by the rows in the core."""
-        if not (self.want_routing and chosen):
-            return
-        batch, sequence = self.tokens
-        table = chosen[0].new_full((self.layers, batch * sequence, chosen[0].shape[-1]), -1)
-        for number, choice in enumerate(chosen):
-            flat = choice.flatten(0, -2)
-            if numbers is None:
-                table[number] = flat
-            else:
-                table[number].index_copy_(0, numbers, flat)
-        self.routing.append(table.unflatten(1, (batch, sequence)))
-
-    def finish(self, output: CoreOutput) -> CoreOutput:
-        """Put the notes into the output."""
-        return replace(
-            output,
-            loads=self.loads(),
-            routing=torch.stack(self.routing) if self.routing else None,
-            states=torch.stack(self.states) if self.states else None,
         )
 
 
@@ -200,14 +113,14 @@ class Core(nn.Module):
             want_routing=return_routing,
             given=None if routing is None else routing.clamp(min=0),  # -1: no loop reads it
         )
+        budget = loops if isinstance(loops, Tensor) else torch.tensor(loops, device=e.device)
         if rule is None and isinstance(loops, int):
             window = loops if backprop_loops is None else backprop_loops
             output = self._together(h, rows, loops, window, cache, notes)
-        elif rule is None and loops.ndim == 1 and cache is None and not notes.by_token:
-            window = int(loops.max()) if backprop_loops is None else backprop_loops
-            output = self._by_sequence(h, rows, loops, window, notes)
+        elif rule is None and budget.ndim == 1 and cache is None and not notes.by_token:
+            window = int(budget.max()) if backprop_loops is None else backprop_loops
+            output = self._by_sequence(h, rows, budget, window, notes)
         else:
-            budget = loops if isinstance(loops, Tensor) else torch.tensor(loops, device=e.device)
             budget = budget.unsqueeze(1) if budget.ndim == 1 else budget
             budget = budget.expand(e.shape[:2])
             if torch.is_grad_enabled() and cache is None and self._learns(drive, h):
@@ -241,7 +154,7 @@ class Core(nn.Module):
             place = Place(rows.span, None if stores is None else stores[number], slot)
             given = None if choices is None else choices[number]
             if self.checkpointing and torch.is_grad_enabled():
-                h, choice = checkpoint(  # type: ignore[misc]
+                h, choice = checkpoint(
                     layer, h, rows.rope, loop, place, given, use_reentrant=False
                 )
             else:
@@ -298,9 +211,7 @@ class Core(nn.Module):
         taken = loops.unsqueeze(1).expand(h.shape[:2])
         return CoreOutput(h.index_select(0, back), taken)
 
-    def _shrinking(
-        self, h: Tensor, rows: Rows, first: Tensor, end: Tensor, notes: Notes
-    ) -> Tensor:
+    def _shrinking(self, h: Tensor, rows: Rows, first: Tensor, end: Tensor, notes: Notes) -> Tensor:
         """Run each sequence's loops `first` to `end`; their counts must be sorted downwards."""
         todo = (end - first).tolist()
         finished: list[Tensor] = []
@@ -374,7 +285,9 @@ class Core(nn.Module):
                 exits, memory = rule.decide(before.reshape(-1, width), after, memory, last)
                 leaves, fired = fired | last, exits
             if notes.want_states:
-                earlier = notes.states[-1].flatten(0, 1) if notes.states else torch.zeros_like(final)
+                earlier = (
+                    notes.states[-1].flatten(0, 1) if notes.states else torch.zeros_like(final)
+                )
                 notes.states.append(earlier.index_copy(0, numbers, after).unflatten(0, shape))
             gone = leaves.nonzero().squeeze(1)
             if not len(gone):
@@ -456,7 +369,7 @@ class Core(nn.Module):
 
     def experts_layers(self) -> list[Experts]:
         """The expert layers, in order; empty for a dense core."""
-        parts = [layer.feed_forward for layer in self.layers]  # type: ignore[union-attr]
+        parts = [layer.feed_forward for layer in self.layers]
         return [part for part in parts if isinstance(part, Experts)]
 
     def rebalance(self, loads: Int[Tensor, "loops layers experts"]) -> None:
@@ -470,4 +383,4 @@ class Core(nn.Module):
         injected = 2 * width if self.config.injection in ("lti", "free") else width
         if self.config.injection == "linear":
             injected = 2 * width * width
-        return injected + sum(layer.flops(keys) for layer in self.layers)  # type: ignore[operator, misc]
+        return injected + sum(layer.flops(keys) for layer in self.layers)  # type: ignore[operator]

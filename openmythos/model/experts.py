@@ -126,7 +126,9 @@ class Experts(nn.Module):
         # index_select, because the backward of x[token] is not deterministic with two threads.
         rows = x.index_select(0, token)
         y = grouped_linear(self.activation(grouped_linear(rows, self.w_in, ends)), self.w_out, ends)
-        y = y.index_select(0, pairs.argsort()).unflatten(0, chosen.shape)  # (tokens, chosen, hidden)
+        y = y.index_select(0, pairs.argsort()).unflatten(
+            0, chosen.shape
+        )  # (tokens, chosen, hidden)
         return self._combine(y, weights, x)
 
     def _combine(self, y: Tensor, weights: Tensor, x: Tensor) -> Tensor:

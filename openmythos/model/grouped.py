@@ -5,6 +5,7 @@ MPS, rows not aligned to 16 bytes). Wrapped as a custom operator because torch's
 fails on `meta` and under `torch.compile`, and because its backward refuses expanded gradients.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,13 +52,12 @@ def _torch_takes(x: Tensor, *widths: int) -> bool:
 
 
 def _ranges(ends: Tensor) -> list[tuple[int, tuple[int, int]]]:
-    bounds = [0, *ends.tolist()]
-    pairs = enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+    pairs = enumerate(pairwise([0, *ends.tolist()]))
     return [(expert, (start, end)) for expert, (start, end) in pairs if end > start]
 
 
 @grouped_mm.register_fake
-def _(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+def _(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:  # noqa: ARG001 (torch names them)
     return x.new_empty(x.shape[0], weights.shape[2])
 
 
@@ -66,7 +66,11 @@ def _(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(ends.shape[0], x.shape[1], y.shape[1])
 
 
-def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+def _remember(
+    ctx: Any,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    output: Tensor,  # noqa: ARG001 (torch names it)
+) -> None:
     ctx.save_for_backward(*inputs)
 
 

@@ -61,7 +61,7 @@ class LearnedExit(nn.Module):
         self.register_buffer("threshold", torch.tensor(DEFAULT_THRESHOLD))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedExit:
-        return super()._apply(keep_wide(fn), recurse)  # type: ignore[no-any-return, no-untyped-call]
+        return super()._apply(keep_wide(fn), recurse)  # type: ignore[no-untyped-call]
 
     def forward(
         self, before: Float[Tensor, "*rows hidden"], after: Float[Tensor, "*rows hidden"]
@@ -253,7 +253,7 @@ def make_rule(name: str, threshold: float | None, learned: Any, readout: Readout
     """
     if name not in HALTING:
         raise InputError(f"halting={name!r} must be one of {', '.join(HALTING)}")
-    return HALTING[name](threshold, learned, readout)  # type: ignore[no-any-return]
+    return HALTING[name](threshold, learned, readout)
 
 
 def select(memory: Memory, rows: Tensor | Bool[Tensor, " rows"]) -> Memory:
@@ -265,5 +265,3 @@ def _between(threshold: float, least: float, most: float) -> float:
     if not least < threshold <= most:
         raise InputError(f"threshold={threshold} must be above {least} and at most {most}")
     return threshold
-
-

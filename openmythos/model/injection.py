@@ -62,7 +62,7 @@ class Decay(nn.Module):
             self.rate.fill_(math.log(math.expm1(1.0)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decay:
-        return super()._apply(keep_wide(fn), recurse)  # type: ignore[no-any-return, no-untyped-call]
+        return super()._apply(keep_wide(fn), recurse)  # type: ignore[no-untyped-call]
 
 
 class LTI(nn.Module):
@@ -80,7 +80,7 @@ class LTI(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, width))
 
     @property
-    def A(self) -> Float[Tensor, " hidden"]:  # noqa: N802 (the equation's name)
+    def A(self) -> Float[Tensor, " hidden"]:
         """The diagonal in use, in fp32 or wider, each value in [0, 1)."""
         product = F.softplus(self.decay.step) * F.softplus(self.decay.rate)
         return torch.exp(-(FLOOR + product))
@@ -109,7 +109,7 @@ class Free(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, width))
 
     @property
-    def A(self) -> Float[Tensor, " hidden"]:  # noqa: N802 (the equation's name)
+    def A(self) -> Float[Tensor, " hidden"]:
         """The diagonal in use."""
         return self.diagonal
 

@@ -22,9 +22,7 @@ def _constant(value: float, like: Tensor) -> Tensor:
     return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
-def rms_normalise(
-    x: Float[Tensor, "*rows width"], eps: float
-) -> Float[Tensor, "*rows width"]:
+def rms_normalise(x: Float[Tensor, "*rows width"], eps: float) -> Float[Tensor, "*rows width"]:
     """Divide `x` by the root of its mean square over the last axis, in fp32 or wider."""
     x = x.float() if x.itemsize < 4 else x
     return x * inverse_rms(x, eps)

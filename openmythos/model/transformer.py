@@ -18,11 +18,12 @@ from openmythos.config import CachePolicy, HaltingKind, MythosConfig
 from openmythos.model.attention import ATTENTION
 from openmythos.model.cache import Cache, Place, Span
 from openmythos.model.call import check_call, check_window
-from openmythos.model.core import Core, CoreOutput
+from openmythos.model.core import Core
 from openmythos.model.halting import DEFAULT_THRESHOLD, Rule, make_rule
 from openmythos.model.injection import START
 from openmythos.model.layer import Layer
 from openmythos.model.norm import RMSNorm
+from openmythos.model.notes import CoreOutput
 from openmythos.model.rope import Rope, rope_table
 
 
@@ -201,7 +202,7 @@ class OpenMythos(nn.Module):
         slots = self.config.mean_loops if loops is None else loops
         check_cache_sizes(self.config, batch_size, length, slots, policy)
         return Cache(
-            [layer.attention.kept for layer in [*self.prelude, *self.coda]],  # type: ignore[union-attr, misc]
+            [layer.attention.kept for layer in [*self.prelude, *self.coda]],
             [layer.attention.kept for layer in self.core.layers],  # type: ignore[union-attr, misc]
             batch_size=batch_size,
             max_length=length,
@@ -319,7 +320,7 @@ class OpenMythos(nn.Module):
 
     def flops(self, keys: int, loops: int) -> int:
         """Floating-point operations per token that sees `keys` keys, forward at `loops` loops."""
-        outer = sum(layer.flops(keys) for layer in [*self.prelude, *self.coda])  # type: ignore[operator, misc]
+        outer = sum(layer.flops(keys) for layer in [*self.prelude, *self.coda])
         linear = [self.core_output, getattr(self.core.injection, "weight", None)]
         once = sum(2 * self.config.hidden_size**2 for part in linear if part is not None)
         head = 2 * self.head.weight.numel()

@@ -40,8 +40,8 @@ class GateReport:
 
 
 def fit_to_stop(
-    losses: Float[Tensor, "loops *tokens"], margin: float
-) -> Bool[Tensor, "loops *tokens"]:
+    losses: Float[Tensor, "loops ..."], margin: float
+) -> Bool[Tensor, "loops ..."]:
     """Mark states that are, as is the next one, within `margin` nats of the best later state."""
     best_later = losses.flip(0).cummin(0).values.flip(0)
     good = losses <= best_later + margin
@@ -92,7 +92,7 @@ def train_gate(
         optimizer.zero_grad()
         wanted = fit_to_stop(losses, margin).float()
         loss = F.binary_cross_entropy_with_logits(_scores(gate, states), wanted)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     for parameter in gate.parameters():
         parameter.requires_grad_(False)

@@ -59,7 +59,6 @@ GROUPS: dict[str, Group] = {
     "norm": Group("adamw", decays=False),
     "scale": Group("adamw", decays=False),  # one gain per head: a table of vectors, not a matrix
     "bias": Group("adamw", decays=False),
-    "scale": Group("adamw", decays=False),  # of queries and keys: a vector for each head
     "attention": Group("muon", decays=True),
     "feed_forward": Group("muon", decays=True),
 }

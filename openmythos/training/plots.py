@@ -65,9 +65,6 @@ def check_picture(path: Path) -> None:
         raise InputError(f"picture={str(path)!r} must end in one of {', '.join(SUFFIXES)}")
 
 
-# The pictures --------------------------------------------------------------------------------------
-
-
 def loss(lines: Sequence[Line], name: str) -> Figure | None:
     """Bits per byte over the steps: of each training batch, their mean, and on held-out text."""
     steps = [line for line in lines if "loss" in line]
@@ -147,6 +144,8 @@ def state_rms(lines: Sequence[Line], name: str) -> Figure | None:
     measured = [line for line in lines if len(line.get("state_rms", ())) > 1]
     if not measured:
         return None
+    from matplotlib.ticker import MaxNLocator
+
     title = f"{name}: size of the state"
     figure, (axes,) = _figure(title, "loops of the core", "root mean square of h")
     shown = _spread(measured, 5)
@@ -158,7 +157,7 @@ def state_rms(lines: Sequence[Line], name: str) -> Figure | None:
         label = f"step {line['step'] + 1}"
         axes.plot(loops, rms, "o-", color=colour, linewidth=width, markersize=4, label=label)
     axes.set_ylim(0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     return figure
 
@@ -229,9 +228,6 @@ def depth_curve(
     _loop_ticks(axes, loops)
     axes.legend(frameon=False)
     return figure
-
-
-# Details ---------------------------------------------------------------------------------------------
 
 
 def _figure(title: str, x: str, y: str, columns: int = 1) -> tuple[Figure, list[Axes]]:

@@ -1,12 +1,12 @@
 """A run's folder: what a training writes, and how to find one's way in it.
 
-    run/settings.json       model, training, corpus and tokenizer, as they were at the start
-    run/tokenizer.json
-    run/train.bin           tokenised text, rebuilt when missing
-    run/validation.bin
-    run/metrics.jsonl       one line a step, and one a measurement
-    run/step-00000120/      checkpoints
-    run/model/              the finished model, for `openmythos.load`
+run/settings.json       model, training, corpus and tokenizer, as they were at the start
+run/tokenizer.json
+run/train.bin           tokenised text, rebuilt when missing
+run/validation.bin
+run/metrics.jsonl       one line a step, and one a measurement
+run/step-00000120/      checkpoints
+run/model/              the finished model, for `openmythos.load`
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ def start_run(
     """
     if (run / SETTINGS).exists():
         raise ConfigError(
-            f"run={run} holds a run already: resume it with --resume {run}, or choose another folder"
+            f"run={run} holds a run already: resume it with --resume {run}, or choose another "
+            "folder"
         )
     if train.length > model.max_length:
         raise ConfigError(
@@ -121,5 +122,3 @@ def _take_weights(trainer: Trainer, folder: Path) -> None:
         )
     tensors = {**added, **given.state_dict()}
     trainer.model.load_state_dict(tensors)
-
-

@@ -90,14 +90,14 @@ class Trainer:
     def _choose_parameters(self) -> None:
         adapters = self.model.adapter_parameters()
         if self.config.train == "adapters" and not adapters:
-            raise ConfigError("train='adapters' must go with lora_rank of 1 or more: there are none")
+            raise ConfigError(
+                "train='adapters' must go with lora_rank of 1 or more: there are none"
+            )
         for name, parameter in self.model.named_parameters():
             wanted = name in adapters if self.config.train == "adapters" else True
             parameter.requires_grad_(wanted and not name.startswith("core.gate."))
 
-    # The run ------------------------------------------------------------------------------------
-
-    def fit(self, report: Report = lambda line: None) -> OpenMythos:
+    def fit(self, report: Report = lambda _: None) -> OpenMythos:
         """Train to the last step, measure, train the gate, write the finished model.
 
         Ctrl-C and SIGTERM end it after the step in hand, with a checkpoint.
@@ -147,7 +147,7 @@ class Trainer:
     def _stop_on_signals(self) -> Iterator[None]:
         """Let the step in hand end before stopping; a second Ctrl-C stops at once."""
 
-        def ask(number: int, frame: Any) -> None:
+        def ask(*_: Any) -> None:
             if self._stop:
                 raise KeyboardInterrupt
             self._stop = True
@@ -182,8 +182,6 @@ class Trainer:
         if board is not None:
             board.close()
 
-    # A step -------------------------------------------------------------------------------------
-
     def one_step(self) -> dict[str, Any]:
         """Take one optimizer step; return its line of metrics."""
         started = time.perf_counter()
@@ -196,7 +194,7 @@ class Trainer:
         total, loads, flops = 0.0, None, 0.0
         for part in np.split(np.arange(config.batch_size), config.accumulation):
             out, loss = self._forward(samples[part], depth[part])
-            (loss / config.tokens_per_step).backward()  # type: ignore[no-untyped-call]
+            (loss / config.tokens_per_step).backward()
             total += float(loss.detach())
             flops += self._flops(depth[part])
             if out.loads is not None:
@@ -296,8 +294,6 @@ class Trainer:
             line["load_max_over_mean"] = float((by_expert.amax(-1) / by_expert.mean(-1)).max())
         return line
 
-    # Measuring ----------------------------------------------------------------------------------
-
     def _evaluate(self, max_tokens: int | None) -> Evaluation:
         mean = self.model_config.mean_loops
         loops = sorted({1, 2, 4, 8, 16, mean}) if mean > 1 else [1]
@@ -346,8 +342,6 @@ class Trainer:
                 steps=self.config.gate_steps,
                 seed=self.config.seed,
             )
-
-    # Checkpoints --------------------------------------------------------------------------------
 
     def save(self, bits_per_byte: float | None = None) -> Path:
         """Write a checkpoint of this step.
@@ -438,4 +432,4 @@ def _tensorboard(run: Path) -> Any:
         raise ConfigError(
             "log='tensorboard' needs the package: pip install 'openmythos[log]'"
         ) from error
-    return SummaryWriter(str(run / "tensorboard"))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(run / "tensorboard"))

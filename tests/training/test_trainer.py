@@ -211,12 +211,14 @@ def test_training_adapters_changes_the_adapters_alone(tmp_path, text):
     base = tmp_path / "base" / "model"
     shape = MythosConfig(**SHAPE).replace(lora_rank=2)
     train = TrainConfig(
-        steps=3, batch_size=4, length=16, **FAST, train="adapters",
+        steps=3,
+        batch_size=4,
+        length=16,
+        **FAST,
+        train="adapters",
         optimizer=OptimizerConfig(warmup_steps=0),
     )
-    trainer = start_run(
-        tmp_path / "tuned", shape, train, source=source(text), start_from=base
-    )
+    trainer = start_run(tmp_path / "tuned", shape, train, source=source(text), start_from=base)
     before = {name: t.clone() for name, t in trainer.model.state_dict().items()}
     trainer.fit()
     changed = {n for n, t in trainer.model.state_dict().items() if not torch.equal(t, before[n])}
@@ -243,10 +245,18 @@ def test_a_trained_gate_changes_nothing_but_the_gate(tmp_path, text):
 
 
 def test_a_plain_transformer_is_the_same_code(tmp_path, text):
-    plain = {"injection": "none", "h0": "e", "core_output": "none", "mean_loops": 1, "experts": 0,
-             "prelude_layers": 0, "core_layers": 3, "coda_layers": 0}
+    plain = {
+        "injection": "none",
+        "h0": "e",
+        "core_output": "none",
+        "mean_loops": 1,
+        "experts": 0,
+        "prelude_layers": 0,
+        "core_layers": 3,
+        "coda_layers": 0,
+    }
     start(tmp_path / "run", text, model=plain).fit()
-    assert list([x for x in metrics(tmp_path / "run") if "final" in x][0]["validation"]) == ["1"]
+    assert list(next(x for x in metrics(tmp_path / "run") if "final" in x)["validation"]) == ["1"]
 
 
 def test_activation_checkpointing_gives_the_same_losses(tmp_path, text):
