@@ -127,8 +127,10 @@ class MythosConfig:
     """Use the embedding's matrix as output head."""
     embedding_scale: float | None = None
     """Factor on the embedding. Default: sqrt(hidden_size), as its rows start at unit length."""
-    logit_scale: float = 1.0
-    """Factor on the logits."""
+    logit_scale: float | None = None
+    """Factor on the logits. Default: 1 up to a width of 128, then falling as its root, so that
+    a token's own logit under a tied head starts no larger in a wide model (a width of 2048 would
+    start at a loss of 29 nats)."""
     out_init: float = 0.5
     """Scale of the out-projections at start, relative to 1/sqrt(fan_in); 0 starts each layer as
     the identity, which leaves all loops collinear."""
@@ -161,6 +163,8 @@ class MythosConfig:
             self._set("lora_loops", self.mean_loops)
         if self.embedding_scale is None:
             self._set("embedding_scale", float(self.hidden_size**0.5))
+        if self.logit_scale is None:
+            self._set("logit_scale", min(1.0, (128 / self.hidden_size) ** 0.5))
 
     def _set(self, name: str, value: float) -> None:
         object.__setattr__(self, name, value)
@@ -192,9 +196,14 @@ class MythosConfig:
         )
         for name in at_least_one.split():
             self._at_least(name, 1)
-        for name in (
-            ["prelude_layers", "coda_layers", "experts", "shared_experts", "lora_rank", "q_latent"]
-        ):
+        for name in [
+            "prelude_layers",
+            "coda_layers",
+            "experts",
+            "shared_experts",
+            "lora_rank",
+            "q_latent",
+        ]:
             self._at_least(name, 0)
         if self.num_heads % self.kv_heads:  # type: ignore[operator]
             divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]

@@ -250,7 +250,8 @@ def test_the_examples_of_a_help_page_parse(name):
     for line in lines:
         for words in commands_of(Block(ROOT, 0, "bash", "", line)):
             if words[0] == "openmythos":
-                parse_ours(words[1:])
+                flags = words[1 : words.index("<")] if "<" in words else words[1:]
+                parse_ours(flags)
 
 
 def tables_of(page):

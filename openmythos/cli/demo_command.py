@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from openmythos.inference.language_model import LanguageModel
     from openmythos.training.trainer import Trainer
 
+MODEL = MythosConfig.preset("nano")
 CORPUS = {"corpus": "embedded"}
 RECIPE = TrainConfig(
     steps=640,
@@ -103,8 +104,7 @@ def _train(settings: Settings) -> None:
     else:
         print("Training a recurrent-depth transformer on a novel and messages of presidents.")
         recipe = dataclasses.replace(RECIPE, steps=settings.steps)
-        model = MythosConfig.preset("nano")
-        trainer = start_run(settings.run, model, recipe, source=CORPUS)
+        trainer = start_run(settings.run, MODEL, recipe, source=CORPUS)
     with Progress(trainer) as progress:
         try:
             trainer.fit(progress.report)

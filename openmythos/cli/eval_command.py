@@ -82,7 +82,7 @@ def run(settings: Settings) -> None:
     lm = load(settings.model)
     token_bytes = lm.tokenizer.token_bytes
     how: dict[str, Any] = {
-        "length": settings.length or trained_length(settings.model, lm.model.config.max_length),
+        "length": _length(settings, lm.model.config.max_length),
         "stride": settings.stride,
         "max_tokens": settings.max_tokens,
     }
@@ -110,12 +110,14 @@ def run(settings: Settings) -> None:
     print(json.dumps(report) if settings.json else _table(report))
 
 
-def trained_length(model: Path, max_length: int) -> int:
-    """Tokens in a sequence of the training that made this model, where its run is known."""
+def _length(settings: Settings, max_length: int) -> int:
+    """The length asked for, or that of the training that made this model, or max_length."""
     from openmythos.errors import CheckpointError
     from openmythos.training.run import Settings as RunSettings
 
-    for folder in (model, model.resolve().parent):
+    if settings.length is not None:
+        return settings.length
+    for folder in (settings.model, settings.model.resolve().parent):
         try:
             return RunSettings.load(folder).train.length
         except CheckpointError:

@@ -40,7 +40,8 @@ class Settings:
     """Folder of a model, or of a training run."""
 
     prompt: str = ""
-    """Text to continue; `-` reads it from standard input. Default: start a document."""
+    """Text to continue; `-` reads it from standard input, less a last line break. Default: start a
+    document."""
 
     max_new_tokens: int = 256
     """Most tokens to make."""
@@ -124,7 +125,7 @@ def _as_json(pieces: Iterator[Piece]) -> dict[str, Any]:
 
 def _from_stdin() -> str:
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise InputError(
             f"prompt from standard input must be UTF-8, but is not at byte {error.start}: "

@@ -315,13 +315,13 @@ class Cache:
         """Forget the last `count` tokens of every sequence (or one count for each).
 
         Raises:
-            CacheError: a count is negative or above what is cached.
+            CacheError: a count is no integer, negative, or above what is cached.
         """
-        counts = [count] * self.batch_size if isinstance(count, int) else list(count)
+        counts = list(count) if isinstance(count, Sequence) else [count] * self.batch_size
         if len(counts) != self.batch_size:
             raise CacheError(f"count has {len(counts)} values, must have {self.batch_size}")
         for length, forgotten in zip(self.lengths, counts, strict=True):
-            if not 0 <= forgotten <= length:
+            if not isinstance(forgotten, int) or not 0 <= forgotten <= length:
                 raise CacheError(f"count={forgotten} must be from 0 to the {length} tokens cached")
         self.lengths = [n - k for n, k in zip(self.lengths, counts, strict=True)]
 

@@ -154,9 +154,7 @@ class Core(nn.Module):
             place = Place(rows.span, None if stores is None else stores[number], slot)
             given = None if choices is None else choices[number]
             if self.checkpointing and torch.is_grad_enabled():
-                h, choice = checkpoint(
-                    layer, h, rows.rope, loop, place, given, use_reentrant=False
-                )
+                h, choice = checkpoint(layer, h, rows.rope, loop, place, given, use_reentrant=False)
             else:
                 h, choice = layer(h, rows.rope, loop, place, given)
             if choice is not None:
@@ -208,7 +206,7 @@ class Core(nn.Module):
             h = self._shrinking(h, rows, torch.zeros_like(depth), before, notes)
         h = self._shrinking(h, rows, before, depth, notes)
         back = order.argsort()
-        taken = loops.unsqueeze(1).expand(h.shape[:2])
+        taken = loops.long().unsqueeze(1).expand(h.shape[:2])
         return CoreOutput(h.index_select(0, back), taken)
 
     def _shrinking(self, h: Tensor, rows: Rows, first: Tensor, end: Tensor, notes: Notes) -> Tensor:

@@ -165,7 +165,7 @@ class Divergence:
         self.readout = readout
 
     def start(self, rows: int, like: Tensor) -> Memory:
-        """Log-probabilities after the last loop, and whether there are any yet."""
+        """Keep nothing yet; from the first loop on the log-probabilities, `(rows, vocab)`."""
         return ()
 
     def decide(

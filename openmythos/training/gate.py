@@ -39,9 +39,7 @@ class GateReport:
     """Full depth: the loops the gate may use."""
 
 
-def fit_to_stop(
-    losses: Float[Tensor, "loops ..."], margin: float
-) -> Bool[Tensor, "loops ..."]:
+def fit_to_stop(losses: Float[Tensor, "loops ..."], margin: float) -> Bool[Tensor, "loops ..."]:
     """Mark states that are, as is the next one, within `margin` nats of the best later state."""
     best_later = losses.flip(0).cummin(0).values.flip(0)
     good = losses <= best_later + margin

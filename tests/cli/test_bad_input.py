@@ -1,0 +1,67 @@
+"""What does not fit: one sentence on stderr, exit code 2, nothing written."""
+
+import pytest
+from command_line import openmythos
+
+SENTENCES = [
+    ("fly", "command='fly' must be one of demo, train, generate"),
+    ("generate nowhere", "model='nowhere' must be the folder of a model or of a run"),
+    ("generate RUN --loops 0", "loops=0 must be 1 or more"),
+    ("generate RUN --loops -2", "loops=-2 must be 1 or more"),
+    ("generate RUN --loops 1.5", "Error parsing --loops"),
+    ("generate RUN --halting sleep", "invalid choice"),
+    ("generate RUN --halting gate --threshold 2", "threshold=2.0 must be above 0 and at most 1"),
+    ("generate RUN --threshold 0.5", "threshold=0.5 must be left out with halting='none'"),
+    ("generate RUN --temperature -1", "temperature=-1.0 must be 0 or more"),
+    ("generate RUN --top-p 0", "top_p=0.0 must be above 0 and at most 1"),
+    ("generate RUN --max-new-tokens 0", "max_new_tokens=0 must be an integer of 1 or more"),
+    ("chat nowhere", "model='nowhere' must be the folder of a model or of a run"),
+    ("eval RUN", "one of --corpus and --text must be given, and not both"),
+    ("eval RUN --text none.txt", "text='none.txt' must exist"),
+    ("eval RUN --text TEXT --loops 0 1", "loops=(0, 1) must hold depths of 1 or more"),
+    ("eval RUN --text TEXT --loops", "loops=() must hold depths of 1 or more"),
+    ("eval RUN --text TEXT --length 65", "length=65 must be from 1 to the model's max_length=64"),
+    ("eval RUN --text TEXT --length 0", "length=0 must be from 1 to the model's max_length=64"),
+    ("eval RUN --text TEXT --stride 17", "stride=17 must be from 1 to length=16"),
+    ("eval RUN --text TEXT --max-tokens 0", "max_tokens=0 must be 1 or more"),
+    ("eval RUN --text TEXT --png a.gif", "picture='a.gif' must end in one of .png, .svg, .pdf"),
+    ("eval RUN --text TEXT --threshold 1", "threshold=1.0 must go with a rule"),
+    ("info 2t", "model='2t' must be one of nano, tiny, small"),
+    ("info nano --loops 0", "loops=(0,) must hold depths of 1 or more"),
+    ("info nano --keys 0", "keys=0 must be 1 or more"),
+    ("info --loops 4", "loops must be left out of the comparison"),
+    ("plot nowhere", "run=nowhere must hold metrics.jsonl"),
+    ("bench nowhere", "model='nowhere' must be one of nano, tiny, small"),
+    ("bench nano --repeats 0", "repeats=0 must be 1 or more"),
+    ("bench nano --threads 0", "threads=(0,) must hold integers of 1 or more"),
+    ("train --preset huge", "preset='huge' must be one of nano, tiny, small"),
+    ("train", "one of --corpus and --text must be given, and not both"),
+    ("train --text none.txt", "text='none.txt' must exist"),
+    ("train --text TEXT --run RUN", "holds a run already"),
+    ("train --text TEXT --steps 0", "steps=0 must be 1 or more"),
+    ("train --text TEXT --model.kv-heads 3", "kv_heads=3 must divide num_heads=4"),
+    ("demo --fresh --run FOLDER", "must be a training run to be deleted"),
+]
+
+
+@pytest.mark.parametrize(("command", "sentence"), SENTENCES, ids=[c for c, _ in SENTENCES])
+def test_what_does_not_fit_is_refused(command, sentence, run, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    names = {"RUN": str(run), "TEXT": str(text), "FOLDER": "folder"}
+    result = openmythos(*(names.get(word, word) for word in command.split()))
+    assert result.code == 2
+    assert sentence in " ".join(result.err.replace("│", " ").split())
+    assert "Traceback" not in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]  # nothing was written
+
+
+def test_a_prompt_that_is_not_utf8_is_refused(run, monkeypatch):
+    import io
+
+    from openmythos.cli import generate_command
+
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    with pytest.raises(ValueError, match="must be UTF-8, but is not at byte 3"):
+        generate_command.run(generate_command.Settings(model=run, prompt="-"))

@@ -1,0 +1,255 @@
+"""Each command on a small run: what it prints is what the library says."""
+
+import itertools
+import re
+
+import pytest
+import torch
+from command_line import RHYME, SHAPE, TRAINING, answer, openmythos, printed
+
+import openmythos as library
+from openmythos import MythosConfig
+from openmythos.cli import demo_command, loop_colours
+from openmythos.cli.loop_colours import LoopColours
+from openmythos.cli.progress import Progress
+from openmythos.inference.language_model import Piece
+from openmythos.scales import SCALES
+from openmythos.training import corpus
+from openmythos.training.corpus import read_documents
+from openmythos.training.evaluate import evaluate, evaluate_halting, tokenised
+from openmythos.training.run import metrics
+from openmythos.training.settings import TrainConfig
+
+
+def test_generate_prints_what_the_library_writes(run):
+    expected = library.load(run).generate("The mice", max_new_tokens=9, seed=4, loops=3)
+    flags = ["--max-new-tokens", 9, "--seed", 4, "--loops", 3]
+    assert printed("generate", run, "--prompt", "The mice", *flags) == f"{expected}\n"
+    result = answer("generate", run, "--prompt", "The mice", *flags)
+    assert result["text"] == expected
+    assert result["loops"] == [3] * len(result["token_ids"])
+    assert result["mean_loops"] == 3
+    assert result["tokens_per_second"] > 0
+
+
+def test_generate_takes_its_prompt_from_standard_input(run):
+    flags = ["--max-new-tokens", 9, "--seed", 4]
+    given = printed("generate", run, "--prompt", "-", *flags, stdin="The mice\n")
+    assert given == printed("generate", run, "--prompt", "The mice", *flags)
+
+
+def test_generate_stops_at_each_stop_string(run):
+    text = printed("generate", run, "--prompt", "The", "--seed", 1, "--max-new-tokens", 30)
+    flags = ["--seed", 1, "--max-new-tokens", 30, "--stop", text[4:6], "--stop", "never"]
+    stopped = printed("generate", run, "--prompt", "The", *flags)
+    assert stopped == text[: text.find(text[4:6])] + "\n"
+
+
+def test_loops_are_counted_at_the_end_without_colours_where_there_is_no_terminal(run):
+    flags = ["--max-new-tokens", 12, "--seed", 2, "--loops", 5, "--halting", "delta"]
+    shown = printed("generate", run, "--show-loops", *flags)
+    plain = printed("generate", run, *flags)
+    result = answer("generate", run, *flags)
+    assert shown.startswith(plain)
+    assert "\x1b" not in shown
+    counted = dict(map(int, row.split()[:2]) for row in re.findall(r"^ +\d+ +\d+ .*$", shown, re.M))
+    assert counted == {n: result["loops"].count(n) for n in set(result["loops"])}
+    assert f"mean {result['mean_loops']:.2f} of at most 5 loops" in shown
+
+
+def test_colours_go_from_few_to_many_loops_and_are_reset():
+    colours = LoopColours(budget=16, colours=True)
+    painted = [colours.paint(Piece("x", 7, loops)) for loops in range(1, 17)]
+    used = [int(re.fullmatch(r"\x1b\[38;5;(\d+)mx\x1b\[0m", text)[1]) for text in painted]
+    assert used == list(loop_colours.PALETTE)
+    assert colours.paint(Piece("", 7, 3)) == ""
+    assert sum(colours.counts.values()) == 17
+    colours.paint(Piece("rest", None, 3))  # text, but no token
+    assert sum(colours.counts.values()) == 17
+
+
+@pytest.mark.parametrize(("terminal", "said", "wanted"), [(True, "", True), (True, "1", False)])
+def test_no_color_is_respected(terminal, said, wanted, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", said)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
+    assert loop_colours.colours_wanted() == wanted
+
+
+def test_chat_goes_on_with_all_the_text_so_far(run):
+    lm = library.load(run)
+    flags = ["--max-new-tokens", 8, "--seed", 1]
+    replies = printed("chat", run, *flags, stdin="The mice\nran up\n\n/quit\nmore\n")
+    first = lm.generate("The mice", max_new_tokens=8, seed=1)
+    text = f"The mice{first}"
+    text += "ran up" if text[-1].isspace() else "\nran up"
+    second = lm.generate(text, max_new_tokens=8, seed=2)
+    third = lm.generate(text + second, max_new_tokens=8, seed=3)
+    assert replies == f"{first}\n{second}\n{third}\n"
+
+
+def test_chat_commands_change_the_next_reply(run):
+    lm = library.load(run)
+    typed = "/seed 5\n/temperature 0.3\n/loops 3\n/halting delta 0.5\nThe\n/reset\n/seed 5\nThe\n"
+    expected = lm.generate(
+        "The", max_new_tokens=8, seed=5, temperature=0.3, loops=3, halting="delta", threshold=0.5
+    )
+    replies = printed("chat", run, "--max-new-tokens", 8, stdin=typed)
+    assert replies == f"{expected}\n{expected}\n"
+
+
+def test_chat_forgets_the_beginning_where_the_text_outgrows_the_model(run):
+    typed = "The mice ran up the clock, and the clock struck twelve.\n" * 12
+    replies = printed("chat", run, "--max-new-tokens", 20, "--seed", 0, stdin=typed)
+    assert len(replies) > 12
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("/fly", "command=/fly must be one of /loops, /halting"),
+        ("/loops", "command=/loops has 0 values"),
+        ("/loops 0", "loops=0 must be an integer of 1 or more"),
+        ("/loops many", "loops=many must be an integer of 1 or more"),
+        ("/temperature hot", "temperature=hot must be a number"),
+        ("/temperature -1", "temperature=-1.0 must be 0 or more"),
+        ("/halting sleep", "halting='sleep' must be one of none, gate"),
+        ("/halting gate 3", "threshold=3.0 must be above 0 and at most 1"),
+        ("/seed x", "seed=x must be an integer of 0 or more"),
+    ],
+)
+def test_a_chat_command_that_does_not_fit_is_refused(run, line, sentence):
+    result = openmythos("chat", run, stdin=line + "\n")
+    assert (result.code, result.out) == (2, "")
+    assert sentence in result.err
+
+
+def test_ctrl_c_ends_a_reply_and_not_the_chat(run, monkeypatch):
+    class Interrupted:
+        """Writes two pieces, and then the user has read enough."""
+
+        def __init__(self, lm):
+            self.model, self.tokenizer = lm.model, lm.tokenizer
+
+        def stream(self, *_, **__):
+            yield Piece("one", 5, 1)
+            yield Piece(" two", 6, 1)
+            raise KeyboardInterrupt
+
+    lm = library.load(run)
+    monkeypatch.setattr("openmythos.inference.language_model.load", lambda _: Interrupted(lm))
+    assert printed("chat", run, stdin="a\nb\n") == "one two\none two\n"
+
+
+def test_eval_gives_the_librarys_figures_of_the_whole_text(run, text, tmp_path):
+    picture = tmp_path / "curve.png"
+    flags = ["--loops", 1, 3, "--halting", "delta", "--threshold", 0.5, "--png", picture]
+    result = answer("eval", run, "--text", text, "--given", text, *flags)
+    lm, documents = library.load(run), read_documents(text)
+    with tokenised(documents, lm.tokenizer) as file:
+        sizes = lm.tokenizer.token_bytes
+        expected = evaluate(lm.model, file, sizes, [1, 3], length=16)
+        rule = {"halting": "delta", "threshold": 0.5, "budget": 3}
+        ruled = evaluate_halting(lm.model, file, sizes, length=16, **rule)
+    assert result["bytes"] == len(documents[0].encode())
+    assert list(result["bits_per_byte"].values()) == pytest.approx(expected.bits_per_byte)
+    assert result["halting"]["bits_per_byte"] == pytest.approx(ruled.bits_per_byte)
+    assert 1 <= result["halting"]["mean_loops"] <= 3
+    assert result["ppmd"]["given"] < result["ppmd"]["alone"]  # it has read this very text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_measures_a_corpus_on_its_held_out_side(run, tmp_path):
+    flags = ["--loops", 1, "--max-tokens", 60, "--png", tmp_path / "eval.svg"]
+    page = printed("eval", run, "--corpus", "embedded", *flags)
+    assert "embedded, held out" in page
+    assert re.search(r"1 loops +\d\.\d{4}", page)
+    assert re.search(r"PPMd after the training text +\d\.\d{4}", page)
+    assert (tmp_path / "eval.svg").read_text().startswith("<?xml")
+
+
+def test_info_compares_all_presets(run):
+    page = printed("info")
+    assert [line.split()[0] for line in page.splitlines()[1:11]] == list(SCALES)
+    assert [report["name"] for report in answer("info")] == list(SCALES)
+
+
+def test_info_of_a_run_is_that_of_its_model(run):
+    of_run, of_model = answer("info", run), answer("info", run / "model")
+    assert of_run["parameters"] == of_model["parameters"]
+    model = library.load(run).model
+    assert of_run["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    assert "parameters" in printed("info", run)
+
+
+def test_info_counts_operations_at_the_depths_asked_for():
+    depths = answer("info", "1t", "--loops", 1, 2, 3)["flops_per_token"]["forward_by_loops"]
+    assert list(depths) == ["1", "2", "3"]
+    assert depths["3"] - depths["2"] == depths["2"] - depths["1"] > 0
+
+
+def test_plot_draws_the_run(run):
+    files = printed("plot", run).split()
+    names = {"loss", "depth", "spectral_radius", "state_rms", "expert_load"}
+    assert {file.rsplit("/", 1)[-1].removesuffix(".png") for file in files} == names
+    assert answer("plot", run)["files"] == files
+
+
+def test_bench_names_every_task(run):
+    flags = ["--repeats", 1, "--loops", 1, 2, "--batches", 1, 3, "--length", 8, "--threads", 1]
+    threads = torch.get_num_threads()
+    result = answer("bench", run, *flags)
+    assert torch.get_num_threads() == threads
+    tasks = [(speed["task"], speed["batch"], speed["loops"]) for speed in result["speeds"]]
+    kinds = itertools.product(("prefill", "decode"), (1, 3), (1, 2))
+    assert tasks == [("training", 32, 2), *kinds]
+    assert all(speed["tokens_per_second"] > 0 for speed in result["speeds"])
+    page = printed("bench", run, *flags)
+    assert "decode, 3 after 8" in page
+
+
+@pytest.fixture
+def quick_demo(monkeypatch):
+    """The demo's command with a model and a text that take a second."""
+    monkeypatch.setattr(demo_command, "MODEL", MythosConfig(**SHAPE))
+    monkeypatch.setattr(demo_command, "RECIPE", TrainConfig(**TRAINING))
+    texts = [(RHYME, False), (RHYME.replace("mice", "rats"), True)]
+    monkeypatch.setitem(corpus._CORPORA, "embedded", (lambda: iter(texts), "by hand"))
+
+
+def test_the_demo_trains_measures_writes_and_draws(quick_demo, tmp_path):
+    run = tmp_path / "demo"
+    flags = ["--run", run, "--steps", 3, "--max-new-tokens", 5, "--prompt", "The mice"]
+    first = printed("demo", *flags)
+    bits = next(line["validation"] for line in metrics(run) if line.get("final"))
+    for loops in (1, 2, 4, 8, 16):
+        assert re.search(rf"{loops} loops? +{bits[str(loops)]:.4f}", first)
+    assert re.search(r"PPMd +\d\.\d{4}", first)
+    assert first.count("\nThe mice") == 3
+    assert (run / "plots" / "against_ppmd.png").is_file()
+    assert "Try next" in first
+    written = (run / "metrics.jsonl").read_bytes()
+
+    second = printed("demo", *flags)  # shows the same at once
+    assert second.splitlines()[1:] == first[first.index("\n\n-----") :].splitlines()[1:]
+    assert (run / "metrics.jsonl").read_bytes() == written
+
+
+def test_a_demo_goes_on_where_it_was_interrupted_or_begins_anew(quick_demo, tmp_path, monkeypatch):
+    run = tmp_path / "demo"
+    flags = ["--run", run, "--max-new-tokens", 5]
+    monkeypatch.setattr("openmythos.training.plots.save", lambda _, path: path)
+    report = Progress.report
+
+    def interrupted(self, line):
+        report(self, line)
+        self.trainer._stop = True  # as Ctrl-C does
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "report", interrupted)
+        result = openmythos("demo", *flags, "--steps", 3)
+    assert result.code == 130
+    assert "stopped after step 1: openmythos demo goes on from there" in result.out
+    assert f"Going on with the demo in {run}, at step 1." in printed("demo", *flags)
+    assert [line["step"] for line in metrics(run) if "loss" in line] == [0, 1, 2]
+    printed("demo", *flags, "--fresh", "--steps", 2)
+    assert [line["step"] for line in metrics(run) if "loss" in line] == [0, 1]

@@ -1,0 +1,44 @@
+"""Help pages: each command has one, and it comes at once."""
+
+import subprocess
+import sys
+
+import pytest
+
+from openmythos.cli import COMMANDS
+
+ASK = """
+import sys, time
+from openmythos.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as left:
+    assert not left.code, left.code
+slow = {"torch", "matplotlib", "tokenizers"} & set(sys.modules)
+assert not slow, slow
+assert time.process_time() < 1.5, time.process_time()
+"""
+
+
+def ask(*arguments):
+    """In a process of its own, because this one has torch."""
+    command = [sys.executable, "-c", ASK, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help_page_with_an_example_and_no_slow_import(command):
+    # On a quiet machine it takes 0.3 s; the bound allows for load, and for no import of torch.
+    page = ask(command, "--help")
+    assert f"usage: openmythos {command}" in page
+    assert f"    openmythos {command}" in page.split("options")[0]
+
+
+def test_the_overview_names_every_command():
+    page = ask("--help")
+    assert all(f"  {command} " in page for command in COMMANDS)
+    assert ask() == page
+
+
+def test_the_version_is_told():
+    assert ask("--version").startswith("openmythos ")

@@ -1,0 +1,130 @@
+"""Generation equals what it abbreviates: the whole sequence computed anew for every token."""
+
+import pytest
+import torch
+from tiny import some_ids, tiny
+
+from openmythos.errors import InputError
+from openmythos.inference.generate import generate
+from openmythos.inference.sampling import Sampling
+from openmythos.inference.thinking import Thinking
+
+GREEDY = Sampling(temperature=0)
+
+
+def written(model, token_ids, count=6, **options):
+    """Token ids and loops of a whole generation, `(batch, new)` each."""
+    new = list(generate(model, token_ids, max_new_tokens=count, **options))
+    return torch.stack([n.token_ids for n in new], 1), torch.stack([n.loops for n in new], 1)
+
+
+def written_without_cache(model, token_ids, thinking, count=6):
+    new, taken = [], []
+    for _ in range(count):
+        out = model(
+            token_ids, thinking.loops, halting=thinking.halting, threshold=thinking.threshold
+        )
+        token = out.logits[:, -1].argmax(-1)
+        new.append(token)
+        taken.append(out.loops[:, -1])
+        token_ids = torch.cat([token_ids, token.unsqueeze(1)], 1)
+    return torch.stack(new, 1), torch.stack(taken, 1)
+
+
+@pytest.mark.parametrize("attention", ["gqa", "mla"])
+@pytest.mark.parametrize(
+    "thinking",
+    [
+        Thinking(loops=1),
+        Thinking(loops=4),
+        Thinking(loops=7, halting="delta", threshold=0.45),
+        Thinking(loops=7, halting="gate", threshold=0.4),
+        Thinking(loops=7, halting="kl", threshold=0.015),
+    ],
+)
+def test_greedy_text_equals_that_of_calls_without_a_cache(attention, thinking):
+    # float64, because near ties of the logits may fall otherwise in fp32.
+    model = tiny(attention=attention, dtype=torch.float64)
+    token_ids = some_ids(batch=4, sequence=5)
+    tokens, loops = written(model, token_ids, thinking=thinking, sampling=GREEDY)
+    expected, taken = written_without_cache(model, token_ids, thinking)
+    assert tokens.tolist() == expected.tolist()
+    assert loops.tolist() == taken.tolist()
+    if thinking.halting in ("delta", "gate"):
+        assert len(loops.unique()) > 1  # or the case would show nothing
+
+
+def test_default_depth_is_the_models_mean():
+    model = tiny(mean_loops=3)
+    _, loops = written(model, some_ids(), sampling=GREEDY)
+    assert set(loops.flatten().tolist()) == {3}
+
+
+def test_a_seed_repeats_a_text_and_another_does_not():
+    model, token_ids = tiny(), some_ids()
+    texts = [
+        written(model, token_ids, 12, sampling=Sampling(temperature=2.0, seed=seed))[0].tolist()
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("halting", ["none", "delta"])
+def test_unequal_prompts_in_a_batch_are_continued_as_alone(side, halting):
+    model = tiny(dtype=torch.float64)
+    threshold = None if halting == "none" else 0.45
+    thinking = Thinking(loops=5, halting=halting, threshold=threshold)
+    prompts = [some_ids(1, length, seed=length)[0] for length in (3, 7, 5)]
+    batch = torch.zeros(3, 7, dtype=torch.int64)
+    mask = torch.zeros(3, 7, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        place = slice(0, len(prompt)) if side == "right" else slice(7 - len(prompt), 7)
+        batch[row, place], mask[row, place] = prompt, True
+    together = written(model, batch, thinking=thinking, sampling=GREEDY, mask=mask)
+    alone = [
+        written(model, prompt.unsqueeze(0), thinking=thinking, sampling=GREEDY)
+        for prompt in prompts
+    ]
+    for part in (0, 1):  # tokens, loops
+        assert together[part].tolist() == [one[part][0].tolist() for one in alone]
+
+
+def test_the_one_slot_cache_writes_and_is_smaller():
+    model, token_ids = tiny(), some_ids()
+    tokens, _ = written(
+        model, token_ids, thinking=Thinking(loops=3, cache_policy="last"), sampling=GREEDY
+    )
+    assert tokens.shape == (2, 6)
+    prompt_only, _ = written(model, token_ids, thinking=Thinking(loops=3), sampling=GREEDY)
+    assert tokens[:, 0].tolist() == prompt_only[:, 0].tolist()  # the prompt keeps all loops
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be an integer of 1 or more"),
+        (
+            {"max_new_tokens": 58},
+            "max_new_tokens=58 after a prompt of 7 tokens must end by max_length=64: at most 57",
+        ),
+        ({"thinking": Thinking(loops=0)}, "loops=0 must be 1 or more"),
+        ({"thinking": Thinking(loops=-3)}, "loops=-3 must be 1 or more"),
+        (
+            {"thinking": Thinking(threshold=0.5)},
+            "threshold=0.5 must be left out with halting='none'",
+        ),
+        (
+            {"thinking": Thinking(halting="gate", threshold=2.0)},
+            "threshold=2.0 must be above 0 and at most 1",
+        ),
+        (
+            {"thinking": Thinking(halting="act")},
+            "halting='act' needs a model trained with it",
+        ),
+    ],
+)
+def test_what_cannot_be_written_is_refused(options, sentence):
+    with pytest.raises(InputError) as error:
+        next(generate(tiny(), some_ids(), **{"max_new_tokens": 4, **options}))
+    assert str(error.value).startswith(sentence)

@@ -1,0 +1,157 @@
+"""Text in, text out: whole characters, stop strings, ends of documents."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import tiny
+
+import openmythos
+from openmythos.errors import CheckpointError, InputError, TokenizerError
+from openmythos.inference import language_model
+from openmythos.inference.generate import NewToken
+from openmythos.inference.language_model import HoldBack, LanguageModel
+from openmythos.training.tokenizer import Tokenizer
+
+TEXT = "the cat sat on the mat and the cat ate the rat " * 20
+
+
+@pytest.fixture(scope="module")
+def lm():
+    tokenizer = Tokenizer.train([TEXT], vocab_size=280)
+    return LanguageModel(tiny(vocab_size=tokenizer.vocab_size), tokenizer)
+
+
+def writes(monkeypatch, token_ids, loops=None):
+    """Let generation yield these tokens, whatever the model thinks."""
+
+    def generate(*_, **__):
+        for token_id, taken in zip(token_ids, loops or itertools.repeat(3), strict=False):
+            yield NewToken(torch.tensor([token_id]), torch.tensor([taken]))
+
+    monkeypatch.setattr(language_model, "generate", generate)
+
+
+def byte_ids(lm, text):
+    """One token for each byte, so that every boundary falls inside of words and characters."""
+    return [lm.tokenizer.encode(chr(b))[0] if b < 128 else byte_id(lm, b) for b in text.encode()]
+
+
+def byte_id(lm, byte):
+    return next(
+        token_id
+        for token_id in range(lm.tokenizer.vocab_size)
+        if lm.tokenizer.decode_bytes([token_id]) == bytes([byte])
+    )
+
+
+def test_generate_is_the_stream_joined(lm):
+    options = {"max_new_tokens": 20, "seed": 3}
+    pieces = list(lm.stream("the cat", **options))
+    assert lm.generate("the cat", **options) == "".join(piece.text for piece in pieces)
+    assert len([piece for piece in pieces if piece.token_id is not None]) <= 20
+
+
+def test_text_stops_at_a_string_wherever_tokens_begin(lm, monkeypatch):
+    writes(monkeypatch, byte_ids(lm, "one STO two STOP three"))
+    pieces = list(lm.stream(stop=["STOP"]))
+    assert "".join(piece.text for piece in pieces) == "one STO two "
+    assert len(pieces) == len("one STO two STOP")
+
+
+def test_characters_of_several_tokens_come_whole(lm, monkeypatch):
+    writes(monkeypatch, byte_ids(lm, "naïve 😀"))
+    texts = [piece.text for piece in lm.stream()]
+    assert "".join(texts) == "naïve 😀"
+    assert texts.count("ï") == texts.count("😀") == 1
+
+
+def test_what_is_held_back_comes_at_the_end_without_a_token(lm, monkeypatch):
+    writes(monkeypatch, byte_ids(lm, "abcST"), loops=[1, 2, 3, 4, 5])
+    pieces = list(lm.stream(stop="STOP"))
+    assert [piece.text for piece in pieces] == ["a", "b", "c", "", "", "ST"]
+    assert pieces[-1].token_id is None
+    assert [piece.loops for piece in pieces] == [1, 2, 3, 4, 5, 5]
+
+
+def test_a_document_ends_at_its_end_mark(lm, monkeypatch):
+    writes(monkeypatch, [*byte_ids(lm, "ab"), lm.tokenizer.end_id, *byte_ids(lm, "cd")])
+    assert lm.generate() == "ab"
+
+
+def test_text_ends_where_max_length_is_reached(lm):
+    prompt = "cat " * 20
+    room = lm.model.config.max_length - 1 - len(lm.tokenizer.encode(prompt))
+    made = [p for p in lm.stream(prompt, max_new_tokens=999, seed=0) if p.token_id is not None]
+    assert len(made) <= room
+    with pytest.raises(InputError, match="must leave room within max_length=64: shorten it"):
+        lm.generate("xyz " * 64)
+
+
+def test_an_empty_stop_is_refused(lm):
+    with pytest.raises(InputError, match="stop must hold no empty string"):
+        lm.stream(stop=["x", ""])
+
+
+def test_a_tokenizer_of_another_model_is_refused(lm):
+    with pytest.raises(CheckpointError, match="must be at most the model's 50: it belongs to"):
+        LanguageModel(tiny(), lm.tokenizer)
+
+
+def test_a_saved_model_writes_the_same(lm, tmp_path):
+    lm.model.save_pretrained(tmp_path, lm.tokenizer)
+    again = openmythos.load(tmp_path)
+    assert again.generate("the", seed=1) == lm.generate("the", seed=1)
+
+
+@pytest.mark.parametrize(
+    ("missing", "error", "sentence"),
+    [
+        ("config.json", CheckpointError, "must hold settings.json"),
+        ("model.safetensors", CheckpointError, "must exist"),
+        ("tokenizer.json", TokenizerError, "must exist"),
+    ],
+)
+def test_a_model_with_a_file_missing_is_refused(lm, tmp_path, missing, error, sentence):
+    lm.model.save_pretrained(tmp_path, lm.tokenizer)
+    (tmp_path / missing).unlink()
+    with pytest.raises(error, match=sentence):
+        openmythos.load(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="must be the folder of a model or of a run"):
+        openmythos.load(tmp_path / "nothing")
+
+
+def shown_until_stop(text, stops):
+    """The text before the first stop to be complete, seen character by character."""
+    for end in range(1, len(text) + 1):
+        ending = [stop for stop in stops if text[:end].endswith(stop)]
+        if ending:
+            return text[: end - max(map(len, ending))], True
+    return text, False
+
+
+short = st.text("ab", min_size=1, max_size=4)
+
+
+@given(st.lists(st.text("ab", max_size=3), max_size=12), st.lists(short, max_size=3))
+def test_holding_back_does_not_depend_on_how_the_text_is_cut(chunks, stops):
+    hold = HoldBack(stops)
+    shown = "".join(hold.push(chunk) for chunk in chunks) + hold.finish()
+    assert (shown, hold.stopped) == shown_until_stop("".join(chunks), stops)
+
+
+@given(st.lists(st.text("ab", max_size=3), max_size=12), st.lists(short, max_size=3))
+def test_no_more_is_held_back_than_may_begin_a_stop(chunks, stops):
+    hold, seen, shown = HoldBack(stops), "", ""
+    for chunk in chunks:
+        seen, shown = seen + chunk, shown + hold.push(chunk)
+        if hold.stopped:
+            return
+        held = seen[len(shown) :]
+        assert seen.startswith(shown)
+        assert not held or any(stop.startswith(held) for stop in stops)
