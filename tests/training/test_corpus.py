@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openmythos.errors import DataError
-from openmythos.training.corpus import open_corpus, open_text, prepare
+from openmythos.training.corpus import open_corpus, open_text, prepare, read_documents
 from openmythos.training.tokenizer import Tokenizer
 
 
@@ -218,3 +218,15 @@ def test_parquet_without_the_column_names_those_it_has(tmp_path):
         open_text(tmp_path)
     with pytest.raises(DataError, match="must have strings in the column 'number', not int"):
         open_text(tmp_path, field="number")
+
+
+def test_documents_can_be_read_undivided(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["one", " ", "two"], field="body")
+    (tmp_path / "b.txt").write_text("three\n")
+    assert read_documents(tmp_path / "a.jsonl", field="body") == ["one", "two"]
+    assert read_documents(tmp_path / "b.txt") == ["three\n"]
+    (tmp_path / "b.txt").write_text(" \n")
+    with pytest.raises(DataError, match="must not be empty: give a file with text in it"):
+        read_documents(tmp_path / "b.txt")
+    with pytest.raises(DataError, match="must exist"):
+        read_documents(tmp_path / "c.txt")
