@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ import time
 import types
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -265,10 +267,18 @@ def memory_of(side: str, attention: str) -> float:
         work = train_ours(our_model(attention).train(), "same")
     else:
         work = train_theirs(their_model(attention).train())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mib()
     for _ in range(3):
         work()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return peak_mib() - before
+
+
+def peak_mib() -> float:
+    """Most memory this process has had. `getrusage` would start from its parent's on Linux."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024  # type: ignore[index]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def decode_limit(attention: str) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from openmythos.config import MythosConfig
 from openmythos.model.adapters import LoopLinear
 from openmythos.model.cache import Declaration, Place
-from openmythos.model.norm import RMSNorm, rms_normalise
+from openmythos.model.norm import RMSNorm, rms_norm
 from openmythos.model.rope import Rope, rotate
 
 
@@ -60,7 +60,7 @@ class GroupedQueryAttention(nn.Module):
         if self.qk_bias is not None:
             qk = qk + self.qk_bias
         if self.qk_scale is not None:
-            qk = (rms_normalise(qk, self.eps) * self.qk_scale).to(value.dtype)
+            qk = rms_norm(qk, self.qk_scale, self.eps).to(value.dtype)
         query, key = rotate(qk, rope, self.pairing).split([self.num_heads, self.kv_heads], dim=-2)
         seen = place.keep({"key": key, "value": value})
         y = place.attend(query, seen["key"], seen["value"], self.head_dim**-0.5)
@@ -141,7 +141,7 @@ class LatentAttention(nn.Module):
     def _latent(self, x: Tensor, rope: Rope, loop: Tensor) -> Tensor:
         latent, key = self.kv_down(x, loop).split([self.latent, self.rope], dim=-1)
         if self.k_scale is not None:
-            key = (rms_normalise(key, self.eps) * self.k_scale).to(key.dtype)
+            key = rms_norm(key, self.k_scale, self.eps).to(key.dtype)
         key = rotate(key.unsqueeze(-2), rope, self.pairing).squeeze(-2)
         return torch.cat([self.kv_norm(latent).to(key.dtype), key], dim=-1)
 
@@ -150,7 +150,7 @@ class LatentAttention(nn.Module):
             x = self.q_norm(self.q_down(x, loop))
         query = self.q_up(x, loop).unflatten(-1, (self.num_heads, -1))
         if self.q_scale is not None:
-            query = (rms_normalise(query, self.eps) * self.q_scale).to(query.dtype)
+            query = rms_norm(query, self.q_scale, self.eps).to(query.dtype)
         nope, turned = query.split([self.nope, self.rope], dim=-1)
         return nope, rotate(turned, rope, self.pairing)
 

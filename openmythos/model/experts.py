@@ -125,15 +125,13 @@ class Experts(nn.Module):
         token = pairs // chosen.shape[1]  # whose pair it is
         # index_select, because the backward of x[token] is not deterministic with two threads.
         rows = x.index_select(0, token)
-        y = grouped_linear(self.activation(grouped_linear(rows, self.w_in, ends)), self.w_out, ends)
-        y = y.index_select(0, pairs.argsort()).unflatten(
-            0, chosen.shape
-        )  # (tokens, chosen, hidden)
-        return self._combine(y, weights, x)
-
-    def _combine(self, y: Tensor, weights: Tensor, x: Tensor) -> Tensor:
-        """Weigh and sum over the chosen in fp32 or wider."""
-        return ((y.to(weights.dtype) * weights.unsqueeze(-1)).sum(1) * self.scale).to(x.dtype)
+        inner = self.activation(grouped_linear(rows, self.w_in, ends))
+        # Weighed before the second product, so that its wide output need not be kept.
+        scale = weights.flatten().index_select(0, pairs).unsqueeze(-1) * self.scale
+        y = grouped_linear((inner * scale).to(inner.dtype), self.w_out, ends)
+        y = y.index_select(0, pairs.argsort())
+        y = y.unflatten(0, chosen.shape)  # (tokens, chosen, hidden)
+        return y.sum(1, dtype=weights.dtype).to(x.dtype)
 
     def _one_by_one(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Multiply by views of the chosen matrices: no other expert's weights are touched."""

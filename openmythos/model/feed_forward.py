@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,8 +15,28 @@ from openmythos.model.adapters import LoopLinear
 
 def swiglu(x: Float[Tensor, "*rows double"]) -> Float[Tensor, "*rows single"]:
     """`silu(gate) * up`, the gate being the first half of the channels (arXiv 2002.05202)."""
+    learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if learns and x.requires_grad:
+        result: Tensor = _SwiGLU.apply(x)  # type: ignore[no-untyped-call]
+        return result
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps its input alone for the backward pass; silu is cheaper to redo than to keep."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
+        to_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return torch.cat([to_gate, grad * F.silu(gate)], dim=-1)
 
 
 def relu2(x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
