@@ -123,9 +123,7 @@ class Experts(nn.Module):
         expert, pairs = chosen.flatten().sort(stable=True)
         ends = torch.searchsorted(expert, ids, right=True, out_int32=True)
         token = pairs // chosen.shape[1]  # whose pair it is
-        # index_select, because the backward of x[token] is not deterministic with two threads.
-        rows = x.index_select(0, token)
-        inner = self.activation(grouped_linear(rows, self.w_in, ends))
+        inner = self.activation(grouped_linear(x, self.w_in, ends, token))
         # Weighed before the second product, so that its wide output need not be kept.
         scale = weights.flatten().index_select(0, pairs).unsqueeze(-1) * self.scale
         y = grouped_linear((inner * scale).to(inner.dtype), self.w_out, ends)

@@ -88,10 +88,50 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
 grouped_mm.register_autograd(_backward, setup_context=_remember)
 
 
-def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """`grouped_mm` in the autocast dtype where autocast is on, as every linear map."""
+@torch.library.custom_op("openmythos::gathered_mm", mutates_args=())
+def gathered_mm(x: Tensor, token: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_mm` of the rows `x[token]`, which the backward pass gathers again.
+
+    Kept, those rows would be `experts_per_token` copies of the state at every loop.
+    """
+    # index_select, because the backward of x[token] is not deterministic with two threads.
+    return grouped_mm(x.index_select(0, token), weights, ends)
+
+
+@gathered_mm.register_fake
+def _(x: Tensor, token: Tensor, weights: Tensor, ends: Tensor) -> Tensor:  # noqa: ARG001
+    return x.new_empty(token.shape[0], weights.shape[2])
+
+
+def _remember_gathered(
+    ctx: Any,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    output: Tensor,  # noqa: ARG001 (torch names it)
+) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_gathered(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    x, token, weights, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_x = grad_weights = None
+    if ctx.needs_input_grad[0]:
+        rows = grouped_mm(grad, weights.transpose(1, 2), ends)
+        grad_x = torch.zeros_like(x).index_add_(0, token, rows)
+    if ctx.needs_input_grad[2]:
+        grad_weights = grouped_outer(x.index_select(0, token), grad, ends)
+    return grad_x, None, grad_weights, None
+
+
+gathered_mm.register_autograd(_backward_gathered, setup_context=_remember_gathered)
+
+
+def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor, token: Tensor | None = None) -> Tensor:
+    """`grouped_mm`, or `gathered_mm` of rows `token`, in the autocast dtype where it is on."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weights = x.to(dtype), weights.to(dtype)
-    return grouped_mm(x, weights, ends)
+    if token is None:
+        return grouped_mm(x, weights, ends)
+    return gathered_mm(x, token, weights, ends)
