@@ -33,6 +33,7 @@ def generate(
     thinking: Thinking | None = None,
     sampling: Sampling | None = None,
     mask: Tensor | None = None,
+    vocab_size: int | None = None,
 ) -> Iterator[NewToken]:
     """Yield new tokens one by one, for as long as the caller takes them.
 
@@ -43,6 +44,8 @@ def generate(
         thinking: loops, halting and the cache's policy.
         sampling: how tokens are drawn.
         mask: `(batch, prompt)` bool, True where a prompt has text.
+        vocab_size: ids from here on are never drawn, because the tokenizer has no text for them;
+            default: the model's.
 
     Raises:
         InputError: prompt and new tokens together exceed the model's max_length, or an
@@ -65,7 +68,7 @@ def generate(
         out = model(token_ids, loops, cache=cache, mask=mask, **how)
         last = _last_places(lengths, token_ids.shape[1], mask)
         rows = torch.arange(batch, device=token_ids.device)
-        new = draw(out.logits[rows, last], sampling, generator)
+        new = draw(out.logits[rows, last][:, :vocab_size], sampling, generator)
         yield NewToken(new, out.loops[rows, last])
         token_ids, mask = new.unsqueeze(1), None
 

@@ -133,6 +133,7 @@ class LanguageModel:
                 loops=loops, halting=halting, threshold=threshold, cache_policy=cache_policy
             ),
             sampling=sampling,
+            vocab_size=self.tokenizer.vocab_size,
         )
         return self._pieces(((int(n.token_ids), int(n.loops)) for n in tokens), stops)
 

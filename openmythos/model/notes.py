@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,14 +17,19 @@ class CoreOutput:
     h: Float[Tensor, "batch sequence hidden"]
     loops: Int[Tensor, "batch sequence"]
     """Loops each token took."""
-    loads: Int[Tensor, "loops layers experts"] | None = None
-    """Tokens each expert got, by loop and core layer."""
+    notes: Notes | None = None
+    """Experts chosen, to be counted when somebody asks."""
     routing: Int[Tensor, "loops layers batch sequence chosen"] | None = None
     """Experts chosen; -1 where a token had left the core."""
     states: Float[Tensor, "loops batch sequence hidden"] | None = None
     """The state after every loop; a token that has left keeps its last."""
     ponder: Float[Tensor, "batch sequence"] | None = None
     """Graves' ponder cost, of the rule `act`."""
+
+    @property
+    def loads(self) -> Int[Tensor, "loops layers experts"] | None:
+        """Tokens each expert got, by loop and core layer; None for a dense core."""
+        return None if self.notes is None else self.notes.loads()
 
 
 @dataclass
@@ -36,7 +42,7 @@ class Notes:
     want_states: bool = False
     want_routing: bool = False
     given: Int[Tensor, "loops layers batch sequence chosen"] | None = None
-    cells: list[Tensor] = field(default_factory=list)
+    chosen: list[tuple[list[Tensor], Tensor, Tensor | None]] = field(default_factory=list)
     routing: list[Tensor] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
 
@@ -56,22 +62,27 @@ class Notes:
 
     def count(self, chosen: list[Tensor], loop: Tensor, real: Tensor | None = None) -> None:
         """Note the experts chosen at `loop`, one for all or one for each sequence."""
-        for number, choice in enumerate(chosen):
-            row = loop if loop.ndim == 0 else loop.view(-1, *[1] * (choice.ndim - 1))
-            cell = torch.add(choice, row, alpha=self.layers * self.experts)
-            cell = cell if real is None else cell[real]
-            self.cells.append((cell + number * self.experts if number else cell).flatten())
+        if chosen:
+            self.chosen.append((chosen, loop, real))
 
     def loads(self) -> Tensor | None:
         """Return the tokens each expert got, `(loops, layers, experts)`, counted all at once."""
-        if not self.cells:
+        if not self.chosen:
             return None
-        cells = torch.cat(self.cells)
+        cells = torch.cat([cell for noted in self.chosen for cell in self._cells(*noted)])
         one_loop = self.layers * self.experts
         loops = int(cells.max()) // one_loop + 1
         counts = cells.new_zeros(loops * one_loop)
         counts.scatter_add_(0, cells, torch.ones_like(cells))  # whole numbers: any order is exact
         return counts.view(loops, self.layers, self.experts)
+
+    def _cells(self, chosen: list[Tensor], loop: Tensor, real: Tensor | None) -> Iterator[Tensor]:
+        """One number for each choice, which stands for its loop, layer and expert together."""
+        for number, choice in enumerate(chosen):
+            row = loop if loop.ndim == 0 else loop.view(-1, *[1] * (choice.ndim - 1))
+            cell = torch.add(choice, row, alpha=self.layers * self.experts)
+            cell = cell if real is None else cell[real]
+            yield (cell + number * self.experts).flatten()
 
     def route(self, chosen: list[Tensor], numbers: Tensor | None) -> None:
         """Write down the experts chosen by the rows in the core."""
@@ -89,9 +100,11 @@ class Notes:
 
     def finish(self, output: CoreOutput) -> CoreOutput:
         """Put the notes into the output."""
-        return replace(
+        finished = replace(
             output,
-            loads=self.loads(),
+            notes=self,
             routing=torch.stack(self.routing) if self.routing else None,
             states=torch.stack(self.states) if self.states else None,
         )
+        self.routing, self.states, self.given = [], [], None  # held by the output now
+        return finished

@@ -23,7 +23,7 @@ from openmythos.model.halting import DEFAULT_THRESHOLD, Rule, make_rule
 from openmythos.model.injection import START
 from openmythos.model.layer import Layer
 from openmythos.model.norm import RMSNorm
-from openmythos.model.notes import CoreOutput
+from openmythos.model.notes import CoreOutput, Notes
 from openmythos.model.rope import Rope, rope_table
 
 
@@ -34,14 +34,19 @@ class MythosOutput:
     logits: Float[Tensor, "batch sequence vocab"]
     loops: Int[Tensor, "batch sequence"]
     """Loops each token took."""
-    loads: Int[Tensor, "loops layers experts"] | None = None
-    """Tokens each expert got, by loop and core layer; None for a dense core."""
+    notes: Notes | None = None
+    """Experts chosen, which `loads` counts when asked."""
     routing: Int[Tensor, "loops layers batch sequence chosen"] | None = None
     """With `return_routing`: experts chosen; -1 where a token had left the core."""
     states: Float[Tensor, "loops batch sequence hidden"] | None = None
     """With `return_states`: the state after every loop."""
     ponder: Float[Tensor, "batch sequence"] | None = None
     """With `halting="act"`: Graves' ponder cost."""
+
+    @property
+    def loads(self) -> Int[Tensor, "loops layers experts"] | None:
+        """Tokens each expert got, by loop and core layer; None for a dense core."""
+        return None if self.notes is None else self.notes.loads()
 
 
 class OpenMythos(nn.Module):
@@ -144,7 +149,7 @@ class OpenMythos(nn.Module):
         if cache is not None:
             cache.commit(span)
         taken = core.loops if span.real is None else core.loops * span.real
-        return MythosOutput(logits, taken, core.loads, core.routing, core.states, core.ponder)
+        return MythosOutput(logits, taken, core.notes, core.routing, core.states, core.ponder)
 
     def _decode(self, h: Tensor, rope: Rope, places: Iterator[Place]) -> Tensor:
         """The coda's half of the page: from the core's state to logits."""

@@ -197,8 +197,8 @@ class Trainer:
             (loss / config.tokens_per_step).backward()
             total += float(loss.detach())
             flops += self._flops(depth[part])
-            if out.loads is not None:
-                loads = _add(loads, out.loads)
+            if (counted := out.loads) is not None:
+                loads = _add(loads, counted)
         norm = self.optimizers.step()
         if loads is not None and math.isfinite(norm) and config.train == "all":
             self.model.core.rebalance(loads)
@@ -327,8 +327,8 @@ class Trainer:
         out = self.model(torch.from_numpy(ids).to(self.device), loops, return_states=True)
         rms = out.states.float().square().mean((1, 2, 3)).sqrt()
         line: dict[str, Any] = {"state_rms": [round(float(x), 5) for x in rms]}
-        if out.loads is not None:
-            share = out.loads.float() / out.loads.sum(-1, keepdim=True)
+        if (loads := out.loads) is not None:
+            share = loads.float() / loads.sum(-1, keepdim=True)
             line["expert_share"] = [[[round(float(x), 5) for x in r] for r in s] for s in share]
         return line
 

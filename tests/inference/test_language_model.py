@@ -100,6 +100,14 @@ def test_a_tokenizer_of_another_model_is_refused(lm):
         LanguageModel(tiny(), lm.tokenizer)
 
 
+def test_ids_that_the_tokenizer_has_no_text_for_are_never_drawn(lm):
+    larger = LanguageModel(tiny(vocab_size=4 * lm.tokenizer.vocab_size), lm.tokenizer)
+    pieces = list(larger.stream("a", max_new_tokens=40, temperature=50.0, seed=1))
+    drawn = [piece.token_id for piece in pieces if piece.token_id is not None]
+    assert drawn
+    assert max(drawn) < lm.tokenizer.vocab_size
+
+
 def test_a_saved_model_writes_the_same(lm, tmp_path):
     lm.model.save_pretrained(tmp_path, lm.tokenizer)
     again = openmythos.load(tmp_path)
