@@ -39,8 +39,9 @@ def main() -> None:
     start = time.perf_counter()
     model = OpenMythos(config)
     model.core.checkpointing = True
-    splits = {name: (axis, tuple(sizes)) for name, (axis, sizes) in model.fused_splits().items()}
-    optimizers = build_optimizers(model.named_parameters(), OptimizerConfig(), fused_splits=splits)
+    optimizers = build_optimizers(
+        model.named_parameters(), OptimizerConfig(), fused_splits=model.fused_splits()
+    )
     built = time.perf_counter()
     shape = (settings.batch_size, settings.length + 1)
     ids = torch.randint(0, config.vocab_size, shape)

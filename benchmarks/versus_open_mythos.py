@@ -109,9 +109,8 @@ def train_ours(model: OpenMythos, recipe: str) -> Work:
         optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         bf16 = False
     else:
-        splits = {name: (axis, tuple(s)) for name, (axis, s) in model.fused_splits().items()}
         optimizer = build_optimizers(
-            model.named_parameters(), OptimizerConfig(), fused_splits=splits
+            model.named_parameters(), OptimizerConfig(), fused_splits=model.fused_splits()
         )
         bf16 = measure("auto", torch.device("cpu")).precision == "bf16"
 

@@ -174,8 +174,9 @@ def _training(config: MythosConfig, machine: Machine, device: torch.device) -> T
     model = OpenMythos(config).to(device)
     for parameter in model.core.gate.parameters():
         parameter.requires_grad_(False)
-    splits = {name: (axis, tuple(sizes)) for name, (axis, sizes) in model.fused_splits().items()}
-    optimizers = build_optimizers(model.named_parameters(), OptimizerConfig(), fused_splits=splits)
+    optimizers = build_optimizers(
+        model.named_parameters(), OptimizerConfig(), fused_splits=model.fused_splits()
+    )
     token_ids = _some_ids(config, batch, length + 1, device)
 
     def step() -> None:

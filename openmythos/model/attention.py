@@ -66,10 +66,10 @@ class GroupedQueryAttention(nn.Module):
         y = place.attend(query, seen["key"], seen["value"], self.head_dim**-0.5)
         return self.out(y.flatten(-2), loop)
 
-    def fused_splits(self) -> dict[str, tuple[int, list[int]]]:
+    def fused_splits(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Parameters that hold several matrices: the axis and the pieces' sizes."""
         width, kv = self.head_dim, self.kv_heads
-        return {"qkv.weight": (0, [self.num_heads * width, kv * width, kv * width])}
+        return {"qkv.weight": (0, (self.num_heads * width, kv * width, kv * width))}
 
     def flops(self, keys: int) -> int:
         """Floating-point operations per token that sees `keys` keys, forward."""
@@ -188,9 +188,9 @@ class LatentAttention(nn.Module):
         query = torch.cat([nope, turned], dim=-1)
         return place.attend(query, torch.cat([key, shared], dim=-1), value, scale)
 
-    def fused_splits(self) -> dict[str, tuple[int, list[int]]]:
+    def fused_splits(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Parameters that hold several matrices: the axis and the pieces' sizes."""
-        return {"kv_down.weight": (0, [self.latent, self.rope])}
+        return {"kv_down.weight": (0, (self.latent, self.rope))}
 
     def flops(self, keys: int) -> int:
         """Floating-point operations per token that sees `keys` keys, forward, expanded."""

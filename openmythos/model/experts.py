@@ -143,10 +143,10 @@ class Experts(nn.Module):
             sums.append(total)
         return torch.cat(sums)
 
-    def fused_splits(self) -> dict[str, tuple[int, list[int]]]:
+    def fused_splits(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Parameters that hold several matrices: the axis and the pieces' sizes."""
         size = self.w_out.shape[1]
-        return {"w_in": (2, [size] * self.parts)} if self.parts > 1 else {}
+        return {"w_in": (2, (size,) * self.parts)} if self.parts > 1 else {}
 
     def flops(self) -> int:
         """Floating-point operations per token, forward: the chosen experts only."""

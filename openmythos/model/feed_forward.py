@@ -66,9 +66,9 @@ class FeedForward(nn.Module):
     ) -> Float[Tensor, "*rows hidden"]:
         return self.w_out(self.activation(self.w_in(x, loop)), loop)
 
-    def fused_splits(self) -> dict[str, tuple[int, list[int]]]:
+    def fused_splits(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Parameters that hold several matrices: the axis and the pieces' sizes."""
-        return {"w_in.weight": (0, [self.size] * self.parts)} if self.parts > 1 else {}
+        return {"w_in.weight": (0, (self.size,) * self.parts)} if self.parts > 1 else {}
 
     def flops(self) -> int:
         """Floating-point operations per row, forward."""

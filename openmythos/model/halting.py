@@ -77,8 +77,6 @@ class LearnedExit(nn.Module):
 class Never:
     """Exit when the budget ends and not before."""
 
-    default = None
-
     def __init__(self, threshold: float | None, learned: Any, readout: Readout) -> None:
         if threshold is not None:
             raise InputError(f"threshold={threshold} must be left out with halting='none'")

@@ -26,11 +26,6 @@ class CoreOutput:
     ponder: Float[Tensor, "batch sequence"] | None = None
     """Graves' ponder cost, of the rule `act`."""
 
-    @property
-    def loads(self) -> Int[Tensor, "loops layers experts"] | None:
-        """Tokens each expert got, by loop and core layer; None for a dense core."""
-        return None if self.notes is None else self.notes.loads()
-
 
 @dataclass
 class Notes:

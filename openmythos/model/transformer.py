@@ -307,12 +307,12 @@ class OpenMythos(nn.Module):
         values.normal_(0, scale, generator=generator)
         parameter.copy_(values)
 
-    def fused_splits(self) -> dict[str, tuple[int, list[int]]]:
+    def fused_splits(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Parameters that hold several matrices side by side: the axis and the pieces' sizes.
 
         An optimizer that works on matrices (Muon) treats each piece on its own.
         """
-        splits: dict[str, tuple[int, list[int]]] = {}
+        splits: dict[str, tuple[int, tuple[int, ...]]] = {}
         for name, module in self.named_modules():
             own = getattr(module, "fused_splits", None) if module is not self else None
             if own is not None:

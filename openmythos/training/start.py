@@ -44,16 +44,16 @@ def start_run(
             f"run={run} holds a run already: resume it with --resume {run}, or choose another "
             "folder"
         )
-    if train.length > model.max_length:
-        raise ConfigError(
-            f"length={train.length} must be at most the model's max_length={model.max_length}"
-        )
     corpus = _open(source)
     tokens = _tokenizer(corpus, model, tokenizer, start_from)
     if start_from is not None:
         given = MythosConfig.load(start_from)
         model = given.replace(lora_rank=model.lora_rank, lora_loops=model.lora_loops)
     model = model if start_from is not None else model.replace(vocab_size=tokens.vocab_size)
+    if train.length > model.max_length:
+        raise ConfigError(
+            f"length={train.length} must be at most the model's max_length={model.max_length}"
+        )
     least = max(train.tokens_per_step, train.length + 1)
     run.mkdir(parents=True, exist_ok=True)
     training, validation = prepare(corpus, tokens, run, least_tokens=least)

@@ -81,10 +81,9 @@ class Trainer:
         self.optimizers = build_optimizers(
             self.model.named_parameters(),
             self.config.optimizer,
-            fused_splits={k: (a, tuple(s)) for k, (a, s) in self.model.fused_splits().items()},
+            fused_splits=self.model.fused_splits(),
         )
         self.step = 0
-        self.best = math.inf
         self._stop = False
 
     def _choose_parameters(self) -> None:
@@ -303,7 +302,7 @@ class Trainer:
                 self.validation,
                 self.tokenizer.token_bytes,
                 loops,
-                length=min(self.config.length, self.model_config.max_length),
+                length=self.config.length,
                 max_tokens=max_tokens,
             )
 
@@ -321,7 +320,7 @@ class Trainer:
     def _inside(self) -> dict[str, Any]:
         """RMS of the state after each loop and load of each expert, on held-out text."""
         self.model.eval()
-        windows = self.validation.windows(min(self.config.length, self.model_config.max_length))
+        windows = self.validation.windows(self.config.length)
         ids = self.validation.read(windows.starts[:4], windows.length)[:, :-1]
         loops = max(2, 2 * self.model_config.mean_loops) if self.model_config.mean_loops > 1 else 1
         out = self.model(torch.from_numpy(ids).to(self.device), loops, return_states=True)
@@ -338,7 +337,7 @@ class Trainer:
                 self.model,
                 self.training,
                 self.validation,
-                length=min(self.config.length, self.model_config.max_length),
+                length=self.config.length,
                 steps=self.config.gate_steps,
                 seed=self.config.seed,
             )

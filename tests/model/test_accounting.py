@@ -115,8 +115,9 @@ def test_training_bytes_are_those_of_a_step():
     model = tiny(lora_rank=2)
     for parameter in model.core.gate.parameters():
         parameter.requires_grad_(False)
-    splits = {name: (axis, tuple(sizes)) for name, (axis, sizes) in model.fused_splits().items()}
-    optimizers = build_optimizers(model.named_parameters(), OptimizerConfig(), fused_splits=splits)
+    optimizers = build_optimizers(
+        model.named_parameters(), OptimizerConfig(), fused_splits=model.fused_splits()
+    )
     model(some_ids(), 3).logits.square().mean().backward()
     optimizers.step()
     counted = training_bytes(on_meta(model.config))
