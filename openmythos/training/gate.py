@@ -9,25 +9,26 @@ binary cross-entropy, and its threshold is chosen on validation text.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from openmythos.model.halting import LearnedExit
 from openmythos.model.transformer import OpenMythos, cross_entropy
-from openmythos.training.token_file import TokenFile
 
 CHANCES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 0.995)
-"""Thresholds that are tried on validation text."""
+"""Thresholds that are tried on held-out text."""
 
 
 @dataclass(frozen=True)
 class GateReport:
-    """What the trained gate does on validation text, at its threshold."""
+    """What the trained gate does on held-out text, at its threshold."""
 
     threshold: float
     mean_loops: float
@@ -47,34 +48,37 @@ def fit_to_stop(losses: Float[Tensor, "loops ..."], margin: float) -> Bool[Tenso
     return good & following
 
 
+class Labelled(NamedTuple):
+    """Token ids and what should be said at each place, both `(batch, sequence)`."""
+
+    token_ids: Int[Tensor, "batch sequence"]
+    targets: Int[Tensor, "batch sequence"]
+
+
 def train_gate(
     model: OpenMythos,
-    training: TokenFile,
-    validation: TokenFile,
+    batch: Callable[[int], Labelled],
+    held_out: Sequence[Labelled],
     *,
-    length: int,
     steps: int = 100,
-    batch_size: int = 4,
+    budget: int | None = None,
     margin: float = 0.02,
     lr: float = 0.02,
-    seed: int = 0,
 ) -> GateReport:
     """Train `model.core.gate` and set its threshold; nothing else of the model changes.
 
     Args:
         model: trained.
-        training: text the gate learns from.
-        validation: text its threshold is chosen on.
-        length: tokens in a sequence.
+        batch: gives what a step learns from.
+        held_out: what the threshold is chosen on.
         steps: batches.
-        batch_size: sequences in a batch.
+        budget: most loops; default: twice the model's mean.
         margin: nats by which a state may be worse than the best later one. The threshold is the
             lowest whose mean loss is within it of full depth.
         lr: learning rate of AdamW, decaying linearly to 0.
-        seed: of the text's order.
     """
     model.eval()
-    gate, budget = model.core.gate, 2 * model.config.mean_loops
+    gate, budget = model.core.gate, budget or 2 * model.config.mean_loops
     with torch.no_grad():
         for parameter in gate.parameters():
             parameter.zero_()
@@ -82,9 +86,7 @@ def train_gate(
     for parameter in gate.parameters():
         parameter.requires_grad_(True)
     for step in range(steps):
-        samples = list(range(step * batch_size, (step + 1) * batch_size))
-        ids = torch.from_numpy(training.batch(samples, length, seed=seed + 1))
-        states, losses = _trajectory(model, ids.to(model.embed.weight.device), budget)
+        states, losses = _trajectory(model, batch(step), budget)
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
         optimizer.zero_grad()
@@ -94,14 +96,14 @@ def train_gate(
         optimizer.step()
     for parameter in gate.parameters():
         parameter.requires_grad_(False)
-    return _choose_threshold(model, validation, length, budget, batch_size, margin)
+    return _choose_threshold(model, held_out, budget, margin)
 
 
 @torch.no_grad()
-def _trajectory(model: OpenMythos, ids: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+def _trajectory(model: OpenMythos, asked: Labelled, budget: int) -> tuple[Tensor, Tensor]:
     """States after each loop, the first one before them, and losses: `(loops, batch, sequence)`."""
-    states = model(ids[:, :-1], budget, return_states=True).states
-    losses = torch.stack([cross_entropy(model.decode(h), ids[:, 1:]) for h in states])
+    states = model(asked.token_ids, budget, return_states=True).states
+    losses = torch.stack([cross_entropy(model.decode(h), asked.targets) for h in states])
     first = torch.zeros_like(states[:1])
     return torch.cat([first, states]), losses
 
@@ -114,20 +116,12 @@ def _scores(gate: LearnedExit, states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _choose_threshold(
-    model: OpenMythos,
-    validation: TokenFile,
-    length: int,
-    budget: int,
-    batch_size: int,
-    margin: float,
+    model: OpenMythos, held_out: Sequence[Labelled], budget: int, margin: float
 ) -> GateReport:
     """Take the lowest threshold whose loss is within the margin of full depth."""
-    windows = validation.windows(length)
     rows = []
-    for at in range(0, min(len(windows.starts), 4 * batch_size), batch_size):
-        ids = validation.read(windows.starts[at : at + batch_size], windows.length)
-        tensor = torch.from_numpy(ids).to(model.embed.weight.device)
-        states, losses = _trajectory(model, tensor, budget)
+    for asked in held_out:
+        states, losses = _trajectory(model, asked, budget)
         rows.append((_scores(model.core.gate, states).sigmoid(), losses))
     chances = torch.cat([p.flatten(1) for p, _ in rows], 1)  # (loops, tokens)
     losses = torch.cat([x.flatten(1) for _, x in rows], 1)

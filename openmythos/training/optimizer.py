@@ -102,7 +102,7 @@ def build_optimizers(
     adamw: dict[bool, list[Tensor]] = defaultdict(list)
     for name, parameter in named.items():
         group = group_of(name, parameter)
-        if group.optimizer == "muon":
+        if group.optimizer == "muon" and config.matrices == "muon":
             muon[splits.get(name)].append(parameter)
         else:
             adamw[group.decays].append(parameter)

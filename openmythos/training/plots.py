@@ -10,15 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openmythos.errors import CheckpointError, InputError
+from openmythos.errors import CheckpointError
+from openmythos.training.figures import BLUE, GREY, ORANGE, blank, loop_ticks, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-SUFFIXES = (".png", ".svg", ".pdf")
-BLUE, ORANGE, GREEN, GREY = "#2f6db5", "#d9722e", "#3a8f5c", "#8a8f98"
-SIZE, DPI = (7.2, 4.2), 150  # inches; dots per inch
 
 Line = Mapping[str, Any]
 
@@ -44,31 +41,10 @@ def plot_run(lines: Sequence[Line], folder: Path, name: str) -> list[Path]:
     return files
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Write a figure, by the path's suffix as PNG, SVG or PDF.
-
-    Raises:
-        InputError: another suffix, or the file cannot be written.
-    """
-    check_picture(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=DPI)
-    except OSError as error:
-        raise InputError(f"picture={str(path)!r} must be writable: {error}") from error
-    return path
-
-
-def check_picture(path: Path) -> None:
-    """Raise `InputError` unless the path's suffix names a format that is drawn here."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"picture={str(path)!r} must end in one of {', '.join(SUFFIXES)}")
-
-
 def loss(lines: Sequence[Line], name: str) -> Figure | None:
     """Bits per byte over the steps: of each training batch, their mean, and on held-out text."""
     steps = [line for line in lines if "loss" in line]
-    figure, (axes,) = _figure(f"{name}: loss", "optimizer step", "bits per byte")
+    figure, (axes,) = blank(f"{name}: loss", "optimizer step", "bits per byte")
     x, y = [line["step"] + 1 for line in steps], [line["bits_per_byte"] for line in steps]
     axes.plot(x, y, color=BLUE, alpha=0.25, linewidth=0.8)
     axes.plot(x, _smooth(y), color=BLUE, linewidth=1.8, label="training, smoothed")
@@ -91,7 +67,7 @@ def depth(lines: Sequence[Line], name: str) -> Figure | None:
     measured = _measurements(lines)
     if not measured or len(measured[-1]["validation"]) < 2:
         return None
-    figure, grid = _figure(
+    figure, grid = blank(
         f"{name}: quality against depth",
         "loops of the core",
         "bits per byte, held-out text",
@@ -109,7 +85,7 @@ def depth(lines: Sequence[Line], name: str) -> Figure | None:
         curve, label = _depth_curve(end["validation"]), f"step {end['step'] + 1}"
         axes.plot(*curve, "o-", color=ORANGE, linewidth=2.2, markersize=5, label=label)
     for axes in grid:
-        _loop_ticks(axes, [int(loops) for loops in measured[-1]["validation"]])
+        loop_ticks(axes, [int(loops) for loops in measured[-1]["validation"]])
         axes.legend(frameon=False)
     return figure
 
@@ -121,7 +97,7 @@ def spectral_radius(lines: Sequence[Line], name: str) -> Figure | None:
     if not values or not all(math.isfinite(value) for value in values):
         return None
     title = f"{name}: spectral radius of the injection"
-    figure, (axes,) = _figure(title, "optimizer step", "spectral radius of A")
+    figure, (axes,) = blank(title, "optimizer step", "spectral radius of A")
     axes.plot([line["step"] + 1 for line in steps], values, color=BLUE, linewidth=1.8)
     axes.axhline(1, color=GREY, linewidth=1, linestyle="--")
     axes.annotate(
@@ -147,7 +123,7 @@ def state_rms(lines: Sequence[Line], name: str) -> Figure | None:
     from matplotlib.ticker import MaxNLocator
 
     title = f"{name}: size of the state"
-    figure, (axes,) = _figure(title, "loops of the core", "root mean square of h")
+    figure, (axes,) = blank(title, "loops of the core", "root mean square of h")
     shown = _spread(measured, 5)
     for number, line in enumerate(shown):
         rms = line["state_rms"]
@@ -218,33 +194,16 @@ def depth_curve(
         references: bits per byte of something without loops, by name: a line across.
         points: mean loops and bits per byte of a halting rule, by name.
     """
-    figure, (axes,) = _figure(title, "loops of the core", "bits per byte")
+    figure, (axes,) = blank(title, "loops of the core", "bits per byte")
     loops, bits = _depth_curve(bits_per_byte)
     axes.plot(loops, bits, "o-", color=BLUE, linewidth=2, markersize=6, label="every token")
     for (label, value), style in zip((references or {}).items(), ("--", ":", "-."), strict=False):
         axes.axhline(value, color=GREY, linewidth=1.5, linestyle=style, label=label)
     for label, (mean, value) in (points or {}).items():
         axes.plot([mean], [value], "*", color=ORANGE, markersize=13, label=label)
-    _loop_ticks(axes, loops)
+    loop_ticks(axes, loops)
     axes.legend(frameon=False)
     return figure
-
-
-def _figure(title: str, x: str, y: str, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its panels, whose first carries the label of the vertical axis."""
-    from matplotlib.figure import Figure
-
-    width, height = SIZE
-    figure = Figure(figsize=(width * (1 + 0.5 * (columns - 1)), height), layout="constrained")
-    figure.suptitle(title, fontsize=12)
-    panels = list(figure.subplots(1, columns, squeeze=False)[0])
-    for axes in panels:
-        axes.set_xlabel(x)
-        axes.grid(visible=True, color="#e3e5e8", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel(y)
-    return figure, panels
 
 
 def _measurements(lines: Sequence[Line]) -> list[Line]:
@@ -260,13 +219,6 @@ def _best_loops(measured: Sequence[Line]) -> str:
 def _depth_curve(bits: Mapping[Any, float]) -> tuple[list[int], list[float]]:
     pairs = sorted((int(loops), value) for loops, value in bits.items())
     return [loops for loops, _ in pairs], [value for _, value in pairs]
-
-
-def _loop_ticks(axes: Axes, loops: Sequence[int]) -> None:
-    """A logarithmic axis whose ticks are the loops measured."""
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(list(loops), [str(count) for count in loops])
-    axes.minorticks_off()
 
 
 def _ticks(count: int) -> tuple[list[int], list[str]]:

@@ -61,12 +61,15 @@ class Settings:
             raise CheckpointError(f"run={run} must hold {SETTINGS}: it is not a training run")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            train = dict(content["train"])
-            train["optimizer"] = OptimizerConfig(**train["optimizer"])
             model = MythosConfig.from_json(json.dumps(content["model"]), str(path))
-            return cls(model, TrainConfig(**train), content["source"])
+            return cls(model, train_config(content["train"]), content["source"])
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} must be a whole settings file, but: {error}") from error
+
+
+def train_config(fields: dict[str, Any]) -> TrainConfig:
+    """Build a `TrainConfig` from what `dataclasses.asdict` made of one."""
+    return TrainConfig(**{**fields, "optimizer": OptimizerConfig(**fields["optimizer"])})
 
 
 def metrics(run: Path) -> Iterator[dict[str, Any]]:

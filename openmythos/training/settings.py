@@ -4,23 +4,30 @@ The command line builds its flags and its help from these dataclasses, and must 
 torch could be imported.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from openmythos.errors import ConfigError
 
-DepthLaw = Literal["fixed", "uniform", "poisson", "lognormal_poisson"]
+DepthLaw = Literal["fixed", "near", "uniform", "poisson", "lognormal_poisson"]
+
+
+MatrixOptimizer = Literal["muon", "adamw"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """Muon for the matrices, AdamW for the rest, and one schedule for both."""
 
+    matrices: MatrixOptimizer = "muon"
+    """What updates attention, feed-forward and expert matrices; the rest is AdamW's always."""
+
     muon_lr: float = 0.02
-    """Learning rate of attention, feed-forward and expert matrices (Muon)."""
+    """Learning rate of Muon."""
 
     adam_lr: float = 4e-3
-    """Learning rate of everything else: embedding, head, router, LoRA, injection, norms (AdamW)."""
+    """Learning rate of AdamW: embedding, head, router, LoRA, injection, norms."""
 
     momentum: float = 0.95
     """Momentum of Muon, from 0 to below 1."""
@@ -44,6 +51,8 @@ class OptimizerConfig:
     """Share of all steps, at the end, over which the learning rates fall in a line to 0."""
 
     def __post_init__(self) -> None:
+        kinds = get_args(MatrixOptimizer)
+        self._require("matrices", f"be one of {', '.join(kinds)}", self.matrices in kinds)
         for name in ("muon_lr", "adam_lr"):
             self._require(name, "be above 0", getattr(self, name) > 0)
         for name in ("momentum", "adam_beta1", "adam_beta2"):
@@ -156,6 +165,19 @@ class TrainConfig:
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step predicts."""
         return self.batch_size * self.length
+
+
+def same_until(step: int, one: TrainConfig, other: TrainConfig) -> bool:
+    """Whether two trainings that may differ in `steps` take the same first `step` steps.
+
+    The schedule is constant until it decays, so a run can be lengthened or shortened before.
+    """
+    if dataclasses.replace(one, steps=other.steps) != other:
+        return False
+    return one.steps == other.steps or all(
+        step <= config.steps - config.optimizer.decay_share * config.steps
+        for config in (one, other)
+    )
 
 
 def schedule(step: int, steps: int, config: OptimizerConfig) -> float:

@@ -69,18 +69,28 @@ def start_run(
     return trainer
 
 
-def open_run(run: Path) -> Trainer:
+def open_run(run: Path, *, steps: int | None = None) -> Trainer:
     """Return the trainer of an existing run, at its newest whole checkpoint.
+
+    Args:
+        run: its folder.
+        steps: a new number of steps, for a run whose learning rate has not begun to decay; the
+            run then is, to the bit, one that was started with this number.
 
     Raises:
         MythosError: the folder is no run, or something in it does not fit.
     """
     settings = Settings.load(run)
+    if steps is not None:
+        train = dataclasses.replace(settings.train, steps=steps)
+        settings = dataclasses.replace(settings, train=train)
     tokens = Tokenizer.load(run)
     least = max(settings.train.tokens_per_step, settings.train.length + 1)
     training, validation = prepare(_open(settings.source), tokens, run, least_tokens=least)
     trainer = Trainer(run, settings, tokens, training, validation)
     trainer.resume()
+    if steps is not None:
+        settings.save(run)
     return trainer
 
 

@@ -126,6 +126,10 @@ class Tokenizer:
         """Returns the bytes that the tokens stand for, which need not be whole characters."""
         return b"".join(self._token(token_id) for token_id in token_ids)
 
+    def name(self, token_id: int) -> str:
+        """Returns how the vocabulary writes a token; end marks and other special ones have one."""
+        return self._inner.id_to_token(token_id) or f"<|{token_id}|>"
+
     def text_stream(self) -> "TextStream":
         """Returns a decoder that takes one token at a time."""
         return TextStream(self)

@@ -27,17 +27,18 @@ from openmythos.model.transformer import MythosOutput, OpenMythos, cross_entropy
 from openmythos.training import checkpoint
 from openmythos.training.depth import backprop_loops, sample_loops
 from openmythos.training.evaluate import Evaluation, evaluate
-from openmythos.training.gate import GateReport, train_gate
+from openmythos.training.gate import GateReport, Labelled, train_gate
 from openmythos.training.machine import Machine, matmul_peak, measure
 from openmythos.training.optimizer import build_optimizers
-from openmythos.training.run import METRICS, MODEL, Settings, cut_metrics
-from openmythos.training.settings import schedule
+from openmythos.training.run import METRICS, MODEL, Settings, cut_metrics, train_config
+from openmythos.training.settings import same_until, schedule
 from openmythos.training.token_file import TokenFile
 from openmythos.training.tokenizer import Tokenizer
 
 Report = Callable[[dict[str, Any]], None]
 """Told of every step and every measurement: the lines of `metrics.jsonl`."""
 
+GATE_BATCH = 4  # sequences at a time while the gate is trained
 NOISE = math.sqrt(2 / 5)  # deviation of a noisy first state (Geiping et al. 2025)
 
 
@@ -332,15 +333,24 @@ class Trainer:
         return line
 
     def _train_gate(self) -> GateReport:
-        with self._autocast():
-            return train_gate(
-                self.model,
-                self.training,
-                self.validation,
-                length=self.config.length,
-                steps=self.config.gate_steps,
-                seed=self.config.seed,
+        windows = self.validation.windows(self.config.length)
+        held_out = [
+            self._labelled(
+                self.validation.read(windows.starts[at : at + GATE_BATCH], windows.length)
             )
+            for at in range(0, min(len(windows.starts), 4 * GATE_BATCH), GATE_BATCH)
+        ]
+        with self._autocast():
+            return train_gate(self.model, self._gate_batch, held_out, steps=self.config.gate_steps)
+
+    def _gate_batch(self, step: int) -> Labelled:
+        samples = range(step * GATE_BATCH, (step + 1) * GATE_BATCH)
+        seed = self.config.seed + 1  # other text than the model's last steps had
+        return self._labelled(self.training.batch(samples, self.config.length, seed=seed))
+
+    def _labelled(self, ids: Any) -> Labelled:
+        token_ids = torch.from_numpy(ids).to(self.device)
+        return Labelled(token_ids[:, :-1], token_ids[:, 1:])
 
     def save(self, bits_per_byte: float | None = None) -> Path:
         """Write a checkpoint of this step.
@@ -374,7 +384,7 @@ class Trainer:
             cut_metrics(self.run, 0)
             return False
         found = checkpoint.load(newest)
-        self._check(found.state, newest)
+        self._check(found.state, found.step, newest)
         fill(self.model, found.tensors["model"], str(newest))
         self.optimizers.load_state_tensors(found.tensors["optimizer"])
         self.step = found.step
@@ -385,13 +395,16 @@ class Trainer:
         cut_metrics(self.run, self.step)
         return True
 
-    def _check(self, state: dict[str, Any], where: Path) -> None:
+    def _check(self, state: dict[str, Any], step: int, where: Path) -> None:
         mine = {
             "model": json.loads(self.model_config.to_json()),
             "train": json.loads(json.dumps(dataclasses.asdict(self.config))),
             "tokenizer": self.tokenizer.fingerprint,
             "text": self.training.source_fingerprint,
         }
+        before = train_config(state["train"])
+        if same_until(step, before, self.config):
+            mine["train"] = state["train"]
         for what in ("model", "train"):
             for name, value in mine[what].items():
                 if state[what].get(name) != value:

@@ -16,7 +16,7 @@ SENTENCES = [
     ("generate RUN --top-p 0", "top_p=0.0 must be above 0 and at most 1"),
     ("generate RUN --max-new-tokens 0", "max_new_tokens=0 must be an integer of 1 or more"),
     ("chat nowhere", "model='nowhere' must be the folder of a model or of a run"),
-    ("eval RUN", "one of --corpus and --text must be given, and not both"),
+    ("eval RUN", "one of --corpus, --text and --task must be given, and not more"),
     ("eval RUN --text none.txt", "text='none.txt' must exist"),
     ("eval RUN --text TEXT --loops 0 1", "loops=(0, 1) must hold depths of 1 or more"),
     ("eval RUN --text TEXT --loops", "loops=() must hold depths of 1 or more"),

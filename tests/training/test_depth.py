@@ -71,6 +71,11 @@ def test_fixed_is_the_mean_every_time():
     assert set(draw("fixed", 5)) == {5}
 
 
+def test_near_is_the_mean_and_its_neighbours():
+    assert set(draw("near", 5)) == {4, 5, 6}
+    assert set(draw("near", 1)) == {1}
+
+
 @pytest.mark.parametrize("law", DEPTH)
 def test_a_sample_has_the_same_depth_in_any_split_of_the_batch(law):
     whole = draw(law, 6, indices=range(96, 144))

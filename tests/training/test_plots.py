@@ -7,7 +7,8 @@ from matplotlib.image import imread
 
 from openmythos.errors import CheckpointError, InputError
 from openmythos.training import plots
-from openmythos.training.plots import PICTURES, depth_curve, plot_run, save
+from openmythos.training.figures import save
+from openmythos.training.plots import PICTURES, depth_curve, plot_run
 
 
 def a_step(step, **more):

@@ -124,6 +124,35 @@ def test_a_run_without_a_checkpoint_yet_starts_over(tmp_path, text):
     assert same(whole, cut)
 
 
+STEADY = OptimizerConfig(warmup_steps=1, decay_share=0.5)
+
+
+@pytest.mark.parametrize("first, then", [(16, 10), (10, 16)])
+def test_a_run_given_other_steps_before_its_decay_is_one_started_with_them(
+    tmp_path, text, first, then
+):
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    start(whole, text, steps=then, optimizer=STEADY).fit()
+    trainer = start(changed, text, steps=first, optimizer=STEADY)
+
+    def stop(line):
+        trainer._stop = trainer.step == 4
+
+    with pytest.raises(Stopped):
+        trainer.fit(stop)
+    open_run(changed, steps=then).fit()
+    assert same(whole, changed)
+    assert Settings.load(changed).train.steps == then
+
+
+def test_steps_cannot_change_once_the_learning_rate_decays(tmp_path, text):
+    run = tmp_path / "run"
+    start(run, text, steps=6, optimizer=STEADY).fit()
+    with pytest.raises(CheckpointError, match=r"steps=12 must be 6, as in"):
+        open_run(run, steps=12)
+    assert Settings.load(run).train.steps == 6
+
+
 KILLED = """
 import sys
 from pathlib import Path

@@ -1,0 +1,93 @@
+"""Reproduce a claim: its trainings, its controls, its figures.
+
+Examples:
+    openmythos evidence                             # lists the claims and their hours
+    openmythos evidence depth-extrapolation --quick # minutes; shows the shape
+    openmythos evidence depth-extrapolation         # hours; the published figures
+
+Trainings keep checkpoints in --work and go on where they were stopped. The figures, as JSON and
+PNG, the page with every claim's numbers and the gallery go to --out.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from openmythos.evidence.claims import CLAIMS, Reproduction, claim, reproduce
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Flags of `openmythos evidence`."""
+
+    claim: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="CLAIM")] = None
+    """Which claim. Default: list them."""
+
+    quick: bool = False
+    """A small form, in minutes, that shows the shape and proves nothing."""
+
+    seeds: int = 3
+    """Seeds of the main trainings."""
+
+    only: str = ""
+    """Run only the trainings whose names start so; the report takes all that are there."""
+
+    work: Path = Path("runs/evidence")
+    """Folder of checkpoints and results, kept between calls."""
+
+    out: Path = Path("runs/evidence")
+    """Folder of figures and pages."""
+
+    threads: int | None = None
+    """CPU threads. Default: as many as torch takes."""
+
+    json: bool = False
+    """Print what was measured as JSON."""
+
+
+def run(settings: Settings) -> None:
+    """Reproduce, or list what can be."""
+    if settings.claim is None:
+        for name, line in CLAIMS.items():
+            print(f"{name:<26}{line} About {claim(name).HOURS:g} hours of one core.")
+        return
+    how = Reproduction(
+        quick=settings.quick,
+        seeds=settings.seeds,
+        only=settings.only,
+        work=settings.work,
+        out=settings.out,
+    )
+    hours = claim(settings.claim).HOURS
+    if not settings.json:
+        print("a few minutes" if how.quick else f"about {hours:g} hours of one core for all of it")
+    if settings.threads is not None:
+        import torch
+
+        torch.set_num_threads(settings.threads)
+    say = _silent if settings.json else _say
+    written = reproduce(settings.claim, how, say)
+    if settings.json:
+        files = [str(file) for file in written.files]
+        print(json.dumps({"files": files, "missing": written.missing}))
+        return
+    from openmythos.evidence.report import as_markdown
+
+    print(f"\n{as_markdown(written.section)}")
+    for file in written.files:
+        print(file)
+    if written.missing:
+        print(f"not run yet: {', '.join(written.missing)}")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _silent(line: str) -> None:
+    pass

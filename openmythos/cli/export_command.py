@@ -1,0 +1,172 @@
+"""Write a model with smaller weights, and measure what that costs.
+
+Examples:
+    openmythos export runs/nano small --weights int8
+    openmythos export runs/nano small --weights int8 --corpus embedded --loops 1 8
+    openmythos export runs/nano half --weights bf16 --text letters.txt --json
+
+MODEL is the folder of a model or of a training run, FOLDER a new one that `generate`, `chat`,
+`eval` and `openmythos.load` take. bf16 is half as large as fp32, int8 a quarter. With a text, bits
+per byte are measured before, and again on what was written. The text of --text is measured whole;
+of a --corpus, the side that is held out.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from openmythos.config import CONFIG_FILE, WeightsKind
+from openmythos.errors import InputError
+
+if TYPE_CHECKING:
+    from openmythos.inference.language_model import LanguageModel
+    from openmythos.model.transformer import OpenMythos
+    from openmythos.training.evaluate import Evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Flags of `openmythos export`."""
+
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Folder of a model, or of a training run."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """Where to write: a folder that holds no model."""
+
+    weights: WeightsKind = "int8"
+    """What matrices are stored as; norms and routers are fp32 in all of them."""
+
+    corpus: Literal["embedded", "sotu"] | None = None
+    """Measure on a corpus with a name, on its held-out side."""
+
+    text: Path | None = None
+    """Measure on a .txt, .jsonl or .parquet file, or a folder of them."""
+
+    text_field: str = "text"
+    """Name of the text's field in JSONL and Parquet."""
+
+    loops: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Depths to measure at."""
+
+    length: int | None = None
+    """Tokens in a window. Default: max_length."""
+
+    max_tokens: int | None = None
+    """Measure only about so many tokens from the start. Default: all."""
+
+    json: bool = False
+    """Print one JSON object instead of the table."""
+
+
+def run(settings: Settings) -> None:
+    """Measure, write, measure again, print."""
+    from openmythos.inference.language_model import load
+
+    _check(settings)
+    documents = _documents(settings)
+    lm = load(settings.model)
+    bits_before = None if documents is None else _bits(lm, documents, settings)
+    lm.model.save_pretrained(settings.folder, lm.tokenizer, settings.weights)
+    written = load(settings.folder)
+    report: dict[str, Any] = {
+        "model": str(settings.model),
+        "folder": str(settings.folder),
+        "weights": settings.weights,
+        "bytes": {"before": _bytes_in_memory(lm.model), "after": _bytes_of_file(settings.folder)},
+        "largest_error": _largest_error(lm.model, written.model),
+    }
+    if documents is not None and bits_before is not None:
+        bits_after = _bits(written, documents, settings)
+        report["bits_per_byte"] = {
+            "before": _by_depth(bits_before),
+            "after": _by_depth(bits_after),
+        }
+    print(json.dumps(report) if settings.json else _table(report))
+
+
+def _check(settings: Settings) -> None:
+    if settings.corpus is not None and settings.text is not None:
+        raise InputError("one of --corpus and --text may be given, and not both")
+    if (settings.folder / CONFIG_FILE).exists():
+        raise InputError(
+            f"folder={settings.folder} holds a model already, must be new: choose another, or "
+            "delete it"
+        )
+
+
+def _documents(settings: Settings) -> list[str] | None:
+    from openmythos.training.corpus import open_corpus, read_documents
+
+    if settings.text is not None:
+        return read_documents(settings.text, field=settings.text_field)
+    if settings.corpus is not None:
+        return list(open_corpus(settings.corpus).validation_documents())
+    return None
+
+
+def _bits(lm: LanguageModel, documents: list[str], settings: Settings) -> Evaluation:
+    from openmythos.training.evaluate import evaluate, tokenised
+
+    length = lm.model.config.max_length if settings.length is None else settings.length
+    with tokenised(documents, lm.tokenizer) as file:
+        return evaluate(
+            lm.model,
+            file,
+            lm.tokenizer.token_bytes,
+            sorted(set(settings.loops)),
+            length=length,
+            max_tokens=settings.max_tokens,
+        )
+
+
+def _by_depth(result: Evaluation) -> dict[int, float]:
+    return dict(zip(result.loops, result.bits_per_byte, strict=True))
+
+
+def _bytes_in_memory(model: OpenMythos) -> int:
+    from openmythos.model.files import storable
+
+    return sum(tensor.nbytes for tensor in storable(model).values())
+
+
+def _bytes_of_file(folder: Path) -> int:
+    from openmythos.model.files import WEIGHTS_FILE
+
+    return (folder / WEIGHTS_FILE).stat().st_size
+
+
+def _largest_error(before: OpenMythos, after: OpenMythos) -> dict[str, Any]:
+    """The tensor that changed most: the length of the change, relative to its own."""
+    kept = dict(after.named_parameters())
+    errors = {
+        name: float((kept[name] - tensor).detach().norm() / tensor.detach().norm().clamp(min=1e-30))
+        for name, tensor in before.named_parameters()
+    }
+    name = max(errors, key=errors.__getitem__)
+    return {"tensor": name, "relative": errors[name]}
+
+
+def _table(report: dict[str, Any]) -> str:
+    before, after = report["bytes"]["before"], report["bytes"]["after"]
+    error = report["largest_error"]
+    lines = [
+        f"{report['model']} written to {report['folder']} with {report['weights']} weights",
+        "",
+        f"weights in memory  {before / 1e6:>9.2f} MB",
+        f"weights in file    {after / 1e6:>9.2f} MB, {before / after:.2f} times smaller",
+        f"largest error      {error['relative']:>9.4f} of the tensor's length, {error['tensor']}",
+    ]
+    if "bits_per_byte" in report:
+        earlier, later = report["bits_per_byte"]["before"], report["bits_per_byte"]["after"]
+        lines += ["", f"bits per byte at  {'before':>10}{'after':>10}{'change':>10}"]
+        lines += [
+            f"{loops:>10} loops  {bits:>10.4f}{later[loops]:>10.4f}{later[loops] - bits:>+10.4f}"
+            for loops, bits in earlier.items()
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,143 @@
+"""Walk through a house of 32 rooms, and watch the model find its way loop by loop.
+
+Examples:
+    openmythos reason 'library red green gold'
+    openmythos reason --hops 40                     # deeper than any walk in its training
+    openmythos reason --hops 40 --loops 12          # too few loops: it fails
+    openmythos reason --hops 12 --halting gate      # each place stops when it is sure
+
+A walk names a room, then doors by colour, or `wait`. Every door leads from each room to another;
+the model knows all 512 doors by heart and has to follow them one after another. A line shows what
+it believes after a loop, one mark per word of the walk: ● right, ○ not yet, and ■ where the place
+has stopped thinking.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from openmythos.cli.loop_colours import colours_wanted
+from openmythos.config import HaltingKind
+from openmythos.errors import InputError
+from openmythos.inference.shipped import REASONER
+
+if TYPE_CHECKING:
+    from openmythos.inference.reasoner import Trace
+
+GREEN, GREY, BOLD, RESET = "\x1b[38;5;41m", "\x1b[38;5;244m", "\x1b[1m", "\x1b[0m"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Flags of `openmythos reason`."""
+
+    walk: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="WALK")] = None
+    """A room and doors, as in 'library red green gold'. Default: a random walk of --hops."""
+
+    hops: int | None = None
+    """Doors of a random walk. Default: 40, twice as many as in training."""
+
+    waits: int = 0
+    """Waits strewn over a random walk."""
+
+    seed: int = 0
+    """Of the random walk."""
+
+    loops: int | None = None
+    """Most loops. Default: enough for the walk."""
+
+    halting: HaltingKind = "none"
+    """When a place stops before: never, by the learned gate, or by another rule."""
+
+    threshold: float | None = None
+    """The rule's bound. Default: its own."""
+
+    model: Path = Path(REASONER)
+    """Folder of a reasoner. Default: the one in the package."""
+
+    json: bool = False
+    """Print one JSON object instead."""
+
+
+def run(settings: Settings) -> None:
+    """Solve a walk and show how."""
+    import numpy as np
+
+    from openmythos.inference.reasoner import load_reasoner
+    from openmythos.tasks.rooms import HOUSE, read_walk
+
+    if settings.walk is not None and (settings.hops is not None or settings.waits):
+        raise InputError("walk must be given or drawn: leave out --hops and --waits, or the walk")
+    if settings.walk is not None:
+        token_ids = read_walk(settings.walk)
+    else:
+        hops = 40 if settings.hops is None else settings.hops
+        if settings.waits < 0:
+            raise InputError(f"waits={settings.waits} must be 0 or more")
+        random = np.random.default_rng(settings.seed)
+        token_ids = HOUSE.chains(random, 1, hops, hops + settings.waits).token_ids
+    reasoner = load_reasoner(settings.model)
+    trace = reasoner.solve(
+        token_ids, loops=settings.loops, halting=settings.halting, threshold=settings.threshold
+    )
+    if settings.json:
+        print(json.dumps(as_json(trace)))
+        return
+    for line in lines(trace, colours=colours_wanted()):
+        print(line)
+
+
+def lines(trace: Trace, *, colours: bool) -> list[str]:
+    """Return what is shown: the walk, a line for each loop, and how it ended."""
+    from openmythos.tasks.rooms import WORDS, write_walk
+
+    def painted(text: str, colour: str) -> str:
+        return f"{colour}{text}{RESET}" if colours else text
+
+    ids = [int(token_id) for token_id in trace.chain.token_ids[0]]
+    hops = int(trace.chain.hops[0, -1])
+    shown = [painted(f"{hops} doors: ", BOLD) + write_walk(ids), ""]
+    width = len(str(len(trace.beliefs)))
+    for loop, (beliefs, right) in enumerate(zip(trace.beliefs, trace.right, strict=True)):
+        marks = ""
+        for place, good in enumerate(right):
+            done = trace.stopped[place] <= loop
+            mark = ("■" if good else "□") if done else ("●" if good else "○")
+            marks += painted(mark, GREEN if good else GREY)
+        here = WORDS[int(beliefs[-1])]
+        ending = painted(here, BOLD + GREEN if right[-1] else GREY)
+        shown.append(f"loop {loop + 1:>{width}}  {marks}  {ending}")
+    shown += ["", _verdict(trace)]
+    return shown
+
+
+def _verdict(trace: Trace) -> str:
+    from openmythos.tasks.rooms import ROOMS
+
+    truth, loops = ROOMS[int(trace.chain.answers[0, -1])], len(trace.beliefs)
+    given = ROOMS[trace.answer]
+    stops = f"the last place stopped after {int(trace.stopped[-1])}, the mean place after"
+    detail = f"{loops} loops; {stops} {trace.stopped.mean():.1f}"
+    if trace.solved:
+        return f"The walk ends in the {truth}: right. ({detail})"
+    return f"The model says {given}, but the walk ends in the {truth}: wrong. ({detail})"
+
+
+def as_json(trace: Trace) -> dict[str, Any]:
+    """Return the trace in plain values."""
+    from openmythos.tasks.rooms import WORDS
+
+    words = [WORDS[int(token_id)] for token_id in trace.chain.token_ids[0]]
+    return {
+        "walk": words,
+        "truth": [WORDS[int(room)] for room in trace.chain.answers[0]],
+        "beliefs": [[WORDS[int(room)] for room in row] for row in trace.beliefs],
+        "stopped": [int(loops) for loops in trace.stopped],
+        "answer": WORDS[trace.answer],
+        "solved": trace.solved,
+    }

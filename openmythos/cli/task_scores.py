@@ -1,0 +1,197 @@
+"""What `openmythos eval --task` measures and prints: scores, their errors, and the floors."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from openmythos.config import HaltingKind
+from openmythos.errors import InputError
+from openmythos.inference.tasks import (
+    TASKS,
+    Comparison,
+    Floors,
+    Question,
+    Task,
+    TaskName,
+    floors,
+    read_task,
+)
+
+if TYPE_CHECKING:
+    from openmythos.inference.grading import Grade
+    from openmythos.inference.language_model import LanguageModel
+
+FLOORS = {
+    "chance": "chance",
+    "most_frequent": "always the most frequent",
+    "longest": "always the longest",
+    "shortest": "always the shortest",
+    "byte_frequencies": "byte frequencies alone",
+}
+
+
+def measure(
+    names: Sequence[TaskName],
+    model: Path | None,
+    *,
+    loops: Sequence[int],
+    halting: HaltingKind,
+    threshold: float | None,
+    limit: int | None,
+) -> Iterator[dict[str, Any]]:
+    """Yield a report of each task, made for JSON.
+
+    Args:
+        names: the tasks.
+        model: folder of a model or a run; None: only the floors.
+        loops: depths to score at.
+        halting: also score with this rule, at up to the deepest of `loops`.
+        threshold: the rule's bound; None is its own default.
+        limit: questions of each task; None: all.
+
+    Raises:
+        MythosError: a task cannot be read, or the model or a depth does not fit.
+    """
+    if not loops or min(loops) < 1:
+        raise InputError(f"loops={tuple(loops)} must hold depths of 1 or more")
+    questions = {name: read_task(name, limit) for name in names}
+    lm = None
+    if model is not None:
+        from openmythos.inference.language_model import load
+
+        lm = load(model)
+    ways: list[tuple[int, HaltingKind]] = [(depth, "none") for depth in sorted(set(loops))]
+    if halting != "none":
+        ways.append((max(loops), halting))
+    return (_report(name, questions[name], lm, ways, threshold) for name in names)
+
+
+def _report(
+    name: TaskName,
+    questions: Sequence[Question],
+    lm: LanguageModel | None,
+    ways: Sequence[tuple[int, HaltingKind]],
+    threshold: float | None,
+) -> dict[str, Any]:
+    task = TASKS[name]
+    below = floors(questions, task.kind)
+    report: dict[str, Any] = {
+        "task": name,
+        "source": task.path,
+        "kind": task.kind,
+        "comparison": task.comparison,
+        "questions": len(questions),
+        "answers": sum(len(question.answers) for question in questions),
+        "floors": {key: value for key, value in asdict(below).items() if value is not None},
+    }
+    if lm is None:
+        return report
+    from openmythos.inference.grading import grade
+
+    scores = []
+    for loops, rule in ways:
+        bound = None if rule == "none" else threshold
+        with _bar(f"{name}, {loops} loops") as progress:
+            result = grade(
+                lm,
+                questions,
+                task.kind,
+                loops=loops,
+                halting=rule,
+                threshold=bound,
+                progress=progress,
+            )
+        above = _above(result, task, below)
+        scores.append({"halting": rule, "threshold": bound, **asdict(result), "above": above})
+    return report | {"cut": scores[0]["cut"], "scores": scores}
+
+
+def _above(result: Grade, task: Task, below: Floors) -> bool:
+    """Whether a score is better than every floor, by two standard errors or more."""
+    if task.kind == "text":
+        bits = result.bits_per_byte
+        return bits.value + 2 * bits.error < below.byte_frequencies
+    figure = result.accuracy[task.comparison]
+    return figure.value - 2 * figure.error > max(below.accuracy.values())
+
+
+@contextlib.contextmanager
+def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Show how far a measurement is, on a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    hidden = not sys.stderr.isatty()
+    with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
+        task = bar.add_task(label)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def page(report: dict[str, Any]) -> str:
+    """Lay a report out for people."""
+    columns = _columns(report)
+    rows = [["", *columns]]
+    rows += [
+        [_way(score), *(_cell(read(score)) for read in columns.values())]
+        for score in report.get("scores", [])
+    ]
+    for key, floor in report["floors"].items():
+        column = "bits per byte" if key == "byte_frequencies" else next(iter(columns))
+        rows.append([FLOORS[key], *(f"{floor:.4f}" * (name == column) for name in columns)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"{report['task']}: {report['questions']:,} questions ({report['source']})", ""]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append(f"  {'  '.join(cells)}".rstrip())
+    return "\n".join([*lines, *_remarks(report)])
+
+
+def _columns(report: dict[str, Any]) -> dict[str, Callable[[dict[str, Any]], dict[str, float]]]:
+    """What a score shows, and where it stands; the comparison that is usual for the task first."""
+    columns: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {}
+    if report["kind"] == "choice":
+        others = [name for name in get_args(Comparison) if name != report["comparison"]]
+        for name in [report["comparison"], *others]:
+            label = name.replace("_", " ")
+            columns[label if columns else f"accuracy, {label}"] = partial(_accuracy, name)
+    elif report["kind"] == "word":
+        columns = {"accuracy": partial(_accuracy, "raw"), "perplexity": itemgetter("perplexity")}
+    else:
+        columns["word for word"] = partial(_accuracy, "raw")
+    return columns | {"bits per byte": itemgetter("bits_per_byte")}
+
+
+def _accuracy(comparison: str, score: dict[str, Any]) -> dict[str, float]:
+    return score["accuracy"][comparison]
+
+
+def _cell(figure: dict[str, float]) -> str:
+    value, error = figure["value"], figure["error"]
+    if value >= 1000:
+        return f"{value:.4g} ± {error:.2g}"
+    return f"{value:.4f} ± {error:.4f}"
+
+
+def _way(score: dict[str, Any]) -> str:
+    if score["halting"] == "none":
+        return f"{score['loops']} loops"
+    bound = "" if score["threshold"] is None else f" {score['threshold']:g}"
+    return f"{score['halting']}{bound}, {score['mean_loops']:.2f} loops"
+
+
+def _remarks(report: dict[str, Any]) -> list[str]:
+    if "scores" not in report:
+        return []
+    best = [_way(score) for score in report["scores"] if score["above"]]
+    where = f"at {'; '.join(best)}" if best else "at no depth"
+    lines = ["", f"better than every floor by two standard errors: {where}"]
+    if report["cut"]:
+        lines.append(f"cut on the left to fit the model: {report['cut']:,} questions")
+    return lines

@@ -1,0 +1,417 @@
+"""Tokens that need more thought take more loops, and the others' loops are saved.
+
+On chains of constant length, where no-ops at random places make neither position nor length a
+clue, a gate trained after the model (it looks ahead to each token's best later loop) decides when a
+token leaves the core. Quality against mean loops is compared with fixed depth, with the rules that
+need no training, with the oracle (each token's first loop from which it stays right), and with
+random exit: the gate's own loops, dealt to other tokens at random, which would be as good if the
+gate knew nothing. A short training with the gate's exits then lets the model see the keys of
+tokens that left early.
+
+On text the question only arises where depth is worth something: that is measured first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openmythos.config import HaltingKind
+from openmythos.evidence.cells import Cell, Result, Say
+from openmythos.evidence.fit import Batch, FitConfig, fit
+from openmythos.evidence.hop_training import TASK, TRAINED_HOPS, HopTraining
+from openmythos.evidence.report import Expectation, Section, spread, table
+from openmythos.model.transformer import OpenMythos
+from openmythos.tasks.hops import Chains
+from openmythos.training.gate import Labelled, train_gate
+from openmythos.training.settings import OptimizerConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TITLE = "Adaptive computation: harder tokens take more loops"
+HOURS = 3.0
+"""Of one core, for everything with three seeds."""
+
+RULES: dict[HaltingKind, tuple[float, ...]] = {
+    "gate": (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98),
+    "delta": (0.003, 0.01, 0.02, 0.05, 0.1, 0.2),
+    "kl": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
+}
+POINTS = 0.005
+"""Accuracy that a saving may cost: half a point."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """One model with its gate, measured before and after a training with exits."""
+
+    training: HopTraining
+    budget: int = 40
+    """Most loops of a token."""
+    gate_steps: int = 150
+    exit_steps: int = 200
+    """Steps of the training with the gate's exits."""
+    chains: int = 16
+    """Test chains for each number of hops, 1 to 20, each among as many no-ops as make 40 slots."""
+
+
+REASONER = HopTraining(core_layers=1, loops=(10, 30), no_ops=0.3)
+"""The training that the shipped reasoner comes from."""
+
+FULL = Study(training=REASONER)
+QUICK = Study(
+    training=dataclasses.replace(REASONER, hidden_size=64, feed_forward_size=512, steps=300),
+    budget=32,
+    gate_steps=30,
+    exit_steps=20,
+    chains=4,
+)
+
+
+def cells(*, quick: bool, seeds: int) -> list[Cell]:
+    """One study a seed, and the text's own question."""
+    if quick:
+        return [_cell(QUICK, 0)]
+    return [*(_cell(FULL, seed) for seed in range(seeds)), Cell("text", {}, _text)]
+
+
+def _cell(study: Study, seed: int) -> Cell:
+    training = dataclasses.replace(study.training, seed=seed)
+    study = dataclasses.replace(study, training=training)
+    settings = {**dataclasses.asdict(study), "training": training.as_json()}
+    return Cell(f"hops/seed-{seed}", settings, lambda folder, say: run(study, folder, say))
+
+
+def run(study: Study, folder: Path, say: Say) -> Result:
+    """Train, fit the gate, measure; train with exits, fit the gate anew, measure again."""
+    model, took = study.training.train(folder / "model", say)
+    say("training the gate")
+    before = _with_gate(model, study, say)
+    say("training with exits")
+    _train_with_exits(model, study, folder / "exits")
+    after = _with_gate(model, study, say)
+    return {**took, "before": before, "after": after}
+
+
+def fit_gate(model: OpenMythos, study: Study) -> dict[str, Any]:
+    """Train the gate of a hop model; return what it does on held-out chains."""
+
+    def asked(stream: int, step: int, sequences: int) -> Labelled:
+        random = np.random.default_rng([study.training.seed, stream, step])
+        hops = int(random.integers(1, TRAINED_HOPS + 1))
+        chains = TASK.chains(random, sequences, hops, 2 * TRAINED_HOPS)
+        return Labelled(torch.from_numpy(chains.token_ids), torch.from_numpy(chains.answers))
+
+    held_out = [asked(GATE_HELD_OUT, step, 32) for step in range(4)]
+    report = train_gate(
+        model,
+        lambda step: asked(GATE_TRAINING, step, 16),
+        held_out,
+        steps=study.gate_steps,
+        budget=study.budget,
+        margin=0.1,
+    )
+    return dataclasses.asdict(report)
+
+
+GATE_TRAINING, GATE_HELD_OUT, TEST = 10, 11, 12
+"""Streams of chains."""
+
+
+def constant_length(study: Study, hops: range, slots: int) -> Chains:
+    """Chains of every number of hops among no-ops, all of one length."""
+    random = np.random.default_rng([study.training.seed, TEST, slots])
+    drawn = [TASK.chains(random, study.chains, count, slots) for count in hops]
+    return Chains(*(np.concatenate(parts) for parts in zip(*drawn, strict=True)))
+
+
+@torch.inference_mode()
+def _with_gate(model: OpenMythos, study: Study, say: Say) -> Result:
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        gate = fit_gate(model, study)
+    say("measuring")
+    chains = constant_length(study, range(1, TRAINED_HOPS + 1), 2 * TRAINED_HOPS)
+    token_ids, wanted = torch.from_numpy(chains.token_ids), torch.from_numpy(chains.answers)
+
+    def score(**how: Any) -> tuple[float, float, Tensor]:
+        out = model(token_ids, **how)
+        right = out.logits[..., : TASK.entities].argmax(-1) == wanted
+        return float(right.double().mean()), float(out.loops.double().mean()), out.loops
+
+    states = model(token_ids, study.budget, return_states=True).states
+    named = torch.stack([model.decode(h)[..., : TASK.entities].argmax(-1) for h in states])
+    right = named == wanted
+    fixed = {str(t + 1): float(row.double().mean()) for t, row in enumerate(right)}
+    rules = {
+        rule: [
+            [threshold, *score(loops=study.budget, halting=rule, threshold=threshold)[:2]]
+            for threshold in thresholds
+        ]
+        for rule, thresholds in RULES.items()
+    }
+    accuracy, mean, loops = score(loops=study.budget, halting="gate")
+    shuffled = loops.flatten()[torch.from_numpy(_permutation(loops.numel()))].view_as(loops)
+    return {
+        "budget": study.budget,
+        "gate": gate,
+        "fixed": fixed,
+        "rules": rules,
+        "chosen": {"accuracy": accuracy, "mean_loops": mean},
+        "random": _point(*score(loops=shuffled)[:2]),
+        "oracle": _point(*score(loops=first_lasting(right))[:2]),
+        "spearman": spearman(loops.numpy(), chains.hops),
+        "spearman_at_place": _spearman_at_place(loops.numpy(), chains.hops),
+        "by_hops": _by_hops(loops.numpy(), chains.hops),
+        "deeper": _deeper(model, study),
+        "saving": _saving(model, token_ids, study.budget, mean),
+    }
+
+
+def _point(accuracy: float, mean_loops: float) -> dict[str, float]:
+    return {"accuracy": accuracy, "mean_loops": mean_loops}
+
+
+def _permutation(count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.random.default_rng(0).permutation(count)
+
+
+def first_lasting(right: Tensor) -> Tensor:
+    """Return the loops after which each token is right and stays so; 1 where it never is.
+
+    Args:
+        right: `(loops, batch, sequence)`.
+    """
+    stays = right.flip(0).int().cumprod(0).flip(0)  # 1 where right from here to the end
+    needed = right.shape[0] - stays.sum(0) + 1
+    return torch.where(stays[-1].bool(), needed, torch.ones_like(needed))
+
+
+def spearman(first: Any, second: Any) -> float:
+    """Return the rank correlation of two arrays of one shape, ties sharing their rank."""
+    return float(np.corrcoef(_ranks(np.ravel(first)), _ranks(np.ravel(second)))[0, 1])
+
+
+def _ranks(values: Any) -> Any:
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    last = count.cumsum()
+    return (last - (count - 1) / 2)[place]
+
+
+def _spearman_at_place(loops: Any, hops: Any) -> float:
+    """Mean rank correlation over places with more than one number of hops."""
+    columns = [
+        spearman(loops[:, at], hops[:, at])
+        for at in range(loops.shape[1])
+        if len(set(hops[:, at])) > 1 and len(set(loops[:, at])) > 1
+    ]
+    return statistics.fmean(columns) if columns else 0.0
+
+
+def _by_hops(loops: Any, hops: Any) -> dict[str, float]:
+    return {str(n): float(loops[hops == n].mean()) for n in range(int(hops.max()) + 1)}
+
+
+def _deeper(model: OpenMythos, study: Study) -> Result:
+    """Loops that the ends of 30-hop chains take, which the gate never saw, beside 20-hop ones."""
+    taken = {}
+    for hops in (TRAINED_HOPS, 30):
+        chains = constant_length(study, range(hops, hops + 1), 60)
+        budget = study.budget * 3 // 2
+        out = model(torch.from_numpy(chains.token_ids), budget, halting="gate")
+        right = out.logits[:, -1, : TASK.entities].argmax(-1).numpy() == chains.answers[:, -1]
+        ends = out.loops[:, -1]
+        taken[str(hops)] = {
+            "fewest": int(ends.min()),
+            "most": int(ends.max()),
+            "right": float(right.mean()),
+        }
+    return taken
+
+
+def _saving(model: OpenMythos, token_ids: Tensor, budget: int, mean: float) -> Result:
+    """Share of the time that the gate saves, beside the share of the loops."""
+    ways: dict[str, Callable[[], Any]] = {
+        "full": lambda: model(token_ids, budget),
+        "gate": lambda: model(token_ids, budget, halting="gate"),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(5):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            times[name].append(time.perf_counter() - started)
+    share = statistics.median(times["gate"]) / statistics.median(times["full"])
+    return {"time": 1 - share, "loops": 1 - mean / budget}
+
+
+def _train_with_exits(model: OpenMythos, study: Study, folder: Path) -> None:
+    """Train on with the loops that the gate gives each token, so that early keys are seen."""
+    optimizer = OptimizerConfig(
+        muon_lr=0.1 * study.training.muon_lr,
+        adam_lr=0.1 * study.training.adam_lr,
+        weight_decay=study.training.weight_decay,
+        warmup_steps=10,
+        decay_share=0.8,
+    )
+    config = FitConfig(steps=study.exit_steps, seed=study.training.seed, optimizer=optimizer)
+
+    def batch(step: int, _: int) -> Batch:
+        random = np.random.default_rng([study.training.seed, 13, step])
+        hops = int(random.integers(1, TRAINED_HOPS + 1))
+        chains = TASK.chains(random, 24, hops, 2 * TRAINED_HOPS)
+        token_ids = torch.from_numpy(chains.token_ids)
+        model.eval()
+        with torch.no_grad():
+            loops = model(token_ids, study.budget, halting="gate").loops
+        model.train()
+        return Batch(token_ids, torch.from_numpy(chains.answers), loops.clone())
+
+    fit(model, batch, config, folder)
+
+
+def _text(_: Path, say: Say) -> Result:
+    """Measure what 1 to 8 loops are worth on the embedded held-out text, by the shipped model."""
+    from openmythos.inference.language_model import load
+    from openmythos.inference.shipped import LANGUAGE_MODEL, shipped
+    from openmythos.training.corpus import open_corpus
+    from openmythos.training.evaluate import evaluate, evaluate_halting, tokenised
+
+    if LANGUAGE_MODEL not in shipped():
+        say(f"{LANGUAGE_MODEL} is not in this installation")
+        return {"bits_per_byte": {}}
+    lm = load(LANGUAGE_MODEL)
+    held_out = open_corpus("embedded").validation_documents()
+    with tokenised(held_out, lm.tokenizer) as file:
+        how = {"length": 512, "max_tokens": 16_384}
+        measured = evaluate(lm.model, file, lm.tokenizer.token_bytes, (1, 2, 4, 8), **how)
+        gated = evaluate_halting(
+            lm.model, file, lm.tokenizer.token_bytes, halting="gate", budget=8, **how
+        )
+    bits = dict(zip(map(str, measured.loops), measured.bits_per_byte, strict=True))
+    gate = {"mean_loops": gated.mean_loops, "bits_per_byte": gated.bits_per_byte}
+    return {"bits_per_byte": bits, "gate": gate}
+
+
+def conclude(results: dict[str, Result]) -> Section:
+    """Say what the numbers say."""
+    runs = [result for name, result in results.items() if name.startswith("hops/")]
+    sentences, rows, expectations = [], [], []
+    for phase in ("before", "after"):
+        if runs:
+            rows += _rows(phase, [run[phase] for run in runs])
+    if runs:
+        best = [run["after"] for run in runs]
+        share = [part["chosen"]["mean_loops"] / part["budget"] for part in best]
+        lost = [_full(part) - part["chosen"]["accuracy"] for part in best]
+        sentences.append(
+            f"With its gate, the reasoner answers within {max(lost):.4f} of full depth at "
+            f"{spread(share, 2)} of the loops, and the loops a token takes follow its hops with a "
+            f"rank correlation of {spread([part['spearman'] for part in best])}."
+        )
+        expectations = _expectations(runs)
+    sentences += _text_sentences(results.get("text", {}).get("bits_per_byte", {}))
+    head = ["exits", "phase", "accuracy", "mean loops"]
+    return Section(TITLE, sentences, [table(head, rows)] if rows else [], expectations, NOTES)
+
+
+NOTES = (
+    "Accuracy is over every place of chains of 1 to 20 hops in 40 slots; mean over seeds, range.",
+    "Random exit deals the gate's own loops to other tokens, so its mean is the same.",
+    "After: the same model trained on with the gate's exits, and its gate fitted anew.",
+)
+
+
+def _saved(part: Result, way: str) -> float:
+    """Loops a token saves on average."""
+    return float(part["budget"] - part[way]["mean_loops"])
+
+
+def _full(part: Result) -> float:
+    """Accuracy at full depth."""
+    return float(part["fixed"][max(part["fixed"], key=int)])
+
+
+def _rows(phase: str, parts: list[Result]) -> list[list[str]]:
+    def row(name: str, points: list[Result]) -> list[str]:
+        accuracy = spread([point["accuracy"] for point in points], 4)
+        return [name, phase, accuracy, spread([point["mean_loops"] for point in points], 1)]
+
+    full = [_point(_full(part), max(map(int, part["fixed"]))) for part in parts]
+    return [
+        row("none: full depth", full),
+        row("gate", [part["chosen"] for part in parts]),
+        row("random, the gate's loops", [part["random"] for part in parts]),
+        row("oracle", [part["oracle"] for part in parts]),
+    ]
+
+
+def _expectations(runs: list[Result]) -> list[Expectation]:
+    made = []
+
+    def expect(what: str, wanted: str, value: float, met: bool) -> None:
+        made.append(Expectation(what, wanted, f"{value:.3f}", met))
+
+    parts = [run["after"] for run in runs]
+    lost = max(_full(part) - part["chosen"]["accuracy"] for part in parts)
+    expect("accuracy lost to full depth", f"≤ {POINTS}", lost, lost <= POINTS)
+    share = max(part["chosen"]["mean_loops"] / part["budget"] for part in parts)
+    expect("share of the loops taken", "≤ 0.6", share, share <= 0.6)
+    above = min(part["chosen"]["accuracy"] - part["random"]["accuracy"] for part in parts)
+    expect("above random exit", "≥ 0.2", above, above >= 0.2)
+    saved = min(_saved(part, "chosen") / _saved(part, "oracle") for part in parts)
+    expect("share of the oracle's saving", "≥ 0.8", saved, saved >= 0.8)
+    rank = min(part["spearman"] for part in parts)
+    expect("rank correlation of loops and hops", "≥ 0.9", rank, rank >= 0.9)
+    placed = min(part["spearman_at_place"] for part in parts)
+    expect("the same among tokens of one place", "≥ 0.8", placed, placed >= 0.8)
+    clock = min(part["saving"]["time"] / part["saving"]["loops"] for part in parts)
+    expect("time saved over loops saved", "≥ 0.8", clock, clock >= 0.8)
+    return made
+
+
+def _text_sentences(bits: dict[str, float]) -> list[str]:
+    if not bits:
+        return []
+    worth = bits["1"] - bits["8"]
+    if worth >= 0.05:
+        return [f"On text, 8 loops are worth {worth:.3f} bits per byte over one."]
+    nothing = f"8 loops are worth {worth:.3f} bits per byte over one."
+    return [f"On text there is no depth to allocate at this size: {nothing}"]
+
+
+def draw_figure(results: dict[str, Result]) -> Figure:
+    """Accuracy against mean loops, and loops against hops."""
+    from openmythos.training.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, blank
+
+    figure, (left, right) = blank(
+        "Each token its own depth", "mean loops", "share of places answered right", columns=2
+    )
+    runs = [result for name, result in results.items() if name.startswith("hops/")]
+    if not runs:
+        return figure
+    part = runs[0]["after"]
+    fixed = sorted((int(n), share) for n, share in part["fixed"].items())
+    left.plot(*zip(*fixed, strict=True), color=GREY, label="fixed depth")
+    for rule, colour in (("gate", ORANGE), ("delta", BLUE), ("kl", PURPLE)):
+        points = sorted((mean, share) for _, share, mean in part["rules"][rule])
+        left.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=rule)
+    for name, mark, colour in (("random", "x", "black"), ("oracle", "*", GREEN)):
+        point = part[name]
+        left.plot(point["mean_loops"], point["accuracy"], mark, color=colour, label=name)
+    left.legend(frameon=False, fontsize=8)
+    for run, style in zip(runs, ("o-", "s--", "^:"), strict=False):
+        by_hops = sorted((int(n), loops) for n, loops in run["after"]["by_hops"].items())
+        right.plot(*zip(*by_hops, strict=True), style, color=ORANGE, markersize=4)
+    right.set_xlabel("hops behind the token")
+    right.set_ylabel("loops taken with the gate")
+    return figure

@@ -1,0 +1,105 @@
+"""The claims: a name for each, and how one is reproduced. Free of torch until one is run.
+
+A claim is a file of this folder whose docstring is the claim, with
+
+    TITLE, HOURS                     what it is called; hours of one core for all of it
+    cells(quick=, seeds=)            its trainings and measurements, `Cell`s, the main ones first
+    conclude(results) -> Section     sentences, tables and expectations, from the numbers alone
+    draw_figure(results) -> Figure
+
+and a row here.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openmythos.errors import InputError
+
+if TYPE_CHECKING:
+    from openmythos.evidence.cells import Result
+    from openmythos.evidence.report import Section
+
+CLAIMS = {
+    "depth-extrapolation": "Chains deeper than any in training are solved with more loops.",
+    "adaptive-computation": "Tokens that need more thought take more loops; the rest is saved.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduction:
+    """How a claim is reproduced."""
+
+    quick: bool = False
+    """A small form, in minutes, that shows the shape only."""
+    seeds: int = 3
+    only: str = ""
+    """Run only the cells whose names start so; the report takes all that have results."""
+    work: Path = Path("runs/evidence")
+    """Where trainings keep checkpoints and results."""
+    out: Path = Path("runs/evidence")
+    """Where figures and pages go."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a reproduction leaves."""
+
+    section: Section
+    files: list[Path]
+    missing: list[str]
+    """Cells of the claim that have no result yet."""
+
+
+def claim(name: str) -> Any:
+    """Import a claim's file.
+
+    Raises:
+        InputError: there is no such claim.
+    """
+    if name not in CLAIMS:
+        raise InputError(f"claim={name!r} must be one of {', '.join(CLAIMS)}")
+    return import_module(f"openmythos.evidence.{name.replace('-', '_')}")
+
+
+def reproduce(name: str, how: Reproduction, say: Callable[[str], None]) -> Written:
+    """Run what has no result yet, and write the claim's figures, picture and pages.
+
+    Raises:
+        InputError: no such claim, no seed, or no cell starts with `only`.
+        CheckpointError: kept results were made with other settings.
+    """
+    from openmythos.evidence.cells import read_result, run_cells
+    from openmythos.evidence.report import write_claim, write_pages
+    from openmythos.training.figures import save
+
+    module = claim(name)
+    if how.seeds < 1:
+        raise InputError(f"seeds={how.seeds} must be 1 or more")
+    cells = module.cells(quick=how.quick, seeds=how.seeds)
+    chosen = [cell for cell in cells if cell.name.startswith(how.only)]
+    if not chosen:
+        names = ", ".join(cell.name for cell in cells)
+        raise InputError(f"only={how.only!r} must begin one of {names}")
+    work = how.work / ("quick" if how.quick else "full") / name
+    run_cells(chosen, work, say)
+    found = {cell.name: read_result(work / cell.name, cell) for cell in cells}
+    results: dict[str, Result] = {key: value for key, value in found.items() if value is not None}
+    section = module.conclude(results)
+    content = {"claim": name, "command": command(name, how), "results": results}
+    picture = save(module.draw_figure(results), how.out / "evidence" / f"{name}.png")
+    files = [write_claim(how.out, name, content, section), picture]
+    files += write_pages(how.out, list(CLAIMS))
+    return Written(section, files, [key for key, value in found.items() if value is None])
+
+
+def command(name: str, how: Reproduction) -> str:
+    """Return the command that gives these figures."""
+    parts = ["openmythos", "evidence", name]
+    parts += ["--quick"] if how.quick else ["--seeds", str(how.seeds)]
+    return shlex.join(parts)

@@ -1,0 +1,164 @@
+"""Trains a model on labelled batches: the short trainings that the claims rest on.
+
+A batch is a pure function of the step and the level, so a checkpoint needs only weights,
+optimizers and these two, and an interrupted training goes on to the same end. The level is the
+curriculum: it rises whenever the loss has fallen far enough, so that no schedule has to be
+guessed (a model that cannot follow four hops learns nothing from twenty).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from openmythos.errors import ConfigError
+from openmythos.model.files import fill, storable
+from openmythos.model.transformer import OpenMythos
+from openmythos.training import checkpoint
+from openmythos.training.optimizer import build_optimizers
+from openmythos.training.settings import OptimizerConfig, schedule
+
+IGNORE = -100
+"""Target of a place that is not asked about."""
+
+
+class Batch(NamedTuple):
+    """What one step learns from."""
+
+    token_ids: Int[Tensor, "batch sequence"]
+    targets: Int[Tensor, "batch sequence"]
+    """The wanted token at each place, or `IGNORE`."""
+    loops: int | Tensor
+    """How many the step runs: one number, or one for each token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """One training of a claim."""
+
+    steps: int
+    levels: int = 1
+    """Levels of the curriculum."""
+    promote_below: float = 0.3
+    """Running mean of the loss, in nats, below which the next level begins."""
+    backprop_loops: int | None = None
+    """Last loops that carry gradient; None: all."""
+    seed: int = 0
+    save_every: int = 100
+    report_every: int = 50
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+Report = Callable[[int, int, float], None]
+"""Told of the step, the level and the mean loss since the last report, in nats."""
+
+
+def fit(
+    model: OpenMythos,
+    batch: Callable[[int, int], Batch],
+    config: FitConfig,
+    folder: Path,
+    *,
+    report: Report | None = None,
+) -> tuple[float, int]:
+    """Train `model` in place, from the newest checkpoint of `folder` if there is one.
+
+    Args:
+        model: as initialised.
+        batch: gives the batch of a step at a level, both from 0.
+        config: the training.
+        folder: holds the checkpoints; the last one stays there.
+        report: progress.
+
+    Returns:
+        The seconds that all steps took, those before an interruption included, and the level
+        reached.
+
+    Raises:
+        CheckpointError: the folder holds a training with other settings.
+        ConfigError: the folder was made with other settings.
+    """
+    torch.set_flush_denormal(True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith("core.gate."))
+    optimizers = build_optimizers(
+        model.named_parameters(), config.optimizer, fused_splits=model.fused_splits()
+    )
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))
+    asked = {"model": json.loads(model.config.to_json()), "fit": fields}
+    step, seconds, course = 0, 0.0, Course(config)
+    if (newest := checkpoint.latest(folder)) is not None:
+        found = checkpoint.load(newest)
+        if found.state["asked"] != asked:
+            raise ConfigError(
+                f"folder={folder} must hold a training with these settings: choose another folder"
+            )
+        fill(model, found.tensors["model"], str(newest))
+        optimizers.load_state_tensors(found.tensors["optimizer"])
+        step, seconds = found.step, found.state["seconds"]
+        course.level, course.mean = found.state["level"], found.state["mean"]
+    started, losses = time.perf_counter() - seconds, []
+    model.train()
+    while step < config.steps:
+        optimizers.set_lr(schedule(step, config.steps, config.optimizer))
+        optimizers.zero_grad()
+        loss, loads = _loss(model, batch(step, course.level), config)
+        loss.backward()
+        optimizers.step()
+        if loads is not None:
+            model.core.rebalance(loads)
+        losses.append(float(loss.detach()))
+        course.learn(losses[-1])
+        step += 1
+        if step % config.report_every == 0 or step == config.steps:
+            if report is not None:
+                report(step, course.level, float(np.mean(losses)))
+            losses = []
+        if step % config.save_every == 0 or step == config.steps:
+            state = {"asked": asked, "seconds": time.perf_counter() - started}
+            state |= {"level": course.level, "mean": course.mean}
+            tensors = {"model": storable(model), "optimizer": optimizers.state_tensors()}
+            checkpoint.save(folder, step, tensors, state, keep=1)
+    model.eval()
+    return time.perf_counter() - started, course.level
+
+
+class Course:
+    """Where a training stands in its curriculum."""
+
+    MEMORY = 0.85
+    RISE = 0.1
+
+    def __init__(self, config: FitConfig) -> None:
+        self.config, self.level, self.mean = config, 0, math.inf
+
+    def learn(self, loss: float) -> None:
+        """Take the loss of one step; go up a level where the running mean has fallen enough."""
+        keep = self.MEMORY if math.isfinite(self.mean) else 0.0
+        self.mean = loss if keep == 0.0 else keep * self.mean + (1 - keep) * loss
+        if self.mean < self.config.promote_below and self.level + 1 < self.config.levels:
+            self.level += 1
+            self.mean += self.RISE  # the new level must be learnt before the next begins
+
+
+def _loss(
+    model: OpenMythos, batch: Batch, config: FitConfig
+) -> tuple[Float[Tensor, ""], Tensor | None]:
+    """Mean loss in nats of the places that are asked about, and the experts' loads."""
+    out = model(batch.token_ids, batch.loops, backprop_loops=config.backprop_loops)
+    loss = F.cross_entropy(
+        out.logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE
+    )
+    return loss, out.loads

@@ -1,0 +1,185 @@
+"""Models for chains of hops, how they are trained, and how they are measured at many depths.
+
+Shared by the claims that need exact answers whose depth is known: depth extrapolation, adaptive
+computation, and the reasoning side of parameter efficiency.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openmythos.config import MythosConfig
+from openmythos.evidence.cells import Say
+from openmythos.evidence.fit import Batch, FitConfig, fit
+from openmythos.model.transformer import OpenMythos
+from openmythos.tasks.hops import Chains, HopTask
+from openmythos.training.settings import OptimizerConfig
+
+TASK = HopTask()
+TRAINED_HOPS = 20
+SEQUENCES, LENGTH = 10, 128
+"""A training batch: so many sequences of so many tokens, packed with chains."""
+
+LOOPS = (*range(1, 17), 18, 20, 22, 24, 28, 32, 36, 40, 48, 56, 64, 80, 96, 128)
+"""Depths that are measured."""
+
+VALIDATION, FRESH, GATE = 1, 2, 3
+"""Streams of chains, which share none with the training's but by chance (1 in 32 * 16^hops)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HopTraining:
+    """One model trained on chains of up to `TRAINED_HOPS` hops."""
+
+    core_layers: int = 3
+    plain_layers: int = 0
+    """Layers of a plain transformer instead: no loop, no injection."""
+    hidden_size: int = 96
+    feed_forward_size: int = 768
+    loops: tuple[int, int] = (5, 10)
+    """Fewest and most loops; each step draws a number between for its batch."""
+    backprop_loops: int = 8
+    """Last loops that carry gradient."""
+    no_ops: float = 0.0
+    """Share of the chains that have no-ops strewn in, so that their length is no clue."""
+    steps: int = 2000
+    muon_lr: float = 0.02
+    adam_lr: float = 3e-3
+    weight_decay: float = 0.05
+    seed: int = 0
+
+    @property
+    def config(self) -> MythosConfig:
+        """The model's shape."""
+        common: dict[str, Any] = {
+            "vocab_size": TASK.vocab_size,
+            "hidden_size": self.hidden_size,
+            "feed_forward_size": self.feed_forward_size,
+            "num_heads": 4,
+            "max_length": 512,
+            "feed_forward": "relu2",
+        }
+        if self.plain_layers:
+            return MythosConfig(
+                **common,
+                prelude_layers=0,
+                core_layers=self.plain_layers,
+                coda_layers=0,
+                mean_loops=1,
+                injection="none",
+                h0="e",
+                core_output="none",
+                prelude_norm=False,
+            )
+        mean = sum(self.loops) // 2
+        return MythosConfig(**common, core_layers=self.core_layers, mean_loops=mean)
+
+    @property
+    def fit_config(self) -> FitConfig:
+        """How it is trained."""
+        optimizer = OptimizerConfig(
+            muon_lr=self.muon_lr,
+            adam_lr=self.adam_lr,
+            weight_decay=self.weight_decay,
+            warmup_steps=100,
+            decay_share=0.8,
+        )
+        return FitConfig(
+            steps=self.steps,
+            backprop_loops=self.backprop_loops,
+            seed=self.seed,
+            optimizer=optimizer,
+        )
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of a step."""
+        random = np.random.default_rng([self.seed, 0, step])
+        chains = TASK.packed(random, SEQUENCES, LENGTH, TRAINED_HOPS, self.no_ops)
+        fewest, most = (1, 1) if self.plain_layers else self.loops
+        loops = int(random.integers(fewest, most + 1))
+        return Batch(torch.from_numpy(chains.token_ids), torch.from_numpy(chains.answers), loops)
+
+    def train(self, folder: Path, say: Say) -> tuple[OpenMythos, dict[str, Any]]:
+        """Train, or go on training; return the model and what the training took."""
+        model = OpenMythos(self.config, seed=self.seed)
+
+        def report(step: int, _: int, loss: float) -> None:
+            say(f"step {step} of {self.steps}, loss {loss:.3f}")
+
+        fitted = self.fit_config
+        seconds, _ = fit(model, lambda step, _: self.batch(step), fitted, folder, report=report)
+        return model, {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "flops": self.training_flops(model),
+            "training_seconds": seconds,
+        }
+
+    def training_flops(self, model: OpenMythos) -> float:
+        """Floating-point operations of the training, with the loops it has on average."""
+        keys, mean = LENGTH // 2, 1 if self.plain_layers else sum(self.loops) / 2
+        learning = min(mean, self.backprop_loops)
+        loops = (mean - learning) + 3 * learning
+        per_token = 3 * model.flops(keys, 0) + loops * model.core.flops(keys)
+        return float(SEQUENCES * LENGTH * self.steps * per_token)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the settings as a cell keeps them."""
+        fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return fields
+
+
+def measure(
+    model: OpenMythos,
+    stream: int,
+    hops: int,
+    loops: Sequence[int],
+    *,
+    seed: int,
+    count: int = 256,
+    no_ops: bool = False,
+    h0: Callable[[Chains], Tensor] | None = None,
+) -> dict[int, float]:
+    """Return the share of right answers at the end of chains, for each number of loops.
+
+    Args:
+        model: trained.
+        stream: which chains, `VALIDATION` or `FRESH`.
+        hops: of every chain.
+        loops: depths to read the answer at.
+        seed: of the chains.
+        count: how many chains.
+        no_ops: among as many no-ops.
+        h0: first state for the chains; default: the model's own.
+    """
+    chains = draw(stream, hops, seed=seed, count=count, no_ops=no_ops)
+    right = answers(model, chains, loops, h0=None if h0 is None else h0(chains))
+    wanted = torch.from_numpy(chains.answers)[:, -1]
+    return {depth: float((given == wanted).double().mean()) for depth, given in right.items()}
+
+
+def draw(stream: int, hops: int, *, seed: int, count: int, no_ops: bool = False) -> Chains:
+    """Return the chains of a stream."""
+    random = np.random.default_rng([seed, stream, hops])
+    return TASK.chains(random, count, hops, 2 * hops if no_ops else hops)
+
+
+@torch.inference_mode()
+def answers(
+    model: OpenMythos, chains: Chains, loops: Sequence[int], *, h0: Tensor | None = None
+) -> dict[int, Tensor]:
+    """Return the entity named at the end of each chain, `(batch,)`, for each number of loops."""
+    token_ids = torch.from_numpy(chains.token_ids)
+    out = model(token_ids, max(loops), return_states=True, h0=h0)
+    entities = slice(0, TASK.entities)
+    return {
+        depth: model.decode(out.states[depth - 1])[:, -1, entities].argmax(-1) for depth in loops
+    }

@@ -1,0 +1,138 @@
+"""From a claim's results to what is read: JSON, a picture, a section, and the page of all.
+
+    OUT/evidence/CLAIM.json, CLAIM.png     figures and picture of one claim
+    OUT/evidence.md                        a section for each claim that has figures
+    OUT/gallery.md                         all pictures on one page
+
+Sentences are made from the numbers: where a number is missing, so is its sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openmythos.errors import CheckpointError
+from openmythos.files import write_atomically
+
+INTRODUCTION = """\
+Every figure below was measured by the command above it, and every sentence is made from the
+figures; `openmythos evidence` writes this page. Trainings are small, for a laptop's processor: they
+show how the mechanism behaves, not how large models score."""
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What was hoped for, and what was measured."""
+
+    what: str
+    wanted: str
+    measured: str
+    met: bool
+
+
+@dataclass(frozen=True)
+class Section:
+    """A claim's part of `evidence.md`."""
+
+    title: str
+    sentences: Sequence[str]
+    """What the numbers say, the main one first."""
+    tables: Sequence[str]
+    """Markdown tables, as `table` makes them."""
+    expectations: Sequence[Expectation]
+    notes: Sequence[str] = field(default_factory=tuple)
+    """What a reader must know to believe or doubt the numbers."""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Return the mean, and the lowest and highest where there are several."""
+    if not values:
+        return "not run"
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def write_claim(out: Path, name: str, content: dict[str, Any], section: Section) -> Path:
+    """Write a claim's JSON, which holds its section too; return its path."""
+    folder = out / "evidence"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    whole = {**content, "section": as_markdown(section), "title": section.title}
+    write_atomically(path, (json.dumps(whole, indent=1) + "\n").encode())
+    return path
+
+
+def write_pages(out: Path, order: Sequence[str]) -> list[Path]:
+    """Write `evidence.md` and `gallery.md` from the claims that `out` has; return their paths.
+
+    Raises:
+        CheckpointError: a claim's JSON is damaged.
+    """
+    claims = {}
+    for name in order:
+        path = out / "evidence" / f"{name}.json"
+        if path.is_file():
+            claims[name] = _read(path)
+    pages = {"evidence.md": _evidence(claims), "gallery.md": _gallery(out, claims)}
+    for name, text in pages.items():
+        write_atomically(out / name, text.encode())
+    return [out / name for name in pages]
+
+
+def as_markdown(section: Section) -> str:
+    """Return the section's text, without its title."""
+    parts = [" ".join(section.sentences), *section.tables]
+    if section.expectations:
+        rows = [
+            (e.what, e.wanted, e.measured, "yes" if e.met else "no") for e in section.expectations
+        ]
+        parts.append(table(("expected", "wanted", "measured", "met"), rows))
+    if section.notes:
+        parts.append("\n".join(f"- {note}" for note in section.notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content["section"], content["title"], content["command"]
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} must be a claim's figures, but: {error!r}") from error
+    return content
+
+
+def _evidence(claims: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "# Evidence",
+        "",
+        INTRODUCTION,
+        "",
+    ]
+    for name, content in claims.items():
+        picture = f"![{content['title']}](evidence/{name}.png)"
+        lines += [f"## {content['title']}", "", f"    {content['command']}", ""]
+        lines += [content["section"], picture, ""]
+    return "\n".join(lines)
+
+
+def _gallery(out: Path, claims: dict[str, dict[str, Any]]) -> str:
+    lines = ["# Gallery", "", "All figures on one page, written by `openmythos evidence`.", ""]
+    for name, content in claims.items():
+        if (out / "evidence" / f"{name}.png").is_file():
+            lines += [f"## {content['title']}", "", f"![{content['title']}](evidence/{name}.png)"]
+            lines += ["", f"[The figures](evidence.md), [as JSON](evidence/{name}.json)", ""]
+    return "\n".join(lines)

@@ -1,0 +1,208 @@
+"""Models of real text, how they are trained, and what they cost.
+
+Shared by the claims about language models. Everything but the model's shape, the law of its depth
+and the learning rate is the same for every model of a claim: text, tokenizer, order of the text
+(which the seed decides), tokens, optimizers and schedule.
+
+Held-out documents are divided in two by a fixed rule: those with an even number, in the order of
+the corpus and from 0, are what settings are chosen on; the others are the test text, which decides
+nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from openmythos.config import MythosConfig
+from openmythos.evidence.cells import Say
+from openmythos.evidence.fit import Batch, FitConfig, fit
+from openmythos.model.accounting import account, on_meta, parameters
+from openmythos.model.transformer import OpenMythos
+from openmythos.training.corpus import Corpus, CorpusName, open_corpus
+from openmythos.training.depth import loop_probabilities, sample_loops
+from openmythos.training.evaluate import evaluate
+from openmythos.training.settings import DepthLaw, OptimizerConfig
+from openmythos.training.token_file import TokenFile, write_tokens
+from openmythos.training.tokenizer import Tokenizer
+
+PLAIN: dict[str, Any] = {
+    "prelude_layers": 0,
+    "coda_layers": 0,
+    "mean_loops": 1,
+    "injection": "none",
+    "h0": "e",
+    "core_output": "none",
+    "prelude_norm": False,
+}
+"""A plain transformer, whose layers are the core's."""
+
+
+class Texts(NamedTuple):
+    """A corpus in tokens."""
+
+    tokenizer: Tokenizer
+    training: TokenFile
+    choice: TokenFile
+    """Held-out documents that settings are chosen on."""
+    test: TokenFile
+    """The other held-out documents, which decide nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTraining:
+    """One model trained on a corpus."""
+
+    shape: Mapping[str, Any]
+    """The model's fields, where they differ from the defaults of `MythosConfig` and from what
+    `config` sets for all."""
+    depth: DepthLaw = "near"
+    """Law of the loops; each step draws a number for its batch."""
+    steps: int = 2000
+    batch_size: int = 16
+    length: int = 256
+    rate: float = 1.0
+    """What the learning rates of both optimizers are multiplied by."""
+    corpus: CorpusName = "sotu"
+    vocab_size: int = 2048
+    seed: int = 0
+
+    @property
+    def config(self) -> MythosConfig:
+        """The model's shape."""
+        common: dict[str, Any] = {
+            "vocab_size": self.vocab_size,
+            "hidden_size": 128,
+            "num_heads": 4,
+            "max_length": self.length,
+            "feed_forward": "relu2",
+        }
+        return MythosConfig(**{**common, **self.shape})
+
+    @property
+    def fit_config(self) -> FitConfig:
+        """How it is trained: gradient through all loops."""
+        default = OptimizerConfig()
+        optimizer = OptimizerConfig(
+            muon_lr=default.muon_lr * self.rate, adam_lr=default.adam_lr * self.rate
+        )
+        return FitConfig(steps=self.steps, seed=self.seed, optimizer=optimizer)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens predicted in all of the training."""
+        return self.steps * self.batch_size * self.length
+
+    def batch(self, step: int, text: TokenFile) -> Batch:
+        """Return the batch of a step."""
+        first = step * self.batch_size
+        samples = range(first, first + self.batch_size)
+        token_ids = torch.from_numpy(text.batch(samples, self.length, seed=self.seed))
+        mean = self.config.mean_loops
+        loops = int(sample_loops(self.depth, mean, seed=self.seed, step=step, indices=[0])[0])
+        return Batch(token_ids[:, :-1], token_ids[:, 1:], loops)
+
+    def train(self, folder: Path, texts: Texts, say: Say) -> tuple[OpenMythos, dict[str, Any]]:
+        """Train, or go on training; return the model, and what it and its training cost."""
+        model = OpenMythos(self.config, seed=self.seed)
+
+        def report(step: int, _: int, loss: float) -> None:
+            say(f"step {step} of {self.steps}, loss {loss:.3f}")
+
+        seconds, _ = fit(
+            model,
+            lambda step, _: self.batch(step, texts.training),
+            self.fit_config,
+            folder,
+            report=report,
+        )
+        return model, {**self.costs(), "training_seconds": seconds}
+
+    def measure(self, model: OpenMythos, text: TokenFile, texts: Texts, loops: Sequence[int]) -> Any:
+        """Return bits per byte on all of a text, by loops."""
+        found = evaluate(model, text, texts.tokenizer.token_bytes, loops, length=self.length)
+        return dict(zip(found.loops, found.bits_per_byte, strict=True))
+
+    def costs(self) -> dict[str, Any]:
+        """Return parameters, operations and cache, counted on the model itself."""
+        config, keys = self.config, self.length // 2  # keys that a token sees on average
+        parts = parameters(on_meta(config))
+        counted = account(config, loops=[config.mean_loops], keys=keys)
+        return {
+            "parameters": counted.total,
+            "without_embedding": counted.total - parts["embedding"] - parts["head"],
+            "tokens": self.tokens,
+            "flops": self.training_flops(),
+            "flops_per_token": counted.flops[config.mean_loops],
+            "cache_bytes": counted.cache_bytes[config.attention],
+        }
+
+    def training_flops(self) -> float:
+        """Floating-point operations of the training, forward and twice that backward."""
+        config, keys = self.config, self.length // 2
+        chances = loop_probabilities(self.depth, config.mean_loops)
+        mean = sum(loops * chance for loops, chance in enumerate(chances, start=1))
+        model = on_meta(config)
+        return float(3 * self.tokens * (model.flops(keys, 0) + mean * model.core.flops(keys)))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the settings as a cell keeps them."""
+        fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return fields
+
+
+def read_texts(work: Path, corpus: CorpusName, vocab_size: int) -> Texts:
+    """Tokenise a corpus into a folder of `work`, or take what is there.
+
+    Args:
+        work: where the folder is, shared by the cells of a claim.
+        corpus: its name.
+        vocab_size: of the tokenizer, which is learnt from the training documents.
+
+    Raises:
+        DataError: the corpus is not installed, or a kept file is damaged.
+        TokenizerError: the kept tokenizer is damaged.
+    """
+    source = open_corpus(corpus)
+    folder = work / f"text-{corpus}-{vocab_size}-{source.fingerprint[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "tokenizer.json").is_file():
+        Tokenizer.train(source.training_documents(), vocab_size=vocab_size).save(folder)
+    tokenizer = Tokenizer.load(folder)
+    choice, test = divided(source)
+    documents: dict[str, Iterable[str]] = {
+        "training": source.training_documents(),
+        "choice": choice,
+        "test": test,
+    }
+    files = [
+        _tokens(folder / f"{name}.bin", texts, tokenizer, source.fingerprint)
+        for name, texts in documents.items()
+    ]
+    return Texts(tokenizer, *files)
+
+
+def divided(corpus: Corpus) -> tuple[list[str], list[str]]:
+    """Return the held-out documents in two: for choosing settings, and for the test."""
+    documents = list(corpus.validation_documents())
+    return documents[::2], documents[1::2]
+
+
+def work_of(folder: Path, cell: str) -> Path:
+    """Return the folder that all cells of a claim share, from that of the cell of this name."""
+    return folder.parents[cell.count("/")]
+
+
+def _tokens(path: Path, documents: Iterable[str], tokenizer: Tokenizer, source: str) -> TokenFile:
+    if path.is_file():
+        kept = TokenFile(path)
+        if kept.comes_from(source, tokenizer.fingerprint):
+            return kept
+    write_tokens(path, documents, tokenizer, source=source, least_tokens=1)
+    return TokenFile(path)

@@ -1,0 +1,110 @@
+"""Solving a chain of hops, loop by loop: what the model believes after every pass of its core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+
+from openmythos.config import HaltingKind
+from openmythos.errors import CheckpointError, InputError
+from openmythos.inference.shipped import REASONER, find_model
+from openmythos.model.transformer import OpenMythos
+from openmythos.tasks.hops import Chains
+from openmythos.tasks.rooms import HOUSE
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How one chain was worked."""
+
+    chain: Chains
+    """A batch of one."""
+    beliefs: Int64[np.ndarray, "loops sequence"]
+    """The entity named at each place after each loop; once a place has stopped, it is kept."""
+    stopped: Int64[np.ndarray, " sequence"]
+    """Loops that each place took."""
+
+    @property
+    def right(self) -> Bool[np.ndarray, "loops sequence"]:
+        """Which beliefs are true."""
+        return self.beliefs == self.chain.answers
+
+    @property
+    def answer(self) -> int:
+        """The entity named at the end."""
+        return int(self.beliefs[-1, -1])
+
+    @property
+    def solved(self) -> bool:
+        """Whether the end is right."""
+        return bool(self.right[-1, -1])
+
+
+class Reasoner:
+    """A model trained on chains of hops through the house of `openmythos.tasks.rooms`."""
+
+    def __init__(self, model: OpenMythos) -> None:
+        if model.config.vocab_size != HOUSE.vocab_size:
+            raise CheckpointError(
+                f"model has vocab_size={model.config.vocab_size}, must be {HOUSE.vocab_size} to "
+                "reason: give a model trained on chains of hops"
+            )
+        self.model = model.eval()
+
+    @torch.inference_mode()
+    def solve(
+        self,
+        token_ids: Int64[np.ndarray, "1 sequence"],
+        *,
+        loops: int | None = None,
+        halting: HaltingKind = "none",
+        threshold: float | None = None,
+    ) -> Trace:
+        """Work one chain.
+
+        Args:
+            token_ids: an entity, then relations or no-ops.
+            loops: most loops; default: as many as `enough` says.
+            halting: when a place leaves the core before.
+            threshold: the rule's bound; None is its own default.
+
+        Raises:
+            InputError: not a chain, longer than the model's max_length, or loops below 1.
+        """
+        chain = HOUSE.follow(token_ids)
+        if token_ids.shape[1] > self.model.config.max_length:
+            raise InputError(
+                f"walk has {token_ids.shape[1]} words, must have at most "
+                f"max_length={self.model.config.max_length}"
+            )
+        budget = self.enough(int(chain.hops[0, -1])) if loops is None else loops
+        out = self.model(
+            torch.from_numpy(token_ids),
+            budget,
+            halting=halting,
+            threshold=threshold,
+            return_states=True,
+        )
+        entities = slice(0, HOUSE.entities)
+        named = [self.model.decode(h)[0, :, entities].argmax(-1) for h in out.states]
+        return Trace(chain, torch.stack(named).numpy(), out.loops[0].numpy())
+
+    def enough(self, hops: int) -> int:
+        """Return loops that suffice for so many hops: a quarter more than one each, and eight."""
+        return max(self.model.config.mean_loops, hops + hops // 4 + 8)
+
+
+def load_reasoner(name: str | Path = REASONER) -> Reasoner:
+    """Load a reasoner by name or folder; the one in the package by default.
+
+    Raises:
+        CheckpointError: there is none, or it is another kind of model.
+    """
+    folder = find_model(name)
+    if not folder.is_dir():
+        raise CheckpointError(f"model={str(name)!r} must be a model's folder or {REASONER!r}")
+    return Reasoner(OpenMythos.from_pretrained(folder))

@@ -1,0 +1,58 @@
+"""Cells run once, resume as a grid, and refuse results of other settings."""
+
+import json
+
+import pytest
+
+from openmythos.errors import CheckpointError
+from openmythos.evidence.cells import Cell, read_result, run_cells
+
+
+def counting(name, value, calls):
+    def run(folder, say):
+        calls.append(name)
+        say("working")
+        return {"value": value, "seconds": 0.0}
+
+    return Cell(name, {"size": value, "pair": (1, 2)}, run)
+
+
+def test_a_grid_goes_on_where_it_was_stopped(tmp_path):
+    calls, said = [], []
+    first, second = counting("a/seed-0", 1, calls), counting("b/seed-0", 2, calls)
+    run_cells([first], tmp_path, said.append)
+    results = run_cells([first, second], tmp_path, said.append)
+    assert calls == ["a/seed-0", "b/seed-0"]
+    assert [results[name]["value"] for name in ("a/seed-0", "b/seed-0")] == [1, 2]
+    assert said == ["a/seed-0: working", "b/seed-0: working"]
+
+
+def test_a_cell_that_fails_leaves_no_result(tmp_path):
+    def run(folder, say):
+        raise ValueError("no")
+
+    cell = Cell("a", {}, run)
+    with pytest.raises(ValueError, match="no"):
+        run_cells([cell], tmp_path, print)
+    assert read_result(tmp_path / "a", cell) is None
+
+
+def test_results_of_other_settings_are_refused(tmp_path):
+    run_cells([counting("a", 1, [])], tmp_path, lambda _: None)
+    with pytest.raises(CheckpointError, match="must be of the settings asked for"):
+        run_cells([counting("a", 2, [])], tmp_path, lambda _: None)
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    cell = counting("a", 1, [])
+    run_cells([cell], tmp_path, lambda _: None)
+    (tmp_path / "a" / "result.json").write_text("{")
+    with pytest.raises(CheckpointError, match="must be JSON"):
+        read_result(tmp_path / "a", cell)
+
+
+def test_a_result_is_json_with_its_settings(tmp_path):
+    run_cells([counting("a", 1, [])], tmp_path, lambda _: None)
+    kept = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert kept["settings"] == {"size": 1, "pair": [1, 2]}
+    assert kept["torch"]

@@ -1,0 +1,83 @@
+"""The claims' trainings: they learn, climb their levels, and resume to the bit."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny import tiny
+
+from openmythos.errors import ConfigError
+from openmythos.evidence.fit import IGNORE, Batch, Course, FitConfig, fit
+from openmythos.training import checkpoint
+from openmythos.training.settings import OptimizerConfig
+
+FAST = FitConfig(steps=8, save_every=3, optimizer=OptimizerConfig(matrices="adamw", warmup_steps=1))
+
+
+def copying(step, level):
+    """Say again what stands there: easy, so that a few steps show."""
+    torch.manual_seed(step)
+    token_ids = torch.randint(0, 5, (4, 6))
+    targets = token_ids.clone()
+    targets[:, 0] = IGNORE
+    return Batch(token_ids, targets, 1 + step % 2)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_a_training_learns(tmp_path):
+    losses = []
+    config = dataclasses.replace(FAST, steps=60, report_every=20)
+    fit(tiny(), copying, config, tmp_path, report=lambda step, level, loss: losses.append(loss))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_an_interrupted_training_ends_with_the_same_bits(tmp_path):
+    def until(stop):
+        def batch(step, level):
+            if step == stop:
+                raise Interrupted
+            return copying(step, level)
+
+        return batch
+
+    whole, cut = tiny(), tiny()
+    fit(whole, copying, FAST, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        fit(cut, until(5), FAST, tmp_path / "cut")
+    assert checkpoint.latest(tmp_path / "cut").name == "step-00000003"
+    again = tiny()
+    fit(again, copying, FAST, tmp_path / "cut")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_other_settings_are_refused(tmp_path):
+    fit(tiny(), copying, FAST, tmp_path)
+    with pytest.raises(ConfigError, match="must hold a training with these settings"):
+        fit(tiny(), copying, dataclasses.replace(FAST, seed=1), tmp_path)
+
+
+def test_levels_rise_when_the_loss_has_fallen_and_not_before():
+    course = Course(FitConfig(steps=1, levels=3, promote_below=0.5))
+    course.learn(1.0)
+    assert course.level == 0
+    for _ in range(20):
+        course.learn(0.4)
+    assert 1 <= course.level <= 2
+    for _ in range(50):
+        course.learn(0.0)
+    assert course.level == 2  # the last
+
+
+def test_loops_may_differ_between_tokens(tmp_path):
+    def batch(step, level):
+        token_ids, targets, _ = copying(step, level)
+        return Batch(token_ids, targets, torch.randint(1, 4, token_ids.shape))
+
+    losses = []
+    config = dataclasses.replace(FAST, steps=40, report_every=20)
+    fit(tiny(), batch, config, tmp_path, report=lambda step, level, loss: losses.append(loss))
+    assert losses[-1] < losses[0]

@@ -1,0 +1,95 @@
+"""What is read of a claim comes from its numbers."""
+
+import json
+
+import pytest
+
+from openmythos.errors import CheckpointError, InputError
+from openmythos.evidence.claims import CLAIMS, Reproduction, claim, command, reproduce
+from openmythos.evidence.report import (
+    Expectation,
+    Section,
+    as_markdown,
+    spread,
+    table,
+    write_claim,
+    write_pages,
+)
+
+SECTION = Section(
+    "A title",
+    ["One sentence."],
+    [table(["a", "b"], [[1, "x"]])],
+    [Expectation("accuracy", "≥ 0.9", "0.95", met=True), Expectation("speed", "≥ 2", "1", False)],
+    ["A note."],
+)
+
+
+def test_a_spread_shows_the_range_where_there_is_one():
+    assert spread([]) == "not run"
+    assert spread([0.5]) == "0.500"
+    assert spread([0.25, 0.75], 2) == "0.50 (0.25 to 0.75)"
+
+
+def test_a_missed_expectation_is_shown_as_missed():
+    text = as_markdown(SECTION)
+    assert "| accuracy | ≥ 0.9 | 0.95 | yes |" in text
+    assert "| speed | ≥ 2 | 1 | no |" in text
+    assert "| 1 | x |" in text
+    assert "- A note." in text
+
+
+def test_pages_hold_the_claims_there_are_in_their_order(tmp_path):
+    for name in ("second", "first"):
+        write_claim(tmp_path, name, {"command": f"openmythos evidence {name}"}, SECTION)
+    (tmp_path / "evidence" / "first.png").write_bytes(b"")
+    write_pages(tmp_path, ["first", "absent", "second"])
+    page = (tmp_path / "evidence.md").read_text()
+    assert page.index("evidence first") < page.index("evidence second")
+    assert "absent" not in page
+    gallery = (tmp_path / "gallery.md").read_text()
+    assert "evidence/first.png" in gallery
+    assert "evidence/second.png" not in gallery  # it has no picture
+
+
+def test_damaged_figures_are_named(tmp_path):
+    (tmp_path / "evidence").mkdir()
+    (tmp_path / "evidence" / "first.json").write_text(json.dumps({"title": "x"}))
+    with pytest.raises(CheckpointError, match="must be a claim's figures"):
+        write_pages(tmp_path, ["first"])
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_every_claim_says_what_it_is_and_concludes_from_nothing(name):
+    module = claim(name)
+    assert len(module.__doc__) > 200
+    assert module.HOURS > 0
+    section = module.conclude({})
+    assert section.title == module.TITLE
+    assert not section.expectations
+    module.draw_figure({})
+    full = module.cells(quick=False, seeds=2)
+    names = [cell.name for cell in (*full, *module.cells(quick=True, seeds=1))]
+    assert len({cell.name for cell in full}) == len(full)
+    assert all(name for name in names)
+    json.dumps([cell.settings for cell in full])
+
+
+def test_the_command_is_what_gives_the_figures():
+    assert command("x", Reproduction(seeds=2)) == "openmythos evidence x --seeds 2"
+    assert command("x", Reproduction(quick=True)) == "openmythos evidence x --quick"
+
+
+@pytest.mark.parametrize(
+    "name, how, sentence",
+    [
+        ("flight", {}, "claim='flight' must be one of depth-extrapolation"),
+        ("depth-extrapolation", {"seeds": 0}, "seeds=0 must be 1 or more"),
+        ("depth-extrapolation", {"only": "x"}, "only='x' must begin one of core-1/seed-0"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(tmp_path, name, how, sentence):
+    with pytest.raises(InputError) as error:
+        reproduce(name, Reproduction(work=tmp_path / "w", out=tmp_path / "o", **how), print)
+    assert sentence in str(error.value)
+    assert not (tmp_path / "w").exists()

@@ -1,0 +1,200 @@
+"""Log-likelihoods in batches against plain loops: one token at a time, nothing shared or padded."""
+
+import contextlib
+
+import jaxtyping
+import pytest
+import torch
+from tiny import SIZES, some_ids, tiny
+
+from openmythos.errors import InputError
+from openmythos.inference import scoring
+from openmythos.inference.scoring import Request, make_requests, score, windows
+from openmythos.model.attention import ATTENTION
+from openmythos.training.tokenizer import Tokenizer
+
+MOST = 6  # max_length of the models here
+TEXT = "the cat sat on the mat; the rat ate. naïve 😀 " * 9
+WAYS = [
+    {"loops": None},
+    {"loops": 5, "halting": "delta", "threshold": 0.5},
+    {"loops": 5, "halting": "gate", "threshold": 0.5},
+]
+
+
+def requests():
+    """Contexts shared and alone, short, too long, and continuations of every length."""
+    ids = iter(some_ids(1, 400)[0].tolist())
+
+    def some(count):
+        return tuple(next(ids) for _ in range(count))
+
+    first, second, one, long = some(3), some(2), some(1), some(8)
+    return [
+        Request(first, some(2)),
+        Request(second, some(1)),
+        Request(first, some(4)),
+        Request(long, some(2)),
+        Request(one, some(3)),
+        Request(first, some(1)),
+        Request(long, some(3)),
+        Request(some(4), ()),
+        Request(second, some(MOST)),
+        Request(some(3), some(2 * MOST + 1)),
+        Request(one, some(2)),
+    ]
+
+
+@contextlib.contextmanager
+def unchecked():
+    """No checks of shapes in the reference, where they would take most of the time."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@torch.no_grad()
+def plain(model, request, loops=None, **rule):
+    """Nats, greediness and loops of a request whose continuation fits, token by token."""
+    loops = model.config.mean_loops if loops is None else loops
+    whole = [*request.context, *request.continuation][-(model.config.max_length + 1) :]
+    nats, greedy, taken = 0.0, True, 0
+    for place in range(len(whole) - len(request.continuation), len(whole)):
+        out = model(torch.tensor([whole[:place]]), loops, **rule)
+        chances = out.logits[0, -1].log_softmax(-1)
+        nats += float(chances[whole[place]])
+        greedy &= int(chances.argmax()) == whole[place]
+        taken += int(out.loops[0, -1])
+    return nats, greedy, taken
+
+
+def in_windows(model, request, **how):
+    """The same for any request: parts of max_length tokens behind what fits before them."""
+    nats, greedy, taken, done = 0.0, True, 0, 0
+    while done < len(request.continuation):
+        part = request.continuation[done : done + MOST]
+        before = request.context + request.continuation[:done]
+        new = plain(model, Request(before, part), **how)
+        nats, greedy, taken = nats + new[0], greedy and new[1], taken + new[2]
+        done += len(part)
+    return nats, greedy, taken
+
+
+def numbers(scores):
+    return [(one.log_likelihood, one.greedy, one.loops) for one in scores]
+
+
+def same(scores, expected):
+    # float64, the same sums in another order, up to 13 tokens of up to 10 nats.
+    for got, (nats, greedy, taken) in zip(scores, expected, strict=True):
+        assert got.log_likelihood == pytest.approx(nats, rel=0, abs=1e-9)
+        assert (got.greedy, got.loops) == (greedy, taken)
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_scores_are_those_of_plain_loops(how, attention):
+    model = tiny(attention=attention, max_length=MOST, dtype=torch.float64)
+    asked = requests()
+    with unchecked():
+        expected = [in_windows(model, request, **how) for request in asked]
+    same(score(model, asked, **how), expected)
+    if "halting" in how:
+        loops, tokens = (
+            sum(taken for *_, taken in expected),
+            sum(len(r.continuation) for r in asked),
+        )
+        assert tokens < loops < 5 * tokens  # the rule does something
+
+
+def test_scores_do_not_depend_on_the_batches(monkeypatch):
+    model = tiny(max_length=MOST, dtype=torch.float64)
+    asked, wanted = requests(), numbers(score(model, requests(), loops=3))
+    for most in (1, 24):
+        monkeypatch.setattr(scoring, "MOST_TOKENS", most)
+        same(score(model, asked, loops=3), wanted)
+    same(score(model, asked[::-1], loops=3), wanted[::-1])
+
+
+def test_a_deep_run_has_smaller_batches(monkeypatch):
+    model, rows = tiny(max_length=MOST), []
+    model.embed.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    monkeypatch.setattr(scoring, "MOST_SLOTS", 4 * 2 * 8)  # four requests at 2 loops
+    asked = [Request(tuple(some_ids(1, 4, seed=n)[0].tolist()), (1, 2, 3, 4)) for n in range(8)]
+    score(model, asked, loops=2)
+    assert max(rows) == 4
+    rows.clear()
+    score(model, asked, loops=8)
+    assert max(rows) == 1
+
+
+def test_what_the_model_would_write_itself_is_greedy():
+    model = tiny(dtype=torch.float64)
+    context = [7, 8]
+    for _ in range(4):
+        context.append(int(model(torch.tensor([context]), 3).logits[0, -1].argmax()))
+    best, other = tuple(context[2:]), (*context[2:5], (context[5] + 1) % SIZES["vocab_size"])
+    scores = score(model, [Request((7, 8), best), Request((7, 8), other)], loops=3)
+    assert [one.greedy for one in scores] == [True, False]
+    assert scores[0].log_likelihood > scores[1].log_likelihood
+
+
+def test_a_shared_context_is_read_once():
+    model, read = tiny(max_length=40), []
+    model.embed.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].numel()))
+    context = tuple(some_ids(1, 20)[0].tolist())
+    score(model, [Request(context, (token, 3)) for token in range(6)], loops=2)
+    assert sum(read) == 19 + 6 * 2
+    read.clear()
+    score(model, [Request((0,), (token, 3)) for token in range(6)], loops=2)
+    assert read == [6 * 2]  # nothing to share: all at once
+
+
+def test_a_long_text_is_scored_in_the_windows_of_the_harness():
+    # The example in the documentation of lm-evaluation-harness: ten tokens, four at a time.
+    parts = list(windows(Request((99,), tuple(range(10))), 4))
+    assert parts == [
+        Request((99,), (0, 1, 2, 3)),
+        Request((3,), (4, 5, 6, 7)),
+        Request((5, 6, 7), (8, 9)),
+    ]
+
+
+def test_a_context_is_cut_on_the_left_and_the_cut_is_counted():
+    request = Request(tuple(range(9)), (20, 21, 22))
+    assert list(windows(request, 6)) == [Request((5, 6, 7, 8)[-4:], (20, 21, 22))]
+    assert [request.cut(length) for length in (6, 10, 11, 12)] == [5, 1, 0, 0]
+
+
+def test_tokens_belong_to_the_context_or_to_the_continuation():
+    tokenizer = Tokenizer.train([TEXT], vocab_size=290)
+    pairs = [("the cat", " sat"), ("the cat ", "sat"), ("", "the"), (" \n", "x"), ("the c", "at")]
+    made = make_requests(tokenizer, pairs)
+    assert made[0] == made[1]  # the space goes with its word
+    for request, (context, continuation) in zip(made, pairs, strict=True):
+        assert request.context[0] == tokenizer.end_id
+        before, after = map(tokenizer.decode, (request.context, request.continuation))
+        assert before + after == context + continuation
+        assert before == context.rstrip()
+    assert make_requests(tokenizer, []) == []
+
+
+def test_progress_is_told_to_the_end():
+    told = []
+    model = tiny(max_length=MOST)
+    score(model, requests(), loops=1, progress=lambda done, total: told.append((done, total)))
+    assert told[-1][0] == told[-1][1] == 12  # one in three parts, and none for the empty one
+    assert told == sorted(told)
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ({"loops": 0}, "loops=0 must be 1 or more"),
+        ({"halting": "gate", "threshold": 2.0}, "threshold=2.0 must be above 0 and at most 1"),
+        ({"threshold": 0.5}, "threshold=0.5 must be left out"),
+    ],
+)
+def test_what_does_not_fit_is_refused(how, sentence):
+    with pytest.raises(InputError, match=sentence):
+        score(tiny(), requests(), **how)
