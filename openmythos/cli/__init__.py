@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 COMMANDS = {
-    "demo": "Train a small model on real text, measure it at every depth, let it write.",
+    "demo": "See the shipped models write and reason, then train one on real text.",
     "train": "Train a model on your text.",
     "generate": "Continue a prompt.",
     "chat": "Write with a model, turn by turn.",

@@ -25,7 +25,9 @@ import tyro
 
 from openmythos.cli.loop_colours import LoopColours, colours_wanted
 from openmythos.errors import InputError, MythosError
+from openmythos.inference.chat import with_line
 from openmythos.inference.sampling import Sampling
+from openmythos.inference.shipped import LANGUAGE_MODEL
 from openmythos.inference.thinking import Thinking
 
 if TYPE_CHECKING:
@@ -47,8 +49,10 @@ An empty line lets the model go on. To begin a line with a slash, write two."""
 class Settings:
     """Flags of `openmythos chat`."""
 
-    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Folder of a model, or of a training run."""
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = Path(
+        LANGUAGE_MODEL
+    )
+    """Folder of a model or of a training run, or the name of a model in the package."""
 
     max_new_tokens: int = 64
     """Most tokens of a reply; at most half of the model's max_length."""
@@ -109,9 +113,7 @@ class Chat:
             self._command(*line[1:].split())
             return
         line = line.removeprefix("/") if line.startswith("//") else line
-        if line and self.text and not self.text[-1].isspace():
-            self.text += "\n"
-        self.text += line
+        self.text = with_line(self.text, line)
         self._reply()
 
     def _reply(self) -> None:

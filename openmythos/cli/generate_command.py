@@ -1,13 +1,14 @@
 """Continue a prompt, at the depth you choose.
 
 Examples:
+    openmythos generate --prompt 'Fellow citizens'
     openmythos generate runs/nano --prompt 'The whale' --loops 8
     openmythos generate runs/nano --prompt 'The whale' --loops 16 --halting gate --show-loops
     cat story.txt | openmythos generate runs/nano --prompt - --temperature 0 --json
 
-MODEL is the folder of a model or of a training run. Text appears as it is made. It ends at the
-end of a document, at a --stop string, after --max-new-tokens, or where the model's max_length
-is reached.
+MODEL is the folder of a model or of a training run; without one it is the package's own. Text
+appears as it is made. It ends at the end of a document, at a --stop string, after
+--max-new-tokens, or where the model's max_length is reached.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import tyro
 from openmythos.cli.loop_colours import LoopColours, colours_wanted
 from openmythos.errors import InputError
 from openmythos.inference.sampling import Sampling
+from openmythos.inference.shipped import LANGUAGE_MODEL
 from openmythos.inference.thinking import Thinking
 
 if TYPE_CHECKING:
@@ -36,8 +38,10 @@ if TYPE_CHECKING:
 class Settings:
     """Flags of `openmythos generate`."""
 
-    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Folder of a model, or of a training run."""
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = Path(
+        LANGUAGE_MODEL
+    )
+    """Folder of a model or of a training run, or the name of a model in the package."""
 
     prompt: str = ""
     """Text to continue; `-` reads it from standard input, less a last line break. Default: start a

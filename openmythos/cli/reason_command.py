@@ -106,7 +106,7 @@ def lines(trace: Trace, *, colours: bool) -> list[str]:
     for loop, (beliefs, right) in enumerate(zip(trace.beliefs, trace.right, strict=True)):
         marks = ""
         for place, good in enumerate(right):
-            done = trace.stopped[place] <= loop
+            done = trace.stopped[place] <= loop + 1
             mark = ("■" if good else "□") if done else ("●" if good else "○")
             marks += painted(mark, GREEN if good else GREY)
         here = WORDS[int(beliefs[-1])]

@@ -28,7 +28,7 @@ from torch import Tensor
 from openmythos.config import HaltingKind
 from openmythos.evidence.cells import Cell, Result, Say
 from openmythos.evidence.fit import Batch, FitConfig, fit
-from openmythos.evidence.hop_training import TASK, TRAINED_HOPS, HopTraining
+from openmythos.evidence.hop_training import REASONER, TASK, TRAINED_HOPS, HopTraining
 from openmythos.evidence.report import Expectation, Section, spread, table
 from openmythos.model.transformer import OpenMythos
 from openmythos.tasks.hops import Chains
@@ -65,9 +65,6 @@ class Study:
     """Test chains for each number of hops, 1 to 20, each among as many no-ops as make 40 slots."""
 
 
-REASONER = HopTraining(core_layers=1, loops=(10, 30), no_ops=0.3)
-"""The training that the shipped reasoner comes from."""
-
 FULL = Study(training=REASONER)
 QUICK = Study(
     training=dataclasses.replace(REASONER, hidden_size=64, feed_forward_size=512, steps=300),
@@ -100,6 +97,7 @@ def run(study: Study, folder: Path, say: Say) -> Result:
     say("training with exits")
     _train_with_exits(model, study, folder / "exits")
     after = _with_gate(model, study, say)
+    model.save_pretrained(folder / "reasoner", weights="bf16")
     return {**took, "before": before, "after": after}
 
 

@@ -4,10 +4,11 @@ Looped models learn chains of up to 20 hops and are asked for 20 to 100, at many
 loops a length needs is read off validation chains (the fewest with 0.99 right) and reported on
 fresh ones, so that no depth is chosen on the chains it is scored on.
 
-Controls that could refute it: chains of constant length, where no-ops at random places leave
-length no clue; plain transformers with the same curriculum and supervision at two learning rates,
-tested past their own longest chain; the same core trained at one fixed depth; and two random first
-states, which must end in the same answers (path independence, Anil et al. 2022, arXiv 2211.09961).
+Controls that could refute it: chains among as many no-ops at random places, whose length and
+positions say nothing about their hops; plain transformers with the same supervision at two
+learning rates, tested past their own longest chain; the same core trained at one fixed depth; and
+two random first states, which must end in the same answers (path independence, Anil et al. 2022,
+arXiv 2211.09961).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from openmythos.evidence.cells import Cell, Result, Say
 from openmythos.evidence.hop_training import (
     FRESH,
     LOOPS,
+    REASONER,
     TASK,
     TRAINED_HOPS,
     VALIDATION,
@@ -45,23 +47,19 @@ HOURS = 14.0
 HOPS = (20, 25, 30, 40, 60, 100)
 SOLVED = 0.99
 
-ONE_LAYER = HopTraining(core_layers=1, loops=(10, 30))
 LOOPED = {
-    "core-1": ONE_LAYER,
-    "core-3": HopTraining(core_layers=3, loops=(5, 10)),
-    "core-1-no-ops": dataclasses.replace(ONE_LAYER, no_ops=1.0),
-    "core-1-fixed": dataclasses.replace(ONE_LAYER, loops=(20, 20)),
+    "core-1": REASONER,
+    "core-3": dataclasses.replace(REASONER, core_layers=3, loops=(5, 10)),
+    "core-1-fixed": dataclasses.replace(REASONER, loops=(20, 20)),
 }
 PLAIN = {
-    f"plain-{layers}-lr-{rate:g}": HopTraining(plain_layers=layers, muon_lr=rate, steps=4000)
+    f"plain-{layers}-lr-{rate:g}": dataclasses.replace(
+        REASONER, plain_layers=layers, muon_lr=rate, steps=4000
+    )
     for layers in (8, 16, 24)
     for rate in (0.01, 0.02)
 }
-QUICK = {
-    "core-1": HopTraining(
-        core_layers=1, loops=(10, 30), hidden_size=64, feed_forward_size=512, steps=400
-    )
-}
+QUICK = {"core-1": dataclasses.replace(REASONER, hidden_size=64, feed_forward_size=512, steps=300)}
 
 
 def cells(*, quick: bool, seeds: int) -> list[Cell]:
@@ -86,22 +84,27 @@ def _cell(name: str, training: HopTraining, seed: int) -> Cell:
 
 def _looped(model: OpenMythos, training: HopTraining) -> Result:
     """Accuracy over loops on validation chains; on fresh ones, at the loops these ask for."""
-    how: dict[str, Any] = {"seed": training.seed, "no_ops": training.no_ops == 1}
     curves: dict[int, dict[int, float]] = {}
     needed: dict[int, int | None] = {}
     fresh: dict[int, dict[str, float]] = {}
+    seed = training.seed
     for hops in HOPS:
-        curves[hops] = measure(model, VALIDATION, hops, LOOPS, **how)
+        curves[hops] = measure(model, VALIDATION, hops, LOOPS, seed=seed)
         enough = [n for n, right in curves[hops].items() if right >= SOLVED]
         needed[hops] = enough[0] if enough else None
         depth = enough[0] if enough else _best(curves[hops])
-        right = measure(model, FRESH, hops, (depth, 2 * depth), count=1024, **how)
+        right = measure(model, FRESH, hops, (depth, 2 * depth), seed=seed, count=1024)
         fresh[hops] = {"loops": depth, "right": right[depth], "right_at_twice": right[2 * depth]}
+    no_ops = {}
+    for hops in HOPS[:4]:
+        depth = int(fresh[hops]["loops"])
+        no_ops[hops] = measure(model, FRESH, hops, (depth,), seed=seed, no_ops=True)[depth]
     depth = int(fresh[TRAINED_HOPS]["loops"])
     return {
         "curves": curves,
         "needed": needed,
         "fresh": fresh,
+        "with_no_ops": no_ops,
         "path_independence": _path_independence(model, training, depth),
         "spectral_radius": float(model.core.injection.spectral_radius()),
     }
@@ -114,7 +117,7 @@ def _best(curve: dict[int, float]) -> int:
 
 def _path_independence(model: OpenMythos, training: HopTraining, depth: int) -> Result:
     """From two random first states: how often the answers agree, and how often they are right."""
-    chains = draw(FRESH, TRAINED_HOPS, seed=training.seed, count=256, no_ops=training.no_ops == 1)
+    chains = draw(FRESH, TRAINED_HOPS, seed=training.seed, count=256)
     wanted = torch.from_numpy(chains.answers)[:, -1]
     given = [answers(model, chains, [depth], h0=_noise(model, chains, n))[depth] for n in (1, 2)]
     return {
@@ -158,6 +161,9 @@ def conclude(results: dict[str, Result]) -> Section:
     tables = [
         table(["model", "parameters", "seeds", *(f"{h} hops" for h in HOPS), "paths agree"], rows)
     ]
+    strewn = [_no_ops_row(name, runs) for name in LOOPED if (runs := _runs(results, name))]
+    if strewn:
+        tables.append(table(["among no-ops", *(f"{hops} hops" for hops in HOPS[:4])], strewn))
     plain = [_plain_row(name, run) for name in PLAIN for run in _runs(results, name)]
     if plain:
         head = ["plain transformer", "parameters", "longest chain ≥ 0.95", "tested at"]
@@ -172,9 +178,14 @@ depth). Mean over seeds, and the range."""
 
 POSITIONS = """\
 Attention sees relative positions only (rotary), so a longer chain has no position that training
-lacked; the no-op control removes length itself as a clue."""
+lacked; training packs chains into sequences of 128 tokens, so that they start anywhere. Among
+no-ops, at the same loops, a chain has twice as many places, and its length is no clue."""
 
 NOTES = (CELLS, POSITIONS, f"Chance is {1 / TASK.entities:.3f}.")
+
+
+def _no_ops_row(name: str, runs: list[Result]) -> list[str]:
+    return [name, *(spread([_by_hops(run, "with_no_ops", h) for run in runs]) for h in HOPS[:4])]
 
 
 def _plain_row(name: str, run: Result) -> list[str]:

@@ -137,6 +137,10 @@ class HopTraining:
         return fields
 
 
+REASONER = HopTraining(core_layers=1, loops=(10, 30), no_ops=0.3)
+"""The training that the shipped reasoner comes from."""
+
+
 def measure(
     model: OpenMythos,
     stream: int,

@@ -64,13 +64,15 @@ class TextTraining:
     `config` sets for all."""
     depth: DepthLaw = "near"
     """Law of the loops; each step draws a number for its batch."""
-    steps: int = 2000
+    steps: int = 1600
     batch_size: int = 16
     length: int = 256
     rate: float = 1.0
     """What the learning rates of both optimizers are multiplied by."""
     corpus: CorpusName = "sotu"
     vocab_size: int = 2048
+    measured_tokens: int | None = None
+    """Held-out tokens in a measurement; None: all."""
     seed: int = 0
 
     @property
@@ -124,9 +126,18 @@ class TextTraining:
         )
         return model, {**self.costs(), "training_seconds": seconds}
 
-    def measure(self, model: OpenMythos, text: TokenFile, texts: Texts, loops: Sequence[int]) -> Any:
-        """Return bits per byte on all of a text, by loops."""
-        found = evaluate(model, text, texts.tokenizer.token_bytes, loops, length=self.length)
+    def measure(
+        self, model: OpenMythos, text: TokenFile, tokenizer: Tokenizer, loops: Sequence[int]
+    ) -> dict[int, float]:
+        """Return bits per byte of a held-out text, by loops."""
+        found = evaluate(
+            model,
+            text,
+            tokenizer.token_bytes,
+            loops,
+            length=self.length,
+            max_tokens=self.measured_tokens,
+        )
         return dict(zip(found.loops, found.bits_per_byte, strict=True))
 
     def costs(self) -> dict[str, Any]:

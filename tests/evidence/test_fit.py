@@ -23,7 +23,7 @@ def copying(step, level):
     return Batch(token_ids, targets, 1 + step % 2)
 
 
-class Interrupted(Exception):
+class InterruptedTrainingError(Exception):
     pass
 
 
@@ -38,14 +38,14 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path):
     def until(stop):
         def batch(step, level):
             if step == stop:
-                raise Interrupted
+                raise InterruptedTrainingError
             return copying(step, level)
 
         return batch
 
     whole, cut = tiny(), tiny()
     fit(whole, copying, FAST, tmp_path / "whole")
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedTrainingError):
         fit(cut, until(5), FAST, tmp_path / "cut")
     assert checkpoint.latest(tmp_path / "cut").name == "step-00000003"
     again = tiny()

@@ -81,7 +81,7 @@ def test_the_command_is_what_gives_the_figures():
 
 
 @pytest.mark.parametrize(
-    "name, how, sentence",
+    ("name", "how", "sentence"),
     [
         ("flight", {}, "claim='flight' must be one of depth-extrapolation"),
         ("depth-extrapolation", {"seeds": 0}, "seeds=0 must be 1 or more"),

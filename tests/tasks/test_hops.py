@@ -34,7 +34,7 @@ def test_every_relation_is_a_permutation_and_the_seed_decides_it():
     assert (TASK.tails != HopTask(entities=5, relations=3, seed=5).tails).any()
 
 
-@pytest.mark.parametrize("hops, slots", [(4, None), (3, 9), (0, 5), (0, None)])
+@pytest.mark.parametrize(("hops", "slots"), [(4, None), (3, 9), (0, 5), (0, None)])
 def test_answers_are_those_of_following_the_chain(hops, slots):
     chains = TASK.chains(random(), 6, hops, slots)
     assert chains.token_ids.shape == (6, 1 + (hops if slots is None else slots))
@@ -60,14 +60,14 @@ def test_packed_sequences_hold_chains_one_after_another():
     assert (packed.hops[starts] == 0).all()
 
 
-@pytest.mark.parametrize("share, found", [(0.0, False), (1.0, True)])
+@pytest.mark.parametrize(("share", "found"), [(0.0, False), (1.0, True)])
 def test_packed_chains_have_no_ops_as_asked(share, found):
     packed = TASK.packed(random(), 7, 40, hops=4, no_ops=share)
     assert (packed.token_ids == TASK.no_op).any() == found
 
 
 @pytest.mark.parametrize(
-    "call, sentence",
+    ("call", "sentence"),
     [
         (lambda: HopTask(entities=1), "entities=1 must be 2 or more"),
         (lambda: HopTask(relations=0), "relations=0 must be 1 or more"),

@@ -26,7 +26,7 @@ def test_joining_words_are_passed_over():
 
 
 @pytest.mark.parametrize(
-    "walk, sentence",
+    ("walk", "sentence"),
     [
         ("", "must begin in a room"),
         ("red library", "walk begins with 'red', must begin in a room"),

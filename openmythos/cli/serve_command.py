@@ -1,0 +1,103 @@
+"""Serve a model over HTTP, as OpenAI's API does.
+
+Examples:
+    openmythos serve runs/nano
+    openmythos serve runs/nano --port 8080 --served-model-name nano --max-waiting 64
+    curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "The whale", "max_tokens": 40, "loops": 8}'
+
+MODEL is the folder of a model or of a training run. Routes: /v1/completions,
+/v1/chat/completions, /v1/models, /health (503 until the model is loaded) and /metrics
+(Prometheus). Beside OpenAI's fields a request may have `loops`, `halting`, `threshold` and
+`cache_policy`. Ctrl-C or SIGTERM lets running requests finish; a second one does not.
+"""  # noqa: E501 (a line to copy is one line)
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from openmythos.config import WeightsKind
+from openmythos.inference.engine_settings import EngineSettings
+from openmythos.inference.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from openmythos.inference.server.serving import Loaded
+
+KEY = "OPENMYTHOS_API_KEY"
+NEAR = ("127.", "::1", "localhost")
+"""How addresses begin that are reached from this machine alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Flags of `openmythos serve`."""
+
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Folder of a model, or of a training run."""
+
+    weights: WeightsKind | Literal["auto"] | None = None
+    """What the weights are in memory; `auto` is bf16 where that is clearly quicker here. Default:
+    as in the file."""
+
+    server: Annotated[ServerSettings, tyro.conf.arg(name="")] = field(
+        default_factory=ServerSettings
+    )
+    """Where it listens, whom it lets in, how much it takes on."""
+
+    engine: Annotated[EngineSettings, tyro.conf.arg(name="")] = field(
+        default_factory=EngineSettings
+    )
+    """How much it holds and does at once."""
+
+
+def run(settings: Settings) -> None:
+    """Load the model and serve it until told to stop."""
+    from openmythos.inference.server.app import create_app
+    from openmythos.inference.server.run import run as run_server
+    from openmythos.inference.server.serving import Serving
+
+    server = with_key(settings.server)
+    if server.api_key is None and not server.host.startswith(NEAR):
+        print(
+            f"openmythos: host={server.host} is open to the network, and without a key anyone "
+            f"there may use the model: set --api-key or {KEY}",
+            file=sys.stderr,
+        )
+    name = server.served_model_name or settings.model.resolve().name
+    app = create_app(Serving(lambda: _load(settings), name, server))
+
+    def on_ready(address: str) -> None:
+        print(f"{name} is served at {address}/v1 (Ctrl-C stops it)", flush=True)
+
+    run_server(app, on_ready=on_ready)
+
+
+def with_key(settings: ServerSettings) -> ServerSettings:
+    """Return settings with the key of the environment, where no flag has one.
+
+    Raises:
+        ConfigError: it cannot be a key.
+    """
+    return dataclasses.replace(settings, api_key=settings.api_key or os.environ.get(KEY) or None)
+
+
+def _load(settings: Settings) -> Loaded:
+    """Make the model ready; runs while the server already answers that it is not."""
+    from openmythos.inference.chat import ChatLayout
+    from openmythos.inference.engine import Engine
+    from openmythos.inference.language_model import load
+    from openmythos.inference.server.serving import Loaded, length_limit
+
+    lm = load(settings.model, settings.weights)
+    max_length = length_limit(settings.server.max_model_len, lm.model.config.max_length)
+    layout = ChatLayout.of(settings.model, lm.tokenizer)
+    engine = Engine(lm, settings.engine)
+    loaded = Loaded(lm=lm, layout=layout, engine=engine, max_length=max_length)
+    engine.start()
+    return loaded

@@ -1,0 +1,454 @@
+"""A looped model against plain ones of 1.0, 1.3, 1.69 and 2 times its parameters, on real text.
+
+Same text, tokens, order, tokenizer, optimizers and schedule; dense on both sides. A plain model's
+layers have about the looped model's width inside, and that width makes its parameters exactly the
+ratio's, embedding included. Each row's learning rate is chosen once, among `RATES`, after 1/8 of
+its tokens, on held-out documents that are not the test text. The looped model is read at the mean
+loops of its training: no depth is chosen. Of several looped shapes that were tried, all are in the
+table, and the held-out documents for choosing decide which one is compared; see `headline`.
+
+What could refute it: the plain model of the looped one's parameters trained with as many
+operations instead (iso-FLOP), which shows whether loops are just more computation; larger plain
+models at equal tokens; and, for reasoning, plain models of 1.69 and 5 times the parameters on
+chains of 20 hops.
+
+Trainings may run side by side in several processes, by `--only`; then run `--only tune` first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openmythos.evidence import reasoning_leg
+from openmythos.evidence.cells import Cell, Result, Say, run_cells
+from openmythos.evidence.paired import Runs, common_seeds, difference, mean, rows_of
+from openmythos.evidence.report import Expectation, Section, spread, table
+from openmythos.evidence.text_training import PLAIN, TextTraining, read_texts, work_of
+from openmythos.model.accounting import on_meta, parameters
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TITLE = "Parameter efficiency: one looped model against plain ones of up to twice its size"
+HOURS = 12.0
+"""Of one core, for everything with three seeds."""
+
+
+def looped(prelude: int, core: int, loops: int, coda: int, **more: Any) -> TextTraining:
+    """Return a looped model of `prelude` + `core` x `loops` + `coda` layers."""
+    shape = {
+        "prelude_layers": prelude,
+        "core_layers": core,
+        "mean_loops": loops,
+        "coda_layers": coda,
+    }
+    return TextTraining(shape=shape, **more)
+
+
+VARIANTS = {
+    "looped-1+3x4+0": looped(1, 3, 4, 0),
+    "looped-1+2x4+1": looped(1, 2, 4, 1),
+}
+"""Looped shapes that were tried, each with the same parameters; the first gets all seeds. What a
+core layer is worth grows with the share of layers in the core and with the loops, what it costs
+with their product. `depth="near"` keeps the loops of training within one of the mean: a wide law
+costs a language model loss."""
+
+MAIN = next(iter(VARIANTS))
+RATIOS = {"plain-1.0x": 1.0, "plain-1.3x": 1.3, "plain-1.69x": 1.69, "plain-2x": 2.0}
+ISO_FLOP = "plain-1.0x-iso-flop"
+SEEDED = (MAIN, "plain-1.0x", "plain-1.69x")
+"""Rows with all seeds; the others have one."""
+
+TEXT_ROWS = ("looped-", "plain-")
+"""How the names of rows of text begin, beside tuning and hops."""
+
+RATES = (0.5, 1.0, 2.0)
+TUNING = 8
+"""Rates are compared after one such part of a row's tokens."""
+
+QUICK: dict[str, Any] = {
+    "steps": 160,
+    "length": 128,
+    "vocab_size": 1024,
+    "measured_tokens": 8192,
+}
+QUICK_WIDTH = 96
+
+
+def trainings(*, quick: bool) -> dict[str, TextTraining]:
+    """The rows and how each is trained, but for the rate and the seed."""
+    if quick:
+        main = VARIANTS[MAIN]
+        small = dataclasses.replace(main, shape={**main.shape, "hidden_size": QUICK_WIDTH}, **QUICK)
+        return {MAIN: small} | {name: plain_of(RATIOS[name], small) for name in SEEDED[1:]}
+    main = VARIANTS[MAIN]
+    plain = {name: plain_of(ratio, main) for name, ratio in RATIOS.items()}
+    twin = plain["plain-1.0x"]
+    longer = main.training_flops() / twin.training_flops()
+    iso_flop = dataclasses.replace(twin, steps=round(longer * twin.steps))
+    return VARIANTS | plain | {ISO_FLOP: iso_flop}
+
+
+def plain_of(ratio: float, looped: TextTraining) -> TextTraining:
+    """Return a plain transformer of `ratio` times the parameters of `looped`, trained as it is."""
+    wanted, config = ratio * _count(looped), looped.config
+    width = config.hidden_size
+    layers = max(1, round((wanted - config.vocab_size * width) / (12 * width**2)))
+    shape = {**PLAIN, "hidden_size": width, "core_layers": layers, "feed_forward_size": 8}
+    narrow = dataclasses.replace(looped, shape=shape)
+    size = 8 + (wanted - _count(narrow)) / (2 * width * layers)
+    shape["feed_forward_size"] = max(8, 8 * round(size / 8))
+    return dataclasses.replace(looped, shape=shape)
+
+
+def _count(training: TextTraining) -> int:
+    return sum(parameters(on_meta(training.config)).values())
+
+
+def cells(*, quick: bool, seeds: int) -> list[Cell]:
+    """The trainings, the main ones first, and the tuning that they rest on."""
+    rates = (1.0,) if quick else RATES
+    rows = trainings(quick=quick)
+    grid = [(name, seed) for seed in range(1 if quick else seeds) for name in SEEDED]
+    grid += [(name, 0) for name in rows if name not in SEEDED]
+    made = [_cell(name, rows[name], seed, rates) for name, seed in grid]
+    if not quick:
+        made += reasoning_leg.cells()
+        made += [cell for name, row in rows.items() for cell in _tuning(name, row, rates)]
+    return made
+
+
+def _cell(name: str, training: TextTraining, seed: int, rates: Sequence[float]) -> Cell:
+    training = dataclasses.replace(training, seed=seed)
+    cell = f"{name}/seed-{seed}"
+
+    def run(folder: Path, say: Say) -> Result:
+        work = work_of(folder, cell)
+        rate = _best_rate(run_cells(_tuning(name, training, rates), work, say), rates)
+        tuned = dataclasses.replace(training, rate=rate)
+        texts = read_texts(work, training.corpus, training.vocab_size)
+        model, took = tuned.train(folder, texts, say)
+        say("measuring")
+        depth = training.config.mean_loops
+        depths = sorted({1, 2, depth, 2 * depth})
+        curve = tuned.measure(model, texts.choice, texts.tokenizer, depths)
+        test = tuned.measure(model, texts.test, texts.tokenizer, [depth])
+        return took | {"rate": rate, "curve": curve, "choice": curve[depth], "test": test[depth]}
+
+    settings = {**training.as_json(), "rate": list(rates), "tuning": TUNING}
+    return Cell(cell, settings, run)
+
+
+def _tuning(name: str, training: TextTraining, rates: Sequence[float]) -> list[Cell]:
+    """Short trainings, one for each rate; none where there is nothing to choose."""
+    short = dataclasses.replace(training, steps=max(1, training.steps // TUNING), seed=0)
+
+    def cell(rate: float) -> Cell:
+        tried = dataclasses.replace(short, rate=rate)
+        called = f"tune/{name}/rate-{rate:g}"
+
+        def run(folder: Path, say: Say) -> Result:
+            texts = read_texts(work_of(folder, called), tried.corpus, tried.vocab_size)
+            model, _ = tried.train(folder, texts, say)
+            depth = tried.config.mean_loops
+            bits = tried.measure(model, texts.choice, texts.tokenizer, [depth])[depth]
+            return {"rate": rate, "choice": bits}
+
+        return Cell(called, tried.as_json(), run)
+
+    return [cell(rate) for rate in rates] if len(rates) > 1 else []
+
+
+def _best_rate(tuned: dict[str, Result], rates: Sequence[float]) -> float:
+    if not tuned:
+        return rates[0]
+    best = min(tuned.values(), key=lambda result: (result["choice"], result["rate"]))
+    return float(best["rate"])
+
+
+def share_of_gap(small: float, looped: float, large: float) -> float:
+    """Return the share of the gap between two plain models that the looped one closes.
+
+    (small - looped) / (small - large), in bits per byte of the test text, where `small` is the
+    plain model of the looped one's own parameters and `large` the one of 1.69 times as many:
+    0 is no better than its parameter-twin, 1 as good as the larger model. For several seeds each
+    is the mean over the seeds that all three have. NaN where the larger model is no better.
+    """
+    return (small - looped) / (small - large) if small > large else math.nan
+
+
+def headline(rows: dict[str, Runs]) -> str | None:
+    """Return the looped row that is compared; None where there is none.
+
+    Of those with most seeds it is the one with the fewest bits per byte on the documents for
+    choosing. The test text decides nothing.
+    """
+    tried = {name: runs for name, runs in rows.items() if name.startswith("looped-")}
+    if not tried:
+        return None
+    return min(tried, key=lambda name: (-len(tried[name]), mean(tried[name], "choice")))
+
+
+def shares(rows: dict[str, Runs], name: str) -> tuple[float, list[float]] | None:
+    """Return the share of the gap that a row closes, over all seeds and for each of them."""
+    needed = ("plain-1.0x", name, "plain-1.69x")
+    bits = [[rows[key][seed]["test"] for key in needed] for seed in common_seeds(rows, *needed)]
+    if not bits:
+        return None
+    means = [statistics.fmean(column) for column in zip(*bits, strict=True)]
+    return share_of_gap(*means), [share_of_gap(*row) for row in bits]
+
+
+def conclude(results: dict[str, Result]) -> Section:
+    """Say what the numbers say."""
+    rows = rows_of(results, TEXT_ROWS)
+    name = headline(rows)
+    tables = [_costs(rows, name), _like_for_like(rows), _tuning_table(results)]
+    tables = [made for made in tables if made] + reasoning_leg.tables(results)
+    sentences = [] if name is None else _sentences(rows, name)
+    expectations = [] if name is None else _expectations(rows, name)
+    return Section(
+        TITLE,
+        sentences + reasoning_leg.sentences(results),
+        tables,
+        expectations + reasoning_leg.expectations(results),
+        [*_notes(results), published()],
+    )
+
+
+def _costs(rows: dict[str, Runs], name: str | None) -> str:
+    """A row's size, quality and costs."""
+    if not rows:
+        return ""
+    base = None if name is None else next(iter(rows[name].values()))
+    head = ["model", "parameters", "without embedding", "ratio", "seeds", "bits per byte"]
+    head += ["tokens", "training FLOPs", "FLOPs a token", "cache bytes a token"]
+    lines = []
+    for key, runs in sorted(rows.items()):
+        run = next(iter(runs.values()))
+        ratio = "" if base is None else f"{run['parameters'] / base['parameters']:.2f}"
+        cache = run["cache_bytes"]
+        lines.append(
+            [
+                key,
+                f"{run['parameters'] / 1e6:.2f} M",
+                f"{run['without_embedding'] / 1e6:.2f} M",
+                ratio,
+                len(runs),
+                spread([run["test"] for run in runs.values()], 4),
+                f"{run['tokens'] / 1e6:.1f} M",
+                f"{run['flops']:.1e}",
+                f"{run['flops_per_token']:.1e}",
+                f"{cache['per_loop']:,}",
+            ]
+        )
+    return table(head, lines)
+
+
+COLUMNS = {
+    "iso-parameter (1.0×)": "plain-1.0x",
+    "iso-FLOP (1.0×, longer)": ISO_FLOP,
+    "iso-token, 1.3×": "plain-1.3x",
+    "iso-token, 1.69×": "plain-1.69x",
+    "iso-token, 2×": "plain-2x",
+}
+
+
+def _like_for_like(rows: dict[str, Runs]) -> str:
+    """Each looped row minus each plain one, and the share of the gap closed."""
+    lines = []
+    for name in sorted(rows):
+        if name.startswith("looped-"):
+            pairs = [difference(rows, name, other, "test") for other in COLUMNS.values()]
+            closed = shares(rows, name)
+            share = "" if closed is None or math.isnan(closed[0]) else f"{100 * closed[0]:.0f} %"
+            lines.append([name, *("" if pair is None else str(pair) for pair in pairs), share])
+    return table(["looped minus plain", *COLUMNS, "gap closed"], lines) if lines else ""
+
+
+def _tuning_table(results: dict[str, Result]) -> str:
+    """Bits per byte at each rate, on the documents for choosing."""
+    found: dict[str, dict[float, float]] = {}
+    for cell, result in results.items():
+        if cell.startswith("tune/"):
+            found.setdefault(cell.split("/")[1], {})[result["rate"]] = result["choice"]
+    lines = [
+        [name, *(f"{bits[rate]:.4f}" if rate in bits else "" for rate in RATES)]
+        for name, bits in sorted(found.items())
+    ]
+    head = ["tuning: rate ×", *(f"{rate:g}" for rate in RATES)]
+    return table(head, lines) if lines else ""
+
+
+def _sentences(rows: dict[str, Runs], name: str) -> list[str]:
+    runs = rows[name]
+    size = next(iter(runs.values()))["parameters"] / 1e6
+    seeds = f"{len(runs)} {'seed' if len(runs) == 1 else 'seeds'}"
+    main = (
+        f"On messages of presidents that were held out, a looped model of {size:.2f} M parameters "
+        f"({name.removeprefix('looped-')} layers, {seeds}) has {mean(runs, 'test'):.4f} bits per "
+        "byte."
+    )
+    said = [main, *_gap_sentence(rows, name)]
+    against = {
+        "plain-1.69x": "the plain one of 1.69 times its parameters",
+        "plain-2x": "the one of twice its parameters",
+        ISO_FLOP: "its parameter-twin, trained with as many operations on more tokens",
+    }
+    for other, words in against.items():
+        if (gap := difference(rows, name, other, "test")) is not None:
+            said.append(f"Against {words}: {gap} bits per byte, {gap.verdict}.")
+    said += _price(rows, name)
+    better = [
+        key
+        for key, tried in rows.items()
+        if key.startswith("looped-")
+        and (gap := difference({key: tried, name: runs}, key, name, "choice")) is not None
+        and gap.mean < 0
+    ]
+    if better:
+        said.append(
+            f"Of the shapes tried with fewer seeds, {' and '.join(sorted(better))} has fewer bits "
+            "on the documents for choosing."
+        )
+    return said
+
+
+def _gap_sentence(rows: dict[str, Runs], name: str) -> list[str]:
+    closed = shares(rows, name)
+    if closed is None:
+        return []
+    share, each = closed
+    if math.isnan(share):
+        return ["The plain model of 1.69 times its parameters is no better than that of 1.0 times."]
+    by_seed = ""
+    if len(each) > 1 and all(map(math.isfinite, each)):
+        by_seed = f" ({100 * min(each):.0f} to {100 * max(each):.0f} % by seed)"
+    small, large = (mean(rows[key], "test") for key in ("plain-1.0x", "plain-1.69x"))
+    sentence = (
+        f"It closes {100 * share:.0f} %{by_seed} of the gap between plain transformers of 1.0 and "
+        f"of 1.69 times its parameters, which have {small:.4f} and {large:.4f}."
+    )
+    return [sentence]
+
+
+def _price(rows: dict[str, Runs], name: str) -> list[str]:
+    """What the smaller model costs where it runs."""
+    if "plain-1.69x" not in rows:
+        return []
+    own, other = (next(iter(rows[key].values())) for key in (name, "plain-1.69x"))
+    flops = own["flops_per_token"] / other["flops_per_token"]
+    cache = own["cache_bytes"]["per_loop"] / other["cache_bytes"]["per_loop"]
+    sentence = (
+        f"Its weights are smaller, its work is not: a token takes {flops:.2f} times the operations "
+        f"and {cache:.2f} times the cache of the plain model of 1.69 times its parameters."
+    )
+    return [sentence]
+
+
+def _expectations(rows: dict[str, Runs], name: str) -> list[Expectation]:
+    made = []
+    if (closed := shares(rows, name)) is not None:
+        share = closed[0]
+        found = "no gap" if math.isnan(share) else f"{100 * share:.0f} %"
+        made.append(Expectation("share of the gap closed", "≥ 100 %", found, share >= 1))
+    if (gap := difference(rows, name, "plain-1.69x", "test")) is not None:
+        high = "one seed" if math.isinf(gap.high) else f"{gap.high:+.4f}"
+        made += [
+            Expectation("looped minus plain-1.69x", "≤ 0", f"{gap.mean:+.4f}", gap.mean <= 0),
+            Expectation("its interval's upper end", "≤ 0", high, gap.high <= 0),
+        ]
+    if (gap := difference(rows, name, "plain-2x", "test")) is not None:
+        made.append(
+            Expectation("goal: looped minus plain-2x", "≤ 0", f"{gap.mean:+.4f}", gap.mean <= 0)
+        )
+    return made
+
+
+METHOD = """\
+Bits per byte on the held-out documents of odd number, with the lowest and highest of the seeds;
+differences are paired by seed (same order of text), with 95 % intervals of Student's t. The
+documents of even number chose rates and shape. Parameters count the embedding once, which is the
+head too; plain models have the ratio's by the width of their feed-forwards."""
+
+GAP = """\
+Gap closed: (plain 1.0× − looped) / (plain 1.0× − plain 1.69×), each the mean over the seeds that
+all three have. 0 % is no better than the plain model of its own parameters, 100 % as good as the
+larger one."""
+
+
+def _notes(results: dict[str, Result]) -> list[str]:
+    notes = [" ".join(METHOD.split()), " ".join(GAP.split())]
+    edges = []
+    for name, runs in rows_of(results, TEXT_ROWS).items():
+        rates = {run["rate"] for run in runs.values()}
+        if rates & {min(RATES), max(RATES)}:
+            edges.append(name)
+    if edges:
+        notes.append(
+            f"The best rate tried was the lowest or highest for {', '.join(edges)}: a rate beyond "
+            "may be better."
+        )
+    return notes
+
+
+PUBLISHED = {
+    "plain 770 M": {"core": 22.42, "perplexity": 13.08},
+    "looped 770 M": {"core": 25.07, "perplexity": 12.49},
+    "plain 1.3 B": {"core": 25.45, "perplexity": 11.95},
+}
+"""Parcae's table (arXiv 2604.12946): mean of the CORE tasks, and validation perplexity."""
+
+
+def published() -> str:
+    """Say what the published "770 M looped is as good as 1.3 B plain" is."""
+    small, own, large = PUBLISHED.values()
+    core = share_of_gap(small["core"], own["core"], large["core"])
+    loss = share_of_gap(*(math.log(row["perplexity"]) for row in (small, own, large)))
+    return (
+        "The published claim, a looped model of 770 M parameters as good as a plain one of 1.3 B "
+        f"(arXiv 2604.12946), is one of CORE, a mean over tasks: {own['core']} against "
+        f"{large['core']}, {100 * core:.0f} % of the gap from the plain {small['core']}. In "
+        f"perplexity ({own['perplexity']}, between {small['perplexity']} and "
+        f"{large['perplexity']}) the same models close {100 * loss:.0f} % of the gap in nats. Bits "
+        "per byte, as here, are the harder measure; and here all models see the same tokens, where "
+        "theirs saw 61.6 B and the plain 1.3 B saw 104 B."
+    )
+
+
+def draw_figure(results: dict[str, Result]) -> Figure:
+    """Bits per byte against parameters, and against the operations of training."""
+    from openmythos.training.figures import BLUE, ORANGE, blank
+
+    figure, panels = blank(
+        "A looped model against plain ones", "parameters, millions", "bits per byte", columns=2
+    )
+    panels[1].set_xlabel("training operations, 10¹²")
+    rows = rows_of(results, TEXT_ROWS)
+    for axes, key, unit in zip(panels, ("parameters", "flops"), (1e6, 1e12), strict=True):
+        for name, runs in sorted(rows.items()):
+            colour = ORANGE if name.startswith("looped-") else BLUE
+            at = [run[key] / unit for run in runs.values()]
+            bits = [run["test"] for run in runs.values()]
+            axes.plot(at, bits, "o", color=colour, alpha=0.5, markersize=5)
+            axes.annotate(
+                name,
+                (at[0], statistics.fmean(bits)),
+                (6, 4),
+                fontsize=7,
+                textcoords="offset points",
+                color=colour,
+            )
+        line = sorted(
+            (next(iter(rows[name].values()))[key] / unit, mean(rows[name], "test"))
+            for name in RATIOS
+            if name in rows
+        )
+        axes.plot([at for at, _ in line], [bits for _, bits in line], color=BLUE, linewidth=1)
+    return figure
