@@ -118,24 +118,13 @@ class Chat:
 
     def _reply(self) -> None:
         """Write until the reply ends or Ctrl-C ends it; what was written stands."""
-        thinking, sampling, room = self.thinking, self._drawing(), self._room()
-        budget = thinking.loops or self.lm.model.config.mean_loops
+        room = self._room()
+        budget = self.thinking.loops or self.lm.model.config.mean_loops
         colours = LoopColours(budget, self.settings.show_loops and colours_wanted())
         try:
-            for piece in self.lm.stream(
-                self._recent(room),
-                max_new_tokens=room,
-                loops=thinking.loops,
-                halting=thinking.halting,
-                threshold=thinking.threshold,
-                cache_policy=thinking.cache_policy,
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                min_p=sampling.min_p,
-                seed=sampling.seed,
-                stop=self.settings.stop,
-            ):
+            text = self._recent(room)
+            stop = self.settings.stop
+            for piece in self.lm.write(text, room, self.thinking, self._drawing(), stop):
                 self.text += piece.text
                 sys.stdout.write(colours.paint(piece))
                 sys.stdout.flush()

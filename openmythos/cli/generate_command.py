@@ -31,7 +31,7 @@ from openmythos.inference.thinking import Thinking
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from openmythos.inference.language_model import LanguageModel, Piece
+    from openmythos.inference.language_model import Piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,9 @@ def run(settings: Settings) -> None:
 
     prompt = _from_stdin() if settings.prompt == "-" else settings.prompt
     lm = load(settings.model)
-    pieces = _pieces(lm, prompt, settings)
+    pieces = lm.write(
+        prompt, settings.max_new_tokens, settings.thinking, settings.sampling, settings.stop
+    )
     if settings.json:
         print(json.dumps(_as_json(pieces)))
         return
@@ -90,24 +92,6 @@ def run(settings: Settings) -> None:
     if sys.stderr.isatty():
         tokens = colours.counts.total()
         print(f"[{tokens} tokens, {tokens / seconds:.0f} a second]", file=sys.stderr)
-
-
-def _pieces(lm: LanguageModel, prompt: str, settings: Settings) -> Iterator[Piece]:
-    thinking, sampling = settings.thinking, settings.sampling
-    return lm.stream(
-        prompt,
-        max_new_tokens=settings.max_new_tokens,
-        loops=thinking.loops,
-        halting=thinking.halting,
-        threshold=thinking.threshold,
-        cache_policy=thinking.cache_policy,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        seed=sampling.seed,
-        stop=settings.stop,
-    )
 
 
 def _as_json(pieces: Iterator[Piece]) -> dict[str, Any]:

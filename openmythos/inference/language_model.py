@@ -119,11 +119,25 @@ class LanguageModel:
         Raises:
             InputError: a value is out of range, or the prompt fills the model's max_length.
         """
+        thinking = Thinking(
+            loops=loops, halting=halting, threshold=threshold, cache_policy=cache_policy
+        )
         sampling = Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
         )
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        if any(not text for text in stops):
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        return self.write(prompt, max_new_tokens, thinking, sampling, stops)
+
+    def write(
+        self,
+        prompt: str,
+        max_new_tokens: int,
+        thinking: Thinking,
+        sampling: Sampling,
+        stop: Sequence[str] = (),
+    ) -> Iterator[Piece]:
+        """Yield text as `stream` does, with its choices in two dataclasses."""
+        if any(not text for text in stop):
             raise InputError("stop must hold no empty string: it would end every text at once")
         token_ids = [self.tokenizer.end_id, *self.tokenizer.encode(prompt)]
         room = self.model.config.max_length - len(token_ids)
@@ -136,15 +150,13 @@ class LanguageModel:
             self.model,
             torch.tensor([token_ids], device=self.model.embed.weight.device),
             max_new_tokens=min(max_new_tokens, room) if max_new_tokens > 0 else max_new_tokens,
-            thinking=Thinking(
-                loops=loops, halting=halting, threshold=threshold, cache_policy=cache_policy
-            ),
+            thinking=thinking,
             sampling=sampling,
             vocab_size=self.tokenizer.vocab_size,
         )
-        return self._pieces(((int(n.token_ids), int(n.loops)) for n in tokens), stops)
+        return self._pieces(((int(n.token_ids), int(n.loops)) for n in tokens), stop)
 
-    def _pieces(self, tokens: Iterator[tuple[int, int]], stops: list[str]) -> Iterator[Piece]:
+    def _pieces(self, tokens: Iterator[tuple[int, int]], stops: Sequence[str]) -> Iterator[Piece]:
         text, hold = self.tokenizer.text_stream(), HoldBack(stops)
         loops = 0
         for token_id, taken in tokens:

@@ -130,7 +130,7 @@ def test_ctrl_c_ends_a_reply_and_not_the_chat(run, monkeypatch):
         def __init__(self, lm):
             self.model, self.tokenizer = lm.model, lm.tokenizer
 
-        def stream(self, *_, **__):
+        def write(self, *_, **__):
             yield Piece("one", 5, 1)
             yield Piece(" two", 6, 1)
             raise KeyboardInterrupt

@@ -1,0 +1,84 @@
+"""`openmythos serve` as a process: ready when it says so, one sentence where it cannot be."""
+
+import json
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+from command_line import openmythos
+
+import openmythos as library
+from openmythos.cli import serve_command
+from openmythos.errors import ConfigError
+from openmythos.inference.server.run import listen
+from openmythos.inference.server.settings import ServerSettings
+
+
+def post(address, body, key=None):
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    return urllib.request.Request(f"{address}/completions", json.dumps(body).encode(), headers)
+
+
+def test_it_serves_the_librarys_text_until_sigterm_and_lets_that_finish(run, monkeypatch):
+    monkeypatch.setenv(serve_command.KEY, "secret")
+    code = "from openmythos.cli import main; main()"
+    command = [sys.executable, "-c", code, "serve", run, "--port", "0", "--drain-seconds", "100"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as it:
+        try:
+            said = it.stdout.readline()
+            assert said.startswith("rhyme is served at http://127.0.0.1:"), it.stderr.read()
+            address = said.split()[4]
+            body = {"prompt": "The mice", "max_tokens": 8, "temperature": 0, "loops": 3}
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(post(address, body), timeout=60)
+            with urllib.request.urlopen(post(address, body, "secret"), timeout=60) as answer:
+                text = json.load(answer)["choices"][0]["text"]
+            options = {"max_new_tokens": 8, "temperature": 0, "loops": 3}
+            assert text == library.load(run).generate("The mice", **options)
+            long = {**body, "max_tokens": 50, "stream": True, "ignore_eos": True, "loops": 40}
+            with urllib.request.urlopen(post(address, long, "secret"), timeout=60) as stream:
+                assert stream.readline().startswith(b"data: {")
+                it.send_signal(signal.SIGTERM)
+                assert stream.read().endswith(b'"finish_reason":"length"}]}\n\ndata: [DONE]\n\n')
+            assert it.wait(60) == 0
+            assert (it.stdout.read(), it.stderr.read()) == ("", "")
+        finally:
+            it.kill()
+
+
+def test_a_model_that_is_not_there_and_a_port_that_is_taken_are_told(run):
+    result = openmythos("serve", "nowhere", "--port", 0)
+    assert (result.code, result.out) == (2, "")
+    assert "model='nowhere' must be the folder of a model or of a run" in result.err
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        result = openmythos("serve", run, "--port", port)
+    assert (result.code, result.out) == (2, "")
+    assert f"port={port} must be free and allowed" in result.err
+    result = openmythos("serve", run, "--port", 0, "--max-model-len", 65)
+    assert (result.code, result.out) == (2, "")
+    assert "max_model_len=65 must be at most the model's max_length=64" in result.err
+
+
+def test_the_network_without_a_key_is_warned_of(monkeypatch):
+    monkeypatch.delenv(serve_command.KEY, raising=False)
+    result = openmythos("serve", "nowhere", "--port", 0, "--host", "0.0.0.0")
+    assert "host=0.0.0.0 is open to the network" in result.err
+    result = openmythos("serve", "nowhere", "--port", 0, "--host", "0.0.0.0", "--api-key", "k")
+    assert "is open to the network" not in result.err
+
+
+def test_a_key_is_the_flags_or_the_environments(monkeypatch):
+    monkeypatch.delenv(serve_command.KEY, raising=False)
+    assert serve_command.with_key(ServerSettings()).api_key is None
+    monkeypatch.setenv(serve_command.KEY, "theirs")
+    assert serve_command.with_key(ServerSettings()).api_key == "theirs"
+    assert serve_command.with_key(ServerSettings(api_key="mine")).api_key == "mine"
+    monkeypatch.setenv(serve_command.KEY, "not one")
+    with pytest.raises(ConfigError, match="api_key must be printable ASCII"):
+        serve_command.with_key(ServerSettings())
