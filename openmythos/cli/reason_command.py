@@ -8,8 +8,8 @@ Examples:
 
 A walk names a room, then doors by colour, or `wait`. Every door leads from each room to another;
 the model knows all 512 doors by heart and has to follow them one after another. A line shows what
-it believes after a loop, one mark per word of the walk: ● right, ○ not yet, and ■ where the place
-has stopped thinking.
+it believes after a loop, one mark per word of the walk: ● right, ○ not yet. With --halting, ■ and □
+are places that have stopped thinking, right or wrong.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def lines(trace: Trace, *, colours: bool) -> list[str]:
     for loop, (beliefs, right) in enumerate(zip(trace.beliefs, trace.right, strict=True)):
         marks = ""
         for place, good in enumerate(right):
-            done = trace.stopped[place] <= loop + 1
+            done = trace.halting != "none" and trace.stopped[place] <= loop + 1
             mark = ("■" if good else "□") if done else ("●" if good else "○")
             marks += painted(mark, GREEN if good else GREY)
         here = WORDS[int(beliefs[-1])]
@@ -119,10 +119,11 @@ def lines(trace: Trace, *, colours: bool) -> list[str]:
 def _verdict(trace: Trace) -> str:
     from openmythos.tasks.rooms import ROOMS
 
-    truth, loops = ROOMS[int(trace.chain.answers[0, -1])], len(trace.beliefs)
-    given = ROOMS[trace.answer]
-    stops = f"the last place stopped after {int(trace.stopped[-1])}, the mean place after"
-    detail = f"{loops} loops; {stops} {trace.stopped.mean():.1f}"
+    truth, given = ROOMS[int(trace.chain.answers[0, -1])], ROOMS[trace.answer]
+    detail = f"{len(trace.beliefs)} loops"
+    if trace.halting != "none":
+        last, mean = int(trace.stopped[-1]), trace.stopped.mean()
+        detail += f"; the last place stopped after {last}, a place on average after {mean:.1f}"
     if trace.solved:
         return f"The walk ends in the {truth}: right. ({detail})"
     return f"The model says {given}, but the walk ends in the {truth}: wrong. ({detail})"

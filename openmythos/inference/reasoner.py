@@ -27,6 +27,8 @@ class Trace:
     """The entity named at each place after each loop; once a place has stopped, it is kept."""
     stopped: Int64[np.ndarray, " sequence"]
     """Loops that each place took."""
+    halting: HaltingKind = "none"
+    """The rule that could stop a place before the budget did."""
 
     @property
     def right(self) -> Bool[np.ndarray, "loops sequence"]:
@@ -91,7 +93,7 @@ class Reasoner:
         )
         entities = slice(0, HOUSE.entities)
         named = [self.model.decode(h)[0, :, entities].argmax(-1) for h in out.states]
-        return Trace(chain, torch.stack(named).numpy(), out.loops[0].numpy())
+        return Trace(chain, torch.stack(named).numpy(), out.loops[0].numpy(), halting)
 
     def enough(self, hops: int) -> int:
         """Return loops that suffice for so many hops: a quarter more than one each, and eight."""

@@ -24,9 +24,16 @@ def test_a_given_walk_is_shown_with_a_line_for_each_loop(model):
     assert len(shown) == 4
     marks = [line.split()[2] for line in shown]
     assert all(len(mark) == 4 for mark in marks)  # a mark for each word
-    assert set(marks[0]) <= set("●○")
-    assert set(marks[-1]) <= set("■□")  # all have stopped
+    assert set("".join(marks)) <= set("●○")
     assert "The walk ends in the" in out or "but the walk ends in the" in out
+
+
+def test_places_that_have_stopped_are_marked(model):
+    flags = ["--loops", 6, "--halting", "delta", "--threshold", 0.9, "--model", model]
+    out = openmythos("reason", "library red gold", *flags).out
+    marks = [line.split()[2] for line in out.splitlines() if line.startswith("loop ")]
+    assert set(marks[-1]) <= set("■□")
+    assert "a place on average after" in out
 
 
 def test_json_has_the_truth_of_a_drawn_walk(model):
