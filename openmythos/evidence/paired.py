@@ -40,7 +40,8 @@ class Interval(NamedTuple):
         if self.low > 0:
             return "worse, and the interval shows it"
         side = "at or below" if self.mean <= 0 else "above"
-        return f"{side}, but the interval does not settle it"
+        why = "one seed does" if math.isinf(self.high) else "the interval does"
+        return f"{side}, but {why} not settle it"
 
 
 def interval(values: Sequence[float]) -> Interval:

@@ -259,11 +259,11 @@ def conclude(results: dict[str, Result]) -> Section:
 
 
 def _sentence(name: str, reading: Reading, text: str) -> str:
-    curve, trained = reading.curve, reading.trained
+    curve, trained, deepest = reading.curve, reading.trained, max(reading.curve)
     return (
         f"On {TEXTS[text]}, {name} has {curve[1]:.4f} bits per byte at 1 loop, "
         f"{curve[trained]:.4f} at the {trained} of its training, {curve[4 * trained]:.4f} at "
-        f"{4 * trained} and {curve[64]:.4f} at 64. Four times the trained depth is "
+        f"{4 * trained} and {curve[deepest]:.4f} at {deepest}. Four times the trained depth is "
         f"{max(reading.above_best):.2f} % above the best depth, which is {reading.best}."
     )
 

@@ -132,7 +132,8 @@ class LatentAttention(nn.Module):
         nope, turned = self._query(x, rope, loop)
         queries = place.span.widest if place.span.rows is not None else place.span.sequence
         scale = (self.nope + self.rope) ** -0.5
-        if self._absorbed(queries, seen.shape[1]):
+        # In a deterministic call always, because the other form's product is over all keys.
+        if place.span.alone is not None or self._absorbed(queries, seen.shape[1]):
             y = self._attend_absorbed(nope, turned, seen, place, scale)
         else:
             y = self._attend_expanded(nope, turned, seen, place, scale)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -53,6 +54,9 @@ class Span:
     """Most of them in one sequence."""
     pad: Int[Tensor, " rows"] | None = None
     """Each row's number in the `(sequences, widest)` layout; None: the same."""
+    alone: tuple[int, ...] | None = None
+    """How many keys each row sees, where a row's bits may depend on nothing else in the call (the
+    engine's deterministic mode); rows beyond these pad the call to a fixed number of rows."""
 
     @classmethod
     def fresh(cls, batch: int, sequence: int, mask: Tensor | None, device: torch.device) -> Span:
@@ -174,7 +178,7 @@ class Place:
     """One layer's view of a call: where its keys go, and attention over what is visible."""
 
     span: Span
-    store: Store | Frozen | None = None
+    store: Keeper | None = None
     slot: int = 0
 
     def keep(self, kept: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -192,6 +196,8 @@ class Place:
     ) -> Float[Tensor, "*rows heads value"]:
         """Scaled dot-product attention of this call's queries over the visible keys."""
         span = self.span
+        if span.alone is not None:
+            return self._attend_alone(query, key, value, scale)
         y = F.scaled_dot_product_attention(
             span.spread(query).transpose(1, 2),
             key.transpose(1, 2),
@@ -202,6 +208,34 @@ class Place:
             enable_gqa=query.shape[-2] != key.shape[-2],
         )
         return span.gather(y.transpose(1, 2))
+
+    def _attend_alone(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attend row by row, each over its true number of keys.
+
+        Padding and a mask would change the order of a sum, and with two threads the number of
+        sequences in a call changes it too.
+        """
+        assert self.span.alone is not None
+        y = query.new_zeros(*query.shape[:2], value.shape[-1])
+        for row, keys in enumerate(self.span.alone):
+            own = slice(row, row + 1)
+            y[row] = F.scaled_dot_product_attention(
+                query[own].clone().transpose(0, 1).unsqueeze(0),  # aligned alike for every row
+                key[own, :keys].transpose(1, 2),
+                value[own, :keys].transpose(1, 2),
+                scale=scale,
+                enable_gqa=query.shape[-2] != key.shape[-2],
+            )[0, :, 0]
+        return y
+
+
+@runtime_checkable
+class Keeper(Protocol):
+    """Where one layer's entries are kept: `Store`, `Frozen` in training, pages in the engine."""
+
+    def update(self, kept: dict[str, Tensor], span: Span, slot: int) -> dict[str, Tensor]:
+        """Keep a call's entries; return all that it sees, `(sequences, keys, ...)`."""
+        ...
 
 
 class Store:

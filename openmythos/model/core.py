@@ -7,7 +7,7 @@ asks for; each does the same arithmetic for a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openmythos.config import MythosConfig
-from openmythos.model.cache import Cache, Frozen, Place, Span, Store
+from openmythos.model.cache import Cache, Frozen, Keeper, Place, Span
 from openmythos.model.experts import Experts
 from openmythos.model.halting import Graves, LearnedExit, Memory, Rule, select
 from openmythos.model.injection import INJECTION
@@ -104,7 +104,7 @@ class Core(nn.Module):
         wide = e.float() if e.itemsize < 4 else e
         drive, carry = self.injection.prepare(e)
         rows = Rows(span, rope, drive.to(wide.dtype), carry)
-        h = self._first_state(wide) if h0 is None else h0.to(wide.dtype)
+        h = self.first_state(wide) if h0 is None else h0.to(wide.dtype)
         notes = Notes(
             experts=self.config.experts,
             layers=self.config.core_layers,
@@ -136,7 +136,8 @@ class Core(nn.Module):
         """Whether anything needs a gradient: the adapters may learn behind a frozen prelude."""
         return any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))
 
-    def _first_state(self, e: Tensor) -> Tensor:
+    def first_state(self, e: Tensor) -> Tensor:
+        """The state before the first loop where none is given; `e` is fp32 or wider."""
         return e if self.config.h0 == "e" else torch.zeros_like(e)
 
     def one_loop(
@@ -144,7 +145,7 @@ class Core(nn.Module):
         h: Float[Tensor, "*rows hidden"],
         rows: Rows,
         loop: Int[Tensor, "*leading"],
-        stores: list[Store] | list[Frozen] | None = None,
+        stores: Sequence[Keeper] | None = None,
         slot: int = 0,
         choices: list[Tensor | None] | None = None,
     ) -> tuple[Float[Tensor, "*rows hidden"], list[Tensor]]:

@@ -6,6 +6,8 @@ auxiliary loss by a bias on the choice alone, as in DeepSeek-V3 (arXiv 2412.1943
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -103,13 +105,22 @@ class Experts(nn.Module):
         x: Float[Tensor, "*rows hidden"],
         loop: Int[Tensor, "*leading"],
         given: Int[Tensor, "*rows chosen"] | None = None,
+        alone: int | None = None,
     ) -> tuple[Float[Tensor, "*rows hidden"], Int[Tensor, "*rows chosen"]]:
-        """Return the output and the chosen experts of each token."""
+        """Return the output and the chosen experts of each token.
+
+        With `alone`, the first so many rows are multiplied one by one, so that their bits do not
+        depend on who chose the same expert; the rest is padding and gets zeros.
+        """
         flat = x.flatten(0, -2)
         chosen, weights = self.router(flat, None if given is None else given.flatten(0, -2))
         few = chosen.numel() <= FEW_PAIRS and not torch.compiler.is_compiling()
-        if few and flat.device.type == "cpu" and not torch.is_grad_enabled():
-            y = self._one_by_one(flat, chosen, weights)
+        if alone is not None:
+            y = torch.zeros_like(flat)
+            rows = [flat[row : row + 1].clone() for row in range(alone)]  # aligned alike
+            y[:alone] = self._one_by_one(rows, chosen[:alone], weights[:alone])
+        elif few and flat.device.type == "cpu" and not torch.is_grad_enabled():
+            y = self._one_by_one(flat.split(1), chosen, weights)
         else:
             y = self._sorted(flat, chosen, weights)
         y = y.view_as(x)
@@ -131,10 +142,10 @@ class Experts(nn.Module):
         y = y.unflatten(0, chosen.shape)  # (tokens, chosen, hidden)
         return y.sum(1, dtype=weights.dtype).to(x.dtype)
 
-    def _one_by_one(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    def _one_by_one(self, x: Sequence[Tensor], chosen: Tensor, weights: Tensor) -> Tensor:
         """Multiply by views of the chosen matrices: no other expert's weights are touched."""
         sums = []
-        for row, experts, scales in zip(x.split(1), chosen.tolist(), weights.tolist(), strict=True):
+        for row, experts, scales in zip(x, chosen.tolist(), weights.tolist(), strict=True):
             inner = torch.cat([torch.mm(row, self.w_in[expert]) for expert in experts])
             total = torch.zeros_like(row)
             parts = zip(self.activation(inner).split(1), experts, scales, strict=True)

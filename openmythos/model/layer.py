@@ -59,7 +59,8 @@ class Layer(nn.Module):
         h = self._residual(h, y, self.attention_out_norm)
         x, chosen = self.feed_forward_norm(h), None
         if isinstance(self.feed_forward, Experts):
-            y, chosen = self.feed_forward(x, loop, given)
+            alone = None if place.span.alone is None else len(place.span.alone)
+            y, chosen = self.feed_forward(x, loop, given, alone)
         else:
             y = self.feed_forward(x, loop)
         return self._residual(h, y, self.feed_forward_out_norm), chosen

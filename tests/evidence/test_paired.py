@@ -29,7 +29,7 @@ def test_the_interval_is_students():
 def test_one_seed_settles_nothing():
     alone = interval([-5.0])
     assert (alone.low, alone.high) == (-math.inf, math.inf)
-    assert "does not settle" in alone.verdict
+    assert alone.verdict == "at or below, but one seed does not settle it"
     assert str(alone) == "-5.0000 (one seed)"
 
 

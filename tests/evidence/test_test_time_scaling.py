@@ -53,7 +53,7 @@ def test_a_curve_that_saturates_meets_what_was_expected():
     text = as_markdown(section)
     assert "openmythos-lm has 1.3000 bits per byte at 1 loop, 1.2091 at the 4 of its" in text
     assert "171 at 16: +27 % in bits" in text
-    assert "on messages: small-fixed 9.18 %" in text  # 1.32 over 1.2091, read at 16 loops
+    assert "on messages: small-fixed 9.17 %" in text  # 1.32 over 1.2091, read at 16 loops
 
 
 def test_a_curve_that_rises_is_said_to_miss():
@@ -77,19 +77,21 @@ def test_the_other_text_is_of_another_source():
     assert not any("Fellow-Citizens" in text or "fiscal" in text for text in documents)
 
 
-def test_a_given_model_is_measured_on_both_texts_at_all_depths(tmp_path):
+def test_a_given_model_is_measured_on_both_texts_at_all_depths(tmp_path, monkeypatch):
+    monkeypatch.setattr(claim, "LOOPS", (1, 2, 3))
     tokenizer = Tokenizer.train(["the cat sat on the mat"], vocab_size=260)
-    model = tiny(vocab_size=tokenizer.vocab_size, mean_loops=5)
+    sizes = {"vocab_size": tokenizer.vocab_size, "max_length": 16, "core_layers": 1, "experts": 0}
+    model = tiny(**sizes, mean_loops=3)
     folder = tmp_path / "mine"
     model.save_pretrained(folder, tokenizer)
     claim_cells = cells(quick=True, seeds=3, model=folder)
     assert [cell.name for cell in claim_cells] == ["mine/seed-0"]
     cell = claim._given(folder, 40)
     result = run_cells([cell], tmp_path, lambda _: None)[cell.name]
-    assert list(result["bits"]["novel"]) == sorted({*LOOPS, 5, 10, 20})
+    assert list(result["bits"]["novel"]) == [1, 2, 3, 6, 12]
     with tokenised(novel(), tokenizer) as file:
-        own = evaluate(model, file, tokenizer.token_bytes, [3, 20], length=64, max_tokens=40)
-    found = [result["bits"]["novel"][loops] for loops in (3, 20)]
+        own = evaluate(model, file, tokenizer.token_bytes, [3, 12], length=16, max_tokens=40)
+    found = [result["bits"]["novel"][loops] for loops in (3, 12)]
     assert found == pytest.approx(list(own.bits_per_byte), rel=1e-5)
     assert result["bits"]["messages"] != result["bits"]["novel"]
     assert conclude({cell.name: result}).expectations

@@ -1,0 +1,346 @@
+"""The engine: many requests at once through one model, each as deep as it asks.
+
+One thread owns the model and runs ticks; callers submit requests from any thread and read events.
+Whatever happens, every choice of every accepted request gets its `FinishEvent`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from openmythos.errors import EngineStopped, InputError, QueueFull
+from openmythos.inference.engine_settings import EngineSettings
+from openmythos.inference.language_model import LanguageModel
+from openmythos.inference.pages import PAGE
+from openmythos.inference.passes import page_bytes
+from openmythos.inference.request import Event, FinishEvent, FinishReason, Request
+from openmythos.inference.ticks import Ticker, Work
+
+LOG = logging.getLogger(__name__)
+
+Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """An engine's state after a tick, and what it has done since its start."""
+
+    running: int = 0
+    """Requests in flight."""
+    waiting: int = 0
+    """Requests that wait for admission."""
+    rows: int = 0
+    """Rows in the core."""
+    pages_total: int = 0
+    """Pages of 16 positions in one slot."""
+    pages_free: int = 0
+    pages_cached: int = 0
+    """Kept for requests to come, and given up when pages are needed."""
+    pages_used: int = 0
+    """`total` less `free` less `cached`."""
+    pages_promised: int = 0
+    """That requests in flight may still take."""
+    prefix_hits: int = 0
+    """Columns of 16 positions that were found."""
+    prefix_evictions: int = 0
+    ticks: int = 0
+    row_loops: int = 0
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    new_token_loops: int = 0
+    """Loops of the positions that new tokens were drawn from."""
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    """Of those drafted, the ones that turned out to be true."""
+    finished_stop: int = 0
+    finished_length: int = 0
+    finished_cancelled: int = 0
+    finished_error: int = 0
+
+
+class Submission:
+    """A request that the engine has accepted: its events, in order, and a way to cancel it.
+
+    Iterating waits for events and ends after the last choice's `FinishEvent`; it may be done
+    several times and on any thread, each time from the first event.
+    """
+
+    def __init__(self, request: Request, cancel: Callable[[Submission], None]) -> None:
+        self.request = request
+        self._cancel = cancel
+        self._events: list[Event] = []
+        self._listeners: list[Listener] = []
+        self._open = set(range(request.choices))
+        self._changed = threading.Condition()
+
+    def __iter__(self) -> Iterator[Event]:
+        """Yield events as they come."""
+        at = 0
+        while True:
+            with self._changed:
+                while at == len(self._events) and self._open:
+                    self._changed.wait()
+                if at == len(self._events):
+                    return
+                event = self._events[at]
+            at += 1
+            yield event
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice has ended."""
+        return not self._open
+
+    def add_listener(self, listener: Listener) -> None:
+        """Call `listener` with every event: those so far now, later ones on the engine's thread.
+
+        It must return at once and not raise: hand over to an event loop with
+        `call_soon_threadsafe`. A listener that raises is dropped and the request cancelled.
+        """
+        with self._changed:
+            for event in self._events:
+                listener(event)
+            self._listeners.append(listener)
+
+    def cancel(self) -> None:
+        """End all choices with `cancelled` at the next tick; without effect once they ended."""
+        self._cancel(self)
+
+    def deliver(self, event: Event) -> None:
+        """Add an event; the engine calls this."""
+        with self._changed:
+            self._events.append(event)
+            if isinstance(event, FinishEvent):
+                self._open.discard(event.choice)
+            self._changed.notify_all()
+            for listener in list(self._listeners):
+                try:
+                    listener(event)
+                except Exception:
+                    LOG.exception("a listener failed: it is dropped and its request cancelled")
+                    self._listeners.remove(listener)
+                    self._cancel(self)
+
+    def close(self, reason: FinishReason, error: str | None = None) -> None:
+        """End the choices that have not ended; the engine calls this."""
+        for choice in sorted(self._open):
+            tokens = len(self.request.token_ids)
+            self.deliver(
+                FinishEvent(choice=choice, reason=reason, error=error, prompt_tokens=tokens)
+            )
+
+
+class Engine:
+    """Serves requests with one model, many at once; see `EngineSettings`.
+
+    Args:
+        lm: model and tokenizer. The engine's thread runs the model; others may use it meanwhile
+            only for reading.
+        settings: sizes and mode.
+
+    Raises:
+        InputError: the cache is too small for a single page.
+    """
+
+    def __init__(self, lm: LanguageModel, settings: EngineSettings | None = None) -> None:
+        self.lm, self.settings = lm, settings or EngineSettings()
+        size = page_bytes(lm.model)
+        pages = self.settings.cache_bytes // size
+        if not pages:
+            raise InputError(
+                f"cache_bytes={self.settings.cache_bytes} must hold at least one page of {PAGE} "
+                f"positions, {size} bytes"
+            )
+        self._ticker = Ticker(
+            lm,
+            pages=pages,
+            budget=self.settings.budget,
+            chunk=self.settings.chunk,
+            deterministic=self.settings.deterministic,
+            prefix_sharing=self.settings.prefix_sharing,
+        )
+        self._wake = threading.Condition()
+        self._inbox: deque[Submission] = deque()
+        self._cancelled: deque[Submission] = deque()
+        self._works: dict[Submission, Work] = {}
+        self._thread: threading.Thread | None = None
+        self._stopping: str = ""  # "drain" or "now" once it is
+        self._statistics = self._take_statistics()
+
+    def start(self) -> None:
+        """Start the engine's thread; without effect where it runs.
+
+        Raises:
+            EngineStopped: it was stopped.
+        """
+        with self._wake:
+            if self._stopping:
+                raise EngineStopped("the engine was stopped: make a new one")
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="openmythos-engine")
+                self._thread.start()
+
+    def submit(self, request: Request) -> Submission:
+        """Accept a request; its events come through what this returns.
+
+        Raises:
+            InputError: the model, the tokenizer or the cache can never serve it.
+            QueueFull: as many requests wait as may.
+            EngineStopped: the engine takes no requests any more.
+        """
+        self._ticker.prepare(request)
+        submission = Submission(request, self._ask_to_cancel)
+        with self._wake:
+            if self._stopping:
+                raise EngineStopped("the engine is stopping: it takes no more requests")
+            waiting = len(self._inbox) + len(self._ticker.scheduler.waiting)
+            if waiting >= self.settings.max_waiting:
+                raise QueueFull(
+                    f"max_waiting={self.settings.max_waiting} requests wait already: try again "
+                    "later"
+                )
+            self._inbox.append(submission)
+            self._wake.notify()
+        return submission
+
+    def _ask_to_cancel(self, submission: Submission) -> None:
+        with self._wake:
+            if not submission.finished:
+                self._cancelled.append(submission)
+                self._wake.notify()
+
+    def stop(self, drain: bool = True) -> None:
+        """Take no more requests and end the thread; may be called again, and from any thread.
+
+        Args:
+            drain: finish what has been submitted; otherwise everything ends as `cancelled`.
+        """
+        with self._wake:
+            if not drain or not self._stopping:
+                self._stopping = "drain" if drain else "now"
+            self._wake.notify()
+            thread = self._thread
+        if thread is None:
+            self._end_all("cancelled")
+        elif thread is not threading.current_thread():
+            thread.join()
+
+    def __enter__(self) -> Engine:
+        """Start."""
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stop at once."""
+        self.stop(drain=False)
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread works and takes requests."""
+        thread = self._thread
+        return thread is not None and thread.is_alive() and not self._stopping
+
+    def statistics(self) -> Statistics:
+        """Return the state after the last tick."""
+        return self._statistics
+
+    # The engine's thread
+
+    def _run(self) -> None:
+        error: str | None = None
+        try:
+            with torch.inference_mode():
+                while self._receive():
+                    try:
+                        self._ticker.tick()
+                    except Exception as failure:
+                        LOG.exception("a tick failed: the requests in flight end with an error")
+                        self._ticker.fail(f"{type(failure).__name__}: {failure}")
+                    self._tidy()
+        except BaseException as failure:
+            LOG.exception("the engine failed and stops")
+            error = f"{type(failure).__name__}: {failure}"
+        finally:
+            self._end_all("cancelled" if error is None else "error", error)
+
+    def _receive(self) -> bool:
+        """Wait for something to do and take what was asked; False: end."""
+        with self._wake:
+            self._wake.wait_for(
+                lambda: self._inbox or self._cancelled or self._stopping or not self._ticker.idle
+            )
+            inbox, cancelled = list(self._inbox), list(self._cancelled)
+            self._inbox.clear()
+            self._cancelled.clear()
+            # Added under the lock, so that none is counted as waiting in neither place.
+            for submission in inbox:
+                self._add(submission)
+        for submission in cancelled:
+            if submission in self._works:
+                self._ticker.end(self._works.pop(submission), "cancelled")
+        return not (self._stopping == "now" or (self._stopping == "drain" and self._ticker.idle))
+
+    def _add(self, submission: Submission) -> None:
+        try:
+            self._works[submission] = self._ticker.add(submission.request, submission.deliver)
+        except Exception as failure:  # noqa: BLE001 - a constraint is the caller's own code
+            submission.close("error", f"{type(failure).__name__}: {failure}")
+
+    def _tidy(self) -> None:
+        self._works = {
+            submission: work for submission, work in self._works.items() if not work.finished
+        }
+        self._statistics = self._take_statistics()
+
+    def _end_all(self, reason: FinishReason, error: str | None = None) -> None:
+        """End everything that has not ended, whatever state the ticker is in."""
+        with self._wake:
+            self._stopping = self._stopping or "now"
+            inbox = list(self._inbox)
+            self._inbox.clear()
+        for work in list(self._works.values()):
+            try:
+                self._ticker.end(work, reason, error)
+            except Exception:
+                LOG.exception("a request could not be ended in order")
+        for submission in [*self._works, *inbox]:
+            submission.close(reason, error)
+        self._works = {}
+        self._statistics = self._take_statistics()
+
+    def _take_statistics(self) -> Statistics:
+        ticker, pages, counts = self._ticker, self._ticker.pages, self._ticker.counts
+        waiting = len(ticker.scheduler.waiting)
+        return Statistics(
+            running=len(ticker.works) - waiting,
+            waiting=waiting + len(self._inbox),
+            rows=sum(len(track.rows) for track in ticker.scheduler.tracks),
+            pages_total=pages.total,
+            pages_free=pages.free,
+            pages_cached=pages.cached,
+            pages_used=pages.used,
+            pages_promised=pages.promised,
+            prefix_hits=pages.hits,
+            prefix_evictions=pages.evictions,
+            ticks=counts.ticks,
+            row_loops=counts.row_loops,
+            requests=counts.requests,
+            prompt_tokens=counts.prompt_tokens,
+            cached_tokens=counts.cached_tokens,
+            new_tokens=counts.new_tokens,
+            new_token_loops=counts.new_token_loops,
+            drafted_tokens=counts.drafted_tokens,
+            accepted_tokens=counts.accepted_tokens,
+            finished_stop=counts.finished["stop"],
+            finished_length=counts.finished["length"],
+            finished_cancelled=counts.finished["cancelled"],
+            finished_error=counts.finished["error"],
+        )

@@ -1,0 +1,403 @@
+"""The model's side of a tick: prelude, one loop of the core, coda and head for any set of rows.
+
+Rows are positions of any sequences at any loops. Their states lie in seats, their keys and
+values in pages; the layers are the model's own, which see the pages through `Lane`.
+
+In deterministic mode rows go through the model in tiles of a fixed number, padded where fewer are
+left, and each attends alone over its true length: a product's bits depend on how many rows it
+has, and attention's on padding, mask and batch. All else is computed row by row anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence, Set
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from openmythos.inference.pages import PAGE, Layout
+from openmythos.inference.scheduler import Row, Track
+from openmythos.model.attention import ATTENTION
+from openmythos.model.cache import Declaration, Place, Span
+from openmythos.model.core import Rows
+from openmythos.model.halting import Memory, Rule
+from openmythos.model.rope import Rope, rope_table
+from openmythos.model.transformer import OpenMythos
+
+TILE = 8
+"""Rows of a pass in deterministic mode: the most for which a lone row costs hardly more than one
+row does, because a product of few rows takes the time of reading its weights."""
+
+RULES = 16
+"""Halting rules kept for requests to come, each with its own threshold and its memory of rows."""
+
+Choose = Callable[[Track, Row], int]
+"""The slot that a row writes and reads."""
+Also = Callable[[Track, Row], int | None]
+"""Another slot that it writes."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What one call's rows write and see of the pages, in one slot each."""
+
+    span: Span
+    write: Int[Tensor, " rows"]
+    """Where each row's entry goes; rows beyond are padding."""
+    read: Int[Tensor, " entries"]
+    """Places of all that is seen, sequence by sequence."""
+    shape: tuple[int, int]
+    """`(sequences, keys)` of `read`."""
+    also: tuple[Int[Tensor, " some"], Int[Tensor, " some"]] | None = None
+    """Rows whose entry is written a second time, and where."""
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One layer's entries in all pages, `(places, ...)` per declared name, as a call sees them."""
+
+    data: dict[str, Tensor]
+    view: View
+
+    def update(self, kept: dict[str, Tensor], span: Span, slot: int) -> dict[str, Tensor]:
+        """Write this call's entries `(rows, ...)`; return what it sees, `(sequences, keys, ..)`."""
+        view, seen = self.view, {}
+        for name, x in kept.items():
+            data = self.data[name]
+            x = x.to(data.dtype)
+            data.index_copy_(0, view.write, x[: len(view.write)])
+            if view.also is not None:
+                rows, places = view.also
+                data.index_copy_(0, places, x.index_select(0, rows))
+            seen[name] = data.index_select(0, view.read).unflatten(0, view.shape)
+        return seen
+
+
+class Passes:
+    """Runs rows through a model; owns the storage of pages and the states of rows.
+
+    Args:
+        model: in evaluation mode.
+        pages: how many to allocate.
+        deterministic: whether a row's bits may depend on it alone.
+    """
+
+    def __init__(self, model: OpenMythos, pages: int, *, deterministic: bool) -> None:
+        self.model, self.config, self.deterministic = model, model.config, deterministic
+        weight = model.embed.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.lanes = len(model.core.layers)
+        shape = ((pages + 1) * PAGE,)  # the last page stays zero: what lies beyond a row's length
+        self.null = pages * PAGE
+        self.storage = [
+            {
+                name: torch.zeros(*shape, *size, dtype=self.dtype, device=self.device)
+                for name, size in declaration(model).items()
+            }
+            for _ in range(self.lanes)
+        ]
+        self.rope = self._rope_table()
+        self.carry = torch.empty(0)
+        self.rules: dict[Hashable, Rule | None] = {}
+        self.memories: dict[Hashable, Memory] = {}
+        wide = torch.float32 if self.dtype.itemsize < 4 else self.dtype
+        self.h = torch.zeros(1, self.config.hidden_size, dtype=wide, device=self.device)
+        self.drive = torch.zeros_like(self.h)
+        self.seats: list[int] = []  # free ones; seat 0 is that of padding
+
+    def _rope_table(self) -> Rope:
+        config = self.config
+        dim = ATTENTION[config.attention].rope_dim(config)
+        positions = torch.arange(config.max_length, device=self.device)
+        table = rope_table(positions, dim, config.rope_base, config.rope_pairing, self.dtype)
+        return table.per_head()
+
+    def keep_rules(
+        self, used: Set[Hashable], name: Hashable, make: Callable[[], Rule | None]
+    ) -> None:
+        """Have a halting rule by its name; forget rules that are not used where they are many."""
+        if name not in self.rules and len(self.rules) >= RULES:
+            self.rules = {key: rule for key, rule in self.rules.items() if key in used}
+            self.memories = {key: part for key, part in self.memories.items() if key in used}
+        if name not in self.rules:
+            self.rules[name] = make()
+
+    # Seats
+
+    def _sit(self, rows: Sequence[Row]) -> None:
+        """Give each row a seat, making more where they do not suffice."""
+        missing = len(rows) - len(self.seats)
+        if missing > 0:
+            size = len(self.h)
+            more = max(missing, size)
+            self.h = _longer(self.h, more)
+            self.drive = _longer(self.drive, more)
+            self.memories = {
+                key: tuple(_longer(part, more) for part in memory)
+                for key, memory in self.memories.items()
+            }
+            self.seats += range(size + more - 1, size - 1, -1)
+        for row in rows:
+            row.seat = self.seats.pop()
+
+    def stand_up(self, rows: Sequence[Row]) -> None:
+        """Free the rows' seats."""
+        self.seats += [row.seat for row in rows]
+
+    def clear(self) -> None:
+        """Free all seats: no row is left anywhere."""
+        self.seats = list(range(len(self.h) - 1, 0, -1))
+
+    def copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages, from and to."""
+        if not copies:
+            return
+        offsets = torch.arange(PAGE, device=self.device)
+        pages = torch.tensor(copies, device=self.device)  # (copies, 2)
+        source, target = ((pages[:, side : side + 1] * PAGE + offsets).flatten() for side in (0, 1))
+        for data in (data for lane in self.storage for data in lane.values()):
+            data.index_copy_(0, target, data.index_select(0, source))
+
+    # What a call sees
+
+    def _tiles(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+        size = TILE if self.deterministic else max(1, len(rows))
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+
+    def _padded(self, values: list[int]) -> Int[Tensor, " rows"]:
+        """As a tensor, in deterministic mode of `TILE` values."""
+        if self.deterministic:
+            values = values + [0] * (TILE - len(values))
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    def _view(self, rows: Sequence[Row], slot: Choose, also: Also | None = None) -> View:
+        """Let rows write `slot` and read all positions up to their own there."""
+        write = [row.track.table.write(slot(row.track, row), row.position) for row in rows]
+        second = []
+        if also is not None:
+            for number, row in enumerate(rows):
+                place = also(row.track, row)
+                if place is not None:
+                    second.append((number, row.track.table.write(place, row.position)))
+        build = self._alone if self.deterministic else self._together
+        span, read = build(rows, slot)
+        return View(
+            span,
+            torch.tensor(write, device=self.device),
+            torch.from_numpy(read.reshape(-1)).to(self.device),
+            (read.shape[0], read.shape[1]),
+            None if not second else tuple(torch.tensor(second, device=self.device).t()),
+        )
+
+    def _alone(self, rows: Sequence[Row], slot: Choose) -> tuple[Span, np.ndarray]:
+        lengths = tuple(row.position + 1 for row in rows)
+        keys = -(-max(lengths) // PAGE) * PAGE  # so that every row's entries are aligned alike
+        read = np.full((len(rows), keys), self.null)
+        for places, row, length in zip(read, rows, lengths, strict=True):
+            places[:length] = row.track.table.addresses[slot(row.track, row), :length]
+        return self._span(rows, keys, alone=lengths), read
+
+    def _together(self, rows: Sequence[Row], slot: Choose) -> tuple[Span, np.ndarray]:
+        """Rows of one sequence that read one slot share what they read."""
+        groups = [
+            (track, place, list(members))
+            for (track, place), members in groupby(
+                rows, lambda row: (row.track, slot(row.track, row))
+            )
+        ]
+        keys = max(row.position for row in rows) + 1
+        widest = max(len(members) for _, _, members in groups)
+        read = np.full((len(groups), keys), self.null)
+        last = np.full((len(groups), widest), keys - 1)  # last key that a query sees
+        pad: list[int] = []
+        for number, (track, place, members) in enumerate(groups):
+            positions = [row.position for row in members]
+            length = positions[-1] + 1
+            read[number, :length] = track.table.addresses[place, :length]
+            last[number, : len(members)] = positions
+            pad += range(number * widest, number * widest + len(members))
+        visible = torch.from_numpy(np.arange(keys) <= last[:, :, None])
+        full = len(pad) == len(groups) * widest
+        span = self._span(
+            rows,
+            keys,
+            visible=visible.unsqueeze(1).to(self.device),
+            widest=widest,
+            pad=None if full else torch.tensor(pad, device=self.device),
+        )
+        return span, read
+
+    def _span(self, rows: Sequence[Row], keys: int, **fields: object) -> Span:
+        index = torch.tensor([[row.position] for row in rows], device=self.device)
+        numbers = torch.arange(len(rows), device=self.device)
+        return Span(len(rows), 1, index, keys, rows=numbers, **fields)  # type: ignore[arg-type]
+
+    # The stages
+
+    def enter(self, rows: Sequence[Row]) -> None:
+        """Run the prelude on rows that start, in order of position within a sequence."""
+        if not rows:
+            return
+        self._sit(rows)
+        model = self.model
+        for tile in self._tiles(rows):
+            token_ids = self._padded([row.track.token_ids[row.position] for row in tile])
+            rope = self.rope.select(self._padded([row.position for row in tile]))
+            e = model.before_core(token_ids, rope, self._outer(tile, 0))
+            wide = e.to(self.h.dtype)
+            drive, self.carry = model.core.injection.prepare(e)
+            seats = torch.tensor([row.seat for row in tile], device=self.device)
+            self.drive.index_copy_(0, seats, drive[: len(tile)].to(wide.dtype))
+            self.h.index_copy_(0, seats, model.core.first_state(wide)[: len(tile)])
+
+    def _outer(self, rows: Sequence[Row], first: int) -> Iterator[Place]:
+        """Places of the outer layers from number `first` on; several share a slot."""
+        slot, view = -1, None
+        for number in range(first, len(self.model.prelude) + len(self.model.coda)):
+            if view is None or number // self.lanes != slot:
+                slot = number // self.lanes
+                view = self._view(rows, _always(slot))
+            lane = Lane(self.storage[number % self.lanes], view)
+            yield Place(view.span, lane)
+
+    def loop(self, rows: Sequence[Row]) -> list[bool]:
+        """Run one loop of the core on each row; return where its halting rule fires."""
+        before, after = [], []
+        for tile in self._tiles(rows):
+            view = self._view(tile, Track.slot, Track.also)
+            seats = self._padded([row.seat for row in tile])
+            h = self.h.index_select(0, seats)
+            fixed = Rows(
+                view.span,
+                self.rope.select(self._padded([row.position for row in tile])),
+                self.drive.index_select(0, seats),
+                self.carry,
+            )
+            loops = self._padded([row.loop for row in tile])
+            new, _ = self.model.core.one_loop(
+                h, fixed, loops, [Lane(data, view) for data in self.storage]
+            )
+            before.append(h[: len(tile)])
+            after.append(new[: len(tile)])
+        whole = torch.cat(after)
+        seats = torch.tensor([row.seat for row in rows], device=self.device)
+        self.h.index_copy_(0, seats, whole)
+        return self._decide(rows, torch.cat(before), whole)
+
+    def _decide(self, rows: Sequence[Row], before: Tensor, after: Tensor) -> list[bool]:
+        exits = [False] * len(rows)
+        kinds: dict[tuple[Hashable, bool], list[int]] = {}
+        for number, row in enumerate(rows):
+            halting = row.track.job.halting
+            if self.rules[halting] is not None:
+                kinds.setdefault((halting, row.loop == 0), []).append(number)
+        size = TILE if self.deterministic else max(1, len(rows))
+        for (halting, fresh), numbers in kinds.items():
+            for start in range(0, len(numbers), size):
+                some = numbers[start : start + size]
+                for number, fires in zip(
+                    some, self._ask(halting, fresh, rows, some, before, after), strict=True
+                ):
+                    exits[number] = fires
+        return exits
+
+    def _ask(
+        self,
+        halting: Hashable,
+        fresh: bool,
+        rows: Sequence[Row],
+        numbers: list[int],
+        before: Tensor,
+        after: Tensor,
+    ) -> list[bool]:
+        """Let one rule decide on some rows, and keep its memory of them."""
+        rule = self.rules[halting]
+        assert rule is not None
+        chosen = self._padded(numbers)
+        before, after = before.index_select(0, chosen), after.index_select(0, chosen)
+        some = [rows[number] for number in numbers]
+        seats = self._padded([row.seat for row in some])
+        if fresh:
+            memory = rule.start(len(chosen), before)
+        else:
+            memory = tuple(x.index_select(0, seats) for x in self.memories[halting])
+        last = self._padded([row.loop + 1 == row.track.job.loops for row in some]).bool()
+        fires, memory = rule.decide(before, after, memory, last)
+        if halting not in self.memories:
+            self.memories[halting] = tuple(x.new_zeros(len(self.h), *x.shape[1:]) for x in memory)
+        real = seats[: len(some)]
+        for kept, x in zip(self.memories[halting], memory, strict=True):
+            kept.index_copy_(0, real, x[: len(some)])
+        return fires[: len(some)].tolist()
+
+    def leave(self, rows: Sequence[Row]) -> None:
+        """Make of each row that left the core the state that its rule hands to the coda."""
+        kinds: dict[Hashable, list[int]] = {}
+        for row in rows:
+            kinds.setdefault(row.track.job.halting, []).append(row.seat)
+        for halting, numbers in kinds.items():
+            rule = self.rules[halting]
+            if rule is None:
+                continue
+            seats = torch.tensor(numbers, device=self.device)
+            memory = tuple(x.index_select(0, seats) for x in self.memories[halting])
+            self.h.index_copy_(0, seats, rule.output(self.h.index_select(0, seats), memory))
+
+    def finish(
+        self, rows: Sequence[Row], wanted: Sequence[Row]
+    ) -> Float[Tensor, "wanted vocab"] | None:
+        """Run the coda on rows and the head on those `wanted` among them; return its logits."""
+        if not self.model.coda:
+            rows = wanted
+        states: dict[int, Tensor] = {}
+        wants = {id(row) for row in wanted}
+        for tile in self._tiles(rows):
+            seats = self._padded([row.seat for row in tile])
+            rope = self.rope.select(self._padded([row.position for row in tile]))
+            places = self._outer(tile, len(self.model.prelude))
+            y = self.model.after_core(self.h.index_select(0, seats), rope, places)
+            for number, row in enumerate(tile):
+                if id(row) in wants:
+                    states[id(row)] = y[number]
+        logits = []
+        for tile in self._tiles(wanted):
+            y = torch.stack([states[id(row)] for row in tile])
+            if self.deterministic:
+                y = _longer(y, TILE - len(tile))
+            logits.append(self.model.readout(y)[: len(tile)])
+        return torch.cat(logits) if logits else None
+
+
+def declaration(model: OpenMythos) -> Declaration:
+    """What one position keeps in one layer: the same for every layer of a model."""
+    kept: Declaration = model.core.layers[0].attention.kept  # type: ignore[union-attr, assignment]
+    return kept
+
+
+def outer_slots(model: OpenMythos) -> int:
+    """Slots for prelude and coda: as many of their layers share one as the core has."""
+    return -(-(len(model.prelude) + len(model.coda)) // len(model.core.layers))
+
+
+def page_bytes(model: OpenMythos) -> int:
+    """Bytes of a page, over all layers."""
+    numbers = sum(int(np.prod(shape)) for shape in declaration(model).values())
+    return PAGE * len(model.core.layers) * numbers * model.embed.weight.dtype.itemsize
+
+
+def layout(model: OpenMythos, loops: int, policy: str) -> Layout:
+    """The slots of a sequence that takes up to so many loops."""
+    return Layout(outer_slots(model), loops, latest=policy == "last")
+
+
+def _longer(x: Tensor, more: int) -> Tensor:
+    return torch.cat([x, x.new_zeros(more, *x.shape[1:])])
+
+
+def _always(slot: int) -> Choose:
+    return lambda *_: slot

@@ -1,0 +1,300 @@
+"""Which rows run in a tick: admission, the order of loops, and who has left. Free of torch.
+
+A row is a position of a sequence in the core. Rows of any loop and any sequence share a tick; the
+one rule among the rows of a sequence is that a row may run loop t once every earlier position
+has written slot t (in this tick at the latest) or has left the core. So the parts of a long
+prompt follow each other as a wave, one loop apart.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from openmythos.inference.pages import PAGE, Layout, Pages, Table
+
+
+@dataclass(eq=False)
+class Row:
+    """A position in the core."""
+
+    track: Track
+    position: int
+    loop: int = 0
+    """The loop it runs next; once it has left, the loops it took."""
+    drafted: bool = False
+    """Whether it has passed the coda once before it left, to draft the token after it."""
+    fired: bool = False
+    """Whether its halting rule has fired: it leaves after the next loop."""
+    seat: int = -1
+    """Where its state is kept; the model's side of the engine knows."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A request, as far as its scheduling goes."""
+
+    number: int
+    """In order of arrival."""
+    token_ids: tuple[int, ...]
+    max_new_tokens: int
+    loops: int
+    choices: int
+    priority: int
+    layout: Layout
+    salt: Hashable = None
+    """What must be equal for columns to be shared, beside token ids; None: nothing is."""
+    halting: Hashable = None
+    """Names its halting rule to the model's side."""
+    use_cached: bool = True
+    """Whether its own prompt may be taken from columns that others wrote."""
+    draft_loops: int | None = None
+    """Loops after which its rows draft the next token; see `openmythos.inference.speculation`."""
+    tracks: list[Track] = field(default_factory=list)
+    """Sequences in flight; none before the job is admitted."""
+    unopened: int = 0
+    """Choices that wait for the prompt to be read."""
+
+    @property
+    def new_positions(self) -> int:
+        """Most positions after the prompt: the last token drawn never enters the core."""
+        return self.max_new_tokens - 1
+
+    @property
+    def pages(self) -> int:
+        """Most pages it can need, with nothing found in the cache."""
+        prompt = len(self.token_ids)
+        others = (self.choices - 1) * self.layout.fork_pages(prompt, self.new_positions)
+        return self.layout.pages(prompt, self.new_positions) + others
+
+
+@dataclass(eq=False)
+class Track:
+    """One choice's sequence in flight."""
+
+    job: Job
+    choice: int
+    token_ids: list[int]
+    table: Table
+    entered: int = 0
+    """Positions that have entered the core, or were found."""
+    passed: int = 0
+    """Positions that have left it, with all before them, and are through the coda."""
+    rows: list[Row] = field(default_factory=list)
+    """Rows in the core, in order of position."""
+    done: dict[int, Row] = field(default_factory=dict)
+    """Rows that have left the core, until all before them have and they pass the coda."""
+    found: int = 0
+    """Positions taken from the cache."""
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the prompt has been read."""
+        return self.passed >= len(self.job.token_ids)
+
+    def ready(self) -> list[Row]:
+        """Take the rows that can pass the coda: all positions before them have left the core."""
+        rows: list[Row] = []
+        while self.passed + len(rows) in self.done:
+            rows.append(self.done.pop(self.passed + len(rows)))
+        return rows
+
+    def slot(self, row: Row) -> int:
+        """The slot that a row reads and writes at its loop."""
+        layout = self.job.layout
+        if layout.latest and row.position >= len(self.job.token_ids):
+            return layout.outer
+        return layout.first + row.loop
+
+    def also(self, row: Row) -> int | None:
+        """Another slot that it writes."""
+        latest = self.job.layout.latest and row.position < len(self.job.token_ids)
+        return self.job.layout.outer if latest else None
+
+
+class Scheduler:
+    """Jobs that wait, sequences in flight, and what runs next.
+
+    Args:
+        pages: where entries are kept.
+        budget: most rows of a tick, and so most sequences in flight: each that decodes always
+            runs.
+        chunk: most positions of one prompt that enter the core in one tick.
+    """
+
+    def __init__(self, pages: Pages, *, budget: int, chunk: int) -> None:
+        self.pages, self.budget, self.chunk = pages, budget, chunk
+        self.tracks: list[Track] = []
+        self.waiting: list[tuple[int, int, Job]] = []  # a heap: priority first, then arrival
+
+    def add(self, job: Job) -> None:
+        """Let a job wait for admission."""
+        heapq.heappush(self.waiting, (-job.priority, job.number, job))
+
+    @property
+    def places(self) -> int:
+        """Sequences in flight, with those that wait for their prompt to be read."""
+        return sum(1 + track.job.unopened for track in self.tracks)
+
+    def admit(self) -> list[Track]:
+        """Start jobs in their order, as long as places and pages suffice for the next one."""
+        admitted: list[Track] = []
+        while self.waiting:
+            job = self.waiting[0][2]
+            track = None if self.places + job.choices > self.budget else self._start(job)
+            if track is None:
+                break
+            heapq.heappop(self.waiting)
+            admitted.append(track)
+        return admitted
+
+    def _start(self, job: Job) -> Track | None:
+        columns = []
+        if job.salt is not None and job.use_cached:
+            # The last position is always run, because a token is drawn from its logits.
+            columns = self.pages.find(job.salt, job.token_ids[:-1])
+        for column in columns:
+            self.pages.share(column)  # now, or the promise below would count on its pages
+        promised = job.pages - len(columns) * job.layout.slots
+        track = None
+        if self.pages.promise(promised):
+            capacity = len(job.token_ids) + job.new_positions
+            table = Table(self.pages, job.layout, capacity, promised)
+            table.adopt(columns)
+            length = len(columns) * PAGE
+            track = Track(job, 0, list(job.token_ids), table, length, length, found=length)
+            job.unopened = job.choices - 1
+            job.tracks.append(track)
+            self.tracks.append(track)
+            self.pages.hits += len(columns)
+        for column in reversed(columns):
+            self.pages.release(column)
+        return track
+
+    def drop(self, job: Job) -> None:
+        """Forget a job, wherever it is."""
+        entry = (-job.priority, job.number, job)
+        if entry in self.waiting:
+            self.waiting.remove(entry)
+            heapq.heapify(self.waiting)
+        for track in list(job.tracks):
+            self.finish(track)
+        job.unopened = 0
+
+    def plan(self) -> list[Row]:
+        """Return the rows of the next tick, those of a sequence in order of position.
+
+        Each sequence that decodes runs its first row. Prompts get at most half of the budget
+        while anything decodes. What is left goes to rows behind drafted tokens.
+        """
+        decoding = [track for track in self.tracks if track.decoding]
+        left = self.budget - len(decoding)
+        prompts: list[Row] = []
+        most = min(left, max(1, self.budget // 2)) if decoding else left
+        for track in self.tracks:
+            if len(prompts) < most and not track.decoding:
+                prompts += self._walk(track, most - len(prompts))
+        left -= len(prompts)
+        planned: list[Row] = []
+        for track in decoding:
+            rows = self._walk(track, 1 + left)
+            left -= len(rows) - 1
+            planned += rows
+        return planned + prompts
+
+    def _walk(self, track: Track, most: int) -> list[Row]:
+        """Choose the first rows of one sequence, and let new positions enter behind them.
+
+        Always the first ones, so that no row ever overtakes one before it; that alone keeps the
+        rule at the top of this file.
+        """
+        planned = track.rows[:most]
+        known = len(track.token_ids)
+        entering = min(known - track.entered, self.chunk, most - len(planned))
+        for position in range(track.entered, track.entered + entering):
+            row = Row(track, position)
+            track.rows.append(row)
+            planned.append(row)
+        track.entered += entering
+        return planned
+
+    @staticmethod
+    def ran(rows: Sequence[Row], exits: Iterable[bool]) -> list[Row]:
+        """Count a loop for each row; return those that have left the core.
+
+        `exits` says on which rows the halting rule fired. A row that it fired on runs one loop
+        more, so that its last slot shows the state the rule decided on.
+        """
+        left: list[Row] = []
+        for row, fires in zip(rows, exits, strict=True):
+            track = row.track
+            row.loop += 1
+            leaves = row.fired or row.loop == track.job.loops
+            row.fired = fires
+            if leaves:
+                track.rows.remove(row)
+                track.done[row.position] = row
+                track.table.leave(row.position, row.loop - 1)
+                left.append(row)
+        return left
+
+    @staticmethod
+    def passed(row: Row) -> None:
+        """Note that a row, just taken by `ready`, is through the coda."""
+        track = row.track
+        track.passed += 1
+        track.table.complete(track.passed, track.token_ids, track.job.salt)
+        if track.passed == len(track.job.token_ids):
+            track.table.end_prompt(track.passed)
+
+    def fork(self, track: Track) -> tuple[list[Track], list[tuple[int, int]]]:
+        """Open the job's other choices behind a prompt just read; return pages to copy as well."""
+        job, opened, copies = track.job, [], []
+        promised = job.layout.fork_pages(track.passed, job.new_positions)
+        for choice in range(1, job.unopened + 1):
+            table, copied = track.table.fork(track.passed, promised)
+            read = track.passed
+            token_ids = track.token_ids[:read]  # without drafts
+            other = Track(job, choice, token_ids, table, read, read, found=track.found)
+            opened.append(other)
+            copies += copied
+        job.unopened = 0
+        job.tracks += opened
+        self.tracks += opened
+        return opened, copies
+
+    def finish(self, track: Track) -> None:
+        """Forget a sequence and give its pages back."""
+        track.table.release()
+        track.job.tracks.remove(track)
+        self.tracks.remove(track)
+        track.rows, track.done = [], {}
+
+    def check(self) -> None:
+        """Assert what always holds, for tests."""
+        self.pages.check()
+        assert sum(track.table.promised for track in self.tracks) == self.pages.promised
+        assert self.places <= self.budget
+        users: dict[int, int] = {}
+        for track in self.tracks:
+            assert track in track.job.tracks
+            assert track.passed <= track.entered <= len(track.token_ids)
+            positions = [row.position for row in track.rows]
+            assert positions == sorted(positions)
+            loops = [row.loop for row in track.rows]
+            assert loops == sorted(loops, reverse=True), "a row has overtaken another"
+            flying = {row.position for row in track.rows} | set(track.done)
+            assert flying == set(range(track.passed, track.entered))
+            for column in track.table.columns:
+                users[id(column)] = users.get(id(column), 0) + 1
+        pages: set[int] = set()
+        seen: set[int] = set()
+        for track in self.tracks:
+            for column in track.table.columns:
+                assert column.users == users[id(column)]
+                if id(column) not in seen:
+                    seen.add(id(column))
+                    assert pages.isdisjoint(column.pages.values()), "a page has two columns"
+                    pages |= set(column.pages.values())
+        assert len(pages) == self.pages.used

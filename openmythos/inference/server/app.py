@@ -1,0 +1,113 @@
+"""The web application: routes, what stands before them, and places for more.
+
+A page is added by its routes and a folder of files: `create_app(server, routers=[...],
+static=folder)`. Routes get what is served by `Depends(serving)`; the folder is found at `/`, where
+its `index.html` answers, and after every route, so that no file can hide one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Depends, FastAPI
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+
+from openmythos import __version__
+from openmythos.inference.server import chat, completions
+from openmythos.inference.server.errors import add_handlers, json_response
+from openmythos.inference.server.metrics import CONTENT_TYPE
+from openmythos.inference.server.middleware import CountAnswers, LimitBody, RequireKey
+from openmythos.inference.server.schemas import ErrorBody, ModelCard, ModelList, refuse_model
+from openmythos.inference.server.serving import Serving, serving
+
+FAILURES = (400, 401, 404, 405, 408, 413, 422, 429, 500, 503)
+DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": "An error, in OpenAI's shape"}
+    for status in FAILURES
+}
+
+router = APIRouter()
+Server = Annotated[Serving, Depends(serving)]
+
+
+def create_app(
+    server: Serving, *, routers: Sequence[APIRouter] = (), static: Path | None = None
+) -> FastAPI:
+    """Build the application around a model that may still have to be loaded.
+
+    Args:
+        server: what is served; loading begins when the application starts.
+        routers: further routes.
+        static: folder whose files are found at `/`.
+    """
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        server.start()
+        yield
+        await to_thread.run_sync(server.stop)
+
+    app = FastAPI(
+        title="OpenMythos",
+        version=__version__,
+        lifespan=life,
+        docs_url=None,  # those pages would load scripts from elsewhere
+        redoc_url=None,
+        responses=DOCUMENTED,
+    )
+    app.state.serving = server
+    add_handlers(app)
+    for part in (router, completions.router, chat.router, *routers):
+        app.include_router(part)
+    if static is not None:
+        app.mount("/", StaticFiles(directory=static, html=True), name="static")
+    app.add_middleware(LimitBody, most=server.settings.max_body_bytes)
+    if server.settings.api_key is not None:
+        app.add_middleware(RequireKey, key=server.settings.api_key)
+    app.add_middleware(CountAnswers, metrics=server.metrics)  # the last added stands first
+    return app
+
+
+@router.get("/health")
+async def health(server: Server) -> Response:
+    """Tell whether requests are taken: 200, or 503 while loading, draining or after a failure."""
+    state = server.state
+    return json_response({"status": state}, 200 if state == "ready" else 503)
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(server: Server) -> Response:
+    """Show what is counted, for Prometheus."""
+    return Response(server.metrics.page(), media_type=CONTENT_TYPE)
+
+
+@router.get("/v1/models", response_model=ModelList)
+async def models(server: Server) -> Response:
+    """List the one model there is."""
+    return json_response({"object": "list", "data": [_card(server)]})
+
+
+@router.get("/v1/models/{model:path}", response_model=ModelCard)
+async def model(model: str, server: Server) -> Response:
+    """Describe the model."""
+    refuse_model(model, server.name)
+    return json_response(_card(server))
+
+
+def _card(server: Serving) -> dict[str, Any]:
+    loaded = server.ready()
+    card = ModelCard(
+        id=server.name,
+        object="model",
+        created=loaded.created,
+        owned_by="openmythos",
+        max_model_len=loaded.max_length,
+        mean_loops=loaded.lm.model.config.mean_loops,
+        max_loops=server.settings.max_loops,
+    )
+    return card.model_dump()

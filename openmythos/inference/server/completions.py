@@ -1,0 +1,126 @@
+"""`POST /v1/completions`: text or token ids, continued."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, final
+
+from anyio import to_thread
+from fastapi import APIRouter, Depends
+from fastapi import Request as HttpRequest
+from starlette.responses import Response
+
+from openmythos.inference.request import Event, PromptEvent
+from openmythos.inference.server.answers import (
+    Answer,
+    finish_of,
+    text_of,
+    tokens_of,
+    unless_gone,
+)
+from openmythos.inference.server.errors import json_response
+from openmythos.inference.server.logprobs import CompletionLogprobs
+from openmythos.inference.server.schemas import Completion, CompletionBody, refuse_model
+from openmythos.inference.server.serving import Serving, serving
+from openmythos.inference.server.stream import STREAMED, EventStream
+from openmythos.inference.server.translate import of_completion
+from openmythos.training.tokenizer import Tokenizer
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", response_model=Completion, responses=STREAMED)
+async def complete(
+    body: CompletionBody, request: HttpRequest, server: Annotated[Serving, Depends(serving)]
+) -> Response:
+    """Continue text or token ids."""
+    loaded = server.ready()
+    refuse_model(body.model, server.name)
+    body.check()
+    # In a thread: long texts and schemas take a while, in which others want their tokens.
+    requests, starts = await to_thread.run_sync(of_completion, body, loaded, server.settings)
+    settings = server.settings
+    most = settings.max_unread * body.choices * len(requests) if body.stream else None
+    answer = Answer(
+        kind="cmpl",
+        object="text_completion",
+        model=server.name,
+        writers=[
+            CompletionWriter(body, asked.token_ids[1 if starts else 0 :], loaded.lm.tokenizer)
+            for asked in requests
+            for _ in range(body.choices)
+        ],
+        choices=body.choices,
+        mailbox=server.submit(requests, most=most),
+        shows_tokens=body.max_tokens != 0,
+    )
+    if body.stream:
+        chunks = answer.chunks(with_usage=body.wants_usage)
+        return EventStream(chunks, answer.mailbox, settings.send_seconds)
+    try:
+        return json_response(await unless_gone(request, answer.whole()))
+    finally:
+        answer.mailbox.close()
+
+
+@final
+class CompletionWriter:
+    """One choice of a completion.
+
+    Args:
+        body: what was asked.
+        prompt: the prompt's token ids as the caller knows them.
+        tokenizer: the model's.
+    """
+
+    def __init__(self, body: CompletionBody, prompt: Sequence[int], tokenizer: Tokenizer) -> None:
+        self._body, self._prompt = body, prompt
+        self._echoed = tokenizer.decode(prompt) if body.echo else ""
+        self._logprobs = None if body.logprobs is None else CompletionLogprobs(tokenizer)
+        self._shows_tokens = body.max_tokens != 0
+
+    def opening(self) -> dict[str, Any] | None:
+        """The prompt, where it is wanted back without what must be computed first."""
+        if not self._body.echo or self._logprobs is not None:
+            return None
+        return self._choice([], self._take_echo())
+
+    def chunk(self, events: Sequence[Event]) -> dict[str, Any] | None:
+        """What is new."""
+        prompt_read = any(isinstance(event, PromptEvent) for event in events)
+        choice = self._choice(events, self._take_echo() if prompt_read else "")
+        shows = choice["text"] or choice["finish_reason"] or choice.get("loops")
+        return choice if shows or (choice["logprobs"] or {}).get("tokens") else None
+
+    def whole(self, events: Sequence[Event]) -> dict[str, Any]:
+        """All of it."""
+        return self._choice(events, self._take_echo())
+
+    def _take_echo(self) -> str:
+        echoed, self._echoed = self._echoed, ""
+        return echoed
+
+    def _choice(self, events: Sequence[Event], echoed: str) -> dict[str, Any]:
+        tokens = tokens_of(events) if self._shows_tokens else []
+        finish = finish_of(events)
+        choice: dict[str, Any] = {
+            "text": echoed + (text_of(events) if self._shows_tokens else ""),
+            "logprobs": None,
+            "finish_reason": finish if self._shows_tokens or finish is None else "length",
+        }
+        if self._logprobs is not None:
+            for event in events:
+                if isinstance(event, PromptEvent):
+                    self._add_prompt(event, self._logprobs)
+            for token in tokens:
+                self._logprobs.add(token.token_id, token.logprob, token.top_logprobs)
+            choice["logprobs"] = self._logprobs.take()
+        if self._body.return_loops:
+            choice["loops"] = [token.loops for token in tokens]
+        return choice
+
+    def _add_prompt(self, event: PromptEvent, logprobs: CompletionLogprobs) -> None:
+        """Add the prompt's tokens, without the mark that the server put before them."""
+        marks = len(event.logprobs) - len(self._prompt)
+        for place, token_id in enumerate(self._prompt, start=marks):
+            logprobs.add(token_id, event.logprobs[place], event.top_logprobs[place])

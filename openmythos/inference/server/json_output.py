@@ -1,0 +1,120 @@
+"""Replies that are JSON: a schema becomes a grammar that allows or forbids each next token.
+
+llguidance walks the grammar over the tokenizer's bytes. The layout is fixed to that of Python's
+`json.dumps`: a small model that may write any white space can write it without end.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, final
+
+import llguidance
+import numpy as np
+from jaxtyping import UInt32
+from llguidance import LLMatcher, LLTokenizer
+
+from openmythos.errors import InputError
+from openmythos.training.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+LAYOUT: JsonCompileOptions = {
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "whitespace_flexible": False,
+    "lenient": False,  # a keyword that cannot be kept is refused, not ignored
+}
+
+
+@final
+class JsonGrammars:
+    """Makes constraints from schemas, for one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokens = LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(tokenizer)))
+
+    def obey(self, schema: dict[str, Any] | bool) -> JsonConstraint:
+        """Return the constraint of a JSON schema.
+
+        Raises:
+            InputError: the schema is not valid, or holds what cannot be guaranteed.
+        """
+        try:
+            text = json.dumps(schema)
+            matcher = LLMatcher(
+                self._tokens,
+                LLMatcher.grammar_from_json_schema(text, overrides=LAYOUT),
+                log_level=0,
+            )
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"schema must be a JSON schema: {_line(str(error))}") from None
+        if matcher.is_error():
+            raise InputError(
+                f"schema must be a JSON schema that can be kept: {_line(matcher.get_error())}"
+            )
+        return JsonConstraint(matcher)
+
+    def any_object(self) -> JsonConstraint:
+        """Return the constraint that holds for every JSON object."""
+        return self.obey({"type": "object"})
+
+
+@final
+class JsonConstraint:
+    """Where one text stands in its grammar: the engine's `Constraint`."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def allowed(self) -> UInt32[np.ndarray, " words"]:
+        """Return the tokens that may come next, as bits of uint32 words."""
+        mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint32)
+        self._check()
+        return mask
+
+    def accept(self, token_id: int) -> None:
+        """Go on by one token."""
+        self._matcher.consume_token(token_id)
+        self._check()
+
+    def finished(self) -> bool:
+        """Whether the JSON is whole and nothing can follow."""
+        return self._matcher.is_stopped()
+
+    def copy(self) -> JsonConstraint:
+        """Return the same place, to go on from separately."""
+        return JsonConstraint(self._matcher.deep_copy())
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise InputError(
+                f"schema is too complex to be kept ({_line(self._matcher.get_error())}): "
+                "ask for a simpler one"
+            )
+
+
+class _Vocabulary:
+    """The tokenizer as llguidance wants to see one."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.eos_token_id = tokenizer.end_id
+        self._encode = tokenizer.encode
+        self.tokens, self.special_token_ids = [], []
+        for token_id in range(tokenizer.vocab_size):
+            content = tokenizer.decode_bytes([token_id])
+            if not content:  # 0xFF stands in no UTF-8 text, so no grammar reaches what begins so
+                content = b"\xff" + tokenizer.name(token_id).encode()
+                self.special_token_ids.append(token_id)
+            self.tokens.append(content)
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encode(text)
+
+
+def _line(text: str) -> str:
+    """The first line of a message, which may go on with the whole grammar."""
+    return (text.strip().splitlines() or ["no reason given"])[0][:300]

@@ -1,0 +1,213 @@
+"""The served model from its loading to its end: what the routes ask and the process steers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, final, runtime_checkable
+
+from fastapi import Request as HttpRequest
+
+from openmythos.errors import ConfigError, EngineStopped, QueueFull
+from openmythos.inference.chat import ChatLayout
+from openmythos.inference.engine import Statistics
+from openmythos.inference.language_model import LanguageModel
+from openmythos.inference.request import Request
+from openmythos.inference.server.errors import ApiError, busy, unavailable
+from openmythos.inference.server.json_output import JsonGrammars
+from openmythos.inference.server.mailbox import Listener, Mailbox
+from openmythos.inference.server.metrics import Metrics, engine_metrics
+from openmythos.inference.server.settings import ServerSettings
+
+State = Literal["loading", "ready", "draining", "failed"]
+
+
+@runtime_checkable
+class Accepted(Protocol):
+    """A request that the engine has accepted (`Submission`)."""
+
+    def add_listener(self, listener: Listener) -> None:
+        """Call `listener` with every event, those so far included."""
+        ...
+
+    def cancel(self) -> None:
+        """Give the request up, from any thread."""
+        ...
+
+
+@runtime_checkable
+class Continues(Protocol):
+    """What the server needs of an `Engine`."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it works."""
+        ...
+
+    def submit(self, request: Request) -> Accepted:
+        """Accept a request, or raise `InputError`, `QueueFull` or `EngineStopped`."""
+        ...
+
+    def statistics(self) -> Statistics:
+        """Return how it stands."""
+        ...
+
+    def stop(self, drain: bool = True) -> None:
+        """End it."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model that is ready to be asked."""
+
+    lm: LanguageModel
+    layout: ChatLayout
+    engine: Continues
+    max_length: int
+    """Most tokens of a prompt and its continuation together."""
+    grammars: JsonGrammars = field(init=False)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grammars", JsonGrammars(self.lm.tokenizer))
+
+
+@final
+class Serving:
+    """Loads a model in a thread, takes requests for it, and lets them finish at the end.
+
+    Args:
+        load: makes the model ready; may take long and may fail.
+        name: the model's in the API.
+        settings: the server's.
+    """
+
+    def __init__(self, load: Callable[[], Loaded], name: str, settings: ServerSettings) -> None:
+        self.name, self.settings = name, settings
+        self.metrics = Metrics(name)
+        self.failure: BaseException | None = None
+        self._load = load
+        self._loaded: Loaded | None = None
+        self._draining = self._stopped = False
+        self._open: set[Mailbox] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def state(self) -> State:
+        """Where the server is in its life."""
+        if self.failure is not None:
+            return "failed"
+        if self._draining:
+            return "draining"
+        if self._loaded is None:
+            return "loading"
+        return "ready" if self._loaded.engine.alive else "failed"
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being answered."""
+        return not self._open
+
+    def start(self) -> None:
+        """Begin to load."""
+        threading.Thread(target=self._load_it, name="openmythos-load", daemon=True).start()
+
+    def ready(self) -> Loaded:
+        """Return the model.
+
+        Raises:
+            ApiError: it cannot be asked now.
+        """
+        loaded = self._loaded
+        if loaded is None or self.state != "ready":
+            raise self._unavailable()
+        return loaded
+
+    def _unavailable(self) -> ApiError:
+        state = self.state
+        return unavailable(
+            {
+                "loading": "the model is being loaded: ask again in a moment",
+                "draining": "the server is being stopped: ask another one",
+            }.get(state, "the engine has failed: the server must be started again"),
+            code=state,
+        )
+
+    def submit(self, requests: Sequence[Request], *, most: int | None = None) -> Mailbox:
+        """Queue the requests of one HTTP request, all or none.
+
+        The caller closes the mailbox with `close`, whatever happens to the response.
+
+        Args:
+            requests: one for each prompt.
+            most: events that may wait for the client; None: any number.
+
+        Raises:
+            InputError: a request does not fit the model.
+            ApiError: there is no room, or the server is being stopped.
+        """
+        engine, mailbox = self.ready().engine, Mailbox(most, on_close=self._open.discard)
+        self._open.add(mailbox)
+        try:
+            for number, request in enumerate(requests):
+                meter, accepted = self.metrics.meter(), engine.submit(request)
+                mailbox.expect(accepted, request.choices)
+                accepted.add_listener(meter)
+                accepted.add_listener(mailbox.listener(number))
+        except BaseException as error:
+            mailbox.close()
+            if isinstance(error, QueueFull):
+                raise busy(str(error)) from None
+            if isinstance(error, EngineStopped):
+                raise self._unavailable() from None
+            raise
+        return mailbox
+
+    def drain(self) -> None:
+        """Take no more requests; those that run go on."""
+        self._draining = True
+
+    def give_up(self) -> None:
+        """Cancel every request that still runs."""
+        for mailbox in list(self._open):
+            mailbox.cancel()
+
+    def stop(self) -> None:
+        """End the engine."""
+        with self._lock:
+            self._stopped, loaded = True, self._loaded
+        if loaded is not None:
+            loaded.engine.stop(drain=False)
+
+    def _load_it(self) -> None:
+        try:
+            loaded = self._load()
+        except BaseException as error:  # noqa: BLE001 - told by whoever runs the server
+            self.failure = error
+            return
+        self.metrics.watch(lambda: engine_metrics(loaded.engine.statistics(), self.metrics))
+        with self._lock:
+            self._loaded, stopped = loaded, self._stopped
+        if stopped:  # before it was there
+            loaded.engine.stop(drain=False)
+
+
+def serving(request: HttpRequest) -> Serving:
+    """Return what the app of a request serves: a dependency for routes."""
+    return request.app.state.serving
+
+
+def length_limit(asked: int | None, max_length: int) -> int:
+    """Return the most tokens of prompt and continuation.
+
+    Raises:
+        ConfigError: more is asked than the model takes.
+    """
+    if asked is not None and asked > max_length:
+        raise ConfigError(
+            f"max_model_len={asked} must be at most the model's max_length={max_length}"
+        )
+    return asked or max_length

@@ -1,0 +1,65 @@
+"""Server-sent events that give their request up when the client goes, stalls or falls behind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, final
+
+from sse_starlette.sse import EventSourceResponse, SendTimeoutError
+from starlette.types import Receive, Scope, Send
+
+from openmythos.inference.server.errors import ApiError, json_text
+from openmythos.inference.server.mailbox import Mailbox, TooSlowError
+
+log = logging.getLogger("openmythos.server")
+
+
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""Says in a route's description that its answer may be a stream."""
+
+
+@final
+class EventStream(EventSourceResponse):
+    """Sends each chunk as one event, then `[DONE]`; an error on the way is an event as well.
+
+    Args:
+        chunks: bodies of the events.
+        mailbox: where they come from; closed when the response ends, however it ends.
+        send_seconds: how long the client may take nothing.
+    """
+
+    def __init__(
+        self, chunks: AsyncIterator[dict[str, Any]], mailbox: Mailbox, send_seconds: float
+    ) -> None:
+        super().__init__(_events(chunks), sep="\n", send_timeout=send_seconds)
+        self._mailbox, self._seconds = mailbox, send_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except SendTimeoutError:
+            log.warning("a client took nothing for %g s and was disconnected", self._seconds)
+        finally:
+            self._mailbox.close()  # here, because chunks that never began have no end
+
+
+async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in chunks:
+            yield _event(json_text(chunk))
+    except TooSlowError:
+        yield _event(json_text(_too_slow().body()))
+    except ApiError as error:
+        yield _event(json_text(error.body()))
+    yield _event("[DONE]")
+
+
+def _event(data: str) -> bytes:
+    return f"data: {data}\n\n".encode()
+
+
+def _too_slow() -> ApiError:
+    return ApiError(
+        400, "the client reads too slowly: more waited for it than may", code="client_too_slow"
+    )

@@ -1,0 +1,218 @@
+"""From the fields of a body to requests for the engine. Knows no HTTP but its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from openmythos.errors import InputError, MythosError, TokenizerError
+from openmythos.inference.chat import Message
+from openmythos.inference.request import Constraint, Request
+from openmythos.inference.sampling import Sampling
+from openmythos.inference.server.errors import ApiError, invalid
+from openmythos.inference.server.json_output import JsonGrammars
+from openmythos.inference.server.schemas import ChatBody, ChatMessage, CompletionBody, Generation
+from openmythos.inference.server.serving import Loaded
+from openmythos.inference.server.settings import ServerSettings
+from openmythos.inference.thinking import Thinking
+
+
+def of_completion(
+    body: CompletionBody, loaded: Loaded, settings: ServerSettings
+) -> tuple[list[Request], bool]:
+    """Return a request for each prompt, and whether the prompts start a document (are text).
+
+    A start is marked by the end-of-document token, which the caller never sees.
+
+    Raises:
+        ApiError, InputError: a field does not fit.
+    """
+    prompts, starts = _prompts(body, loaded)
+    _check_choices(len(prompts), body, settings)
+    if body.max_tokens == 0 and not body.echo:
+        raise invalid("max_tokens=0 must go with echo=true: else there is no text", "max_tokens")
+    return [
+        _request(
+            body,
+            token_ids,
+            loaded,
+            settings,
+            # The engine makes at least one token; of 0, `echo` shows none.
+            room=_room(token_ids, body.max_tokens, 16, loaded, ("prompt", "max_tokens")),
+            logprobs=body.logprobs,
+            prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+        )
+        for token_ids in prompts
+    ], starts
+
+
+def of_chat(body: ChatBody, loaded: Loaded, settings: ServerSettings) -> Request:
+    """Return the request for the reply to a conversation.
+
+    Raises:
+        ApiError, InputError: a field does not fit.
+    """
+    _check_choices(1, body, settings)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise invalid("top_logprobs must go with logprobs=true", "top_logprobs")
+    asked, name = body.max_completion_tokens, "max_completion_tokens"
+    if body.max_tokens is not None:
+        if asked is not None and asked != body.max_tokens:
+            raise invalid("max_tokens must be left out beside max_completion_tokens", "max_tokens")
+        asked, name = body.max_tokens, "max_tokens"
+    messages = [_message(message, place) for place, message in enumerate(body.messages)]
+    try:
+        token_ids = loaded.layout.token_ids(messages)
+    except MythosError as error:
+        raise invalid(str(error), "messages") from None
+    return _request(
+        body,
+        token_ids,
+        loaded,
+        settings,
+        room=_room(token_ids, asked, settings.chat_tokens, loaded, ("messages", name)),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+
+
+def _request(
+    body: Generation,
+    token_ids: Sequence[int],
+    loaded: Loaded,
+    settings: ServerSettings,
+    *,
+    room: int,
+    logprobs: int | None,
+    prompt_logprobs: bool = False,
+) -> Request:
+    loops = loaded.lm.model.config.mean_loops if body.loops is None else body.loops
+    if body.loops is not None and loops > settings.max_loops:
+        raise invalid(
+            f"loops={loops} must be at most {settings.max_loops}, this server's max_loops", "loops"
+        )
+    return Request(
+        token_ids=tuple(token_ids),
+        max_new_tokens=room,
+        thinking=Thinking(
+            loops=loops,
+            halting=body.halting or "none",
+            threshold=body.threshold,
+            cache_policy=body.cache_policy or "per_loop",
+        ),
+        sampling=Sampling(
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_k=max(0, body.top_k or 0),
+            top_p=1.0 if body.top_p is None else body.top_p,
+            min_p=body.min_p or 0.0,
+            seed=body.seed,
+        ),
+        stop=body.stops,
+        stop_at_end=not body.ignore_eos,
+        choices=body.choices,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        constraint=_constraint(body, loaded.grammars),
+    )
+
+
+def _prompts(body: CompletionBody, loaded: Loaded) -> tuple[list[list[int]], bool]:
+    """Return the token ids of each prompt, and whether they were text."""
+    prompt, tokenizer = body.prompt, loaded.lm.tokenizer
+    if isinstance(prompt, str):
+        prompt = [prompt]
+    if not prompt:
+        raise invalid("prompt must hold a text or token ids, and not an empty list", "prompt")
+    if isinstance(prompt[0], str):
+        try:
+            encoded = tokenizer.encode_batch([str(text) for text in prompt])
+        except TokenizerError as error:
+            raise invalid(str(error), "prompt") from None
+        return [[tokenizer.end_id, *token_ids] for token_ids in encoded], True
+    lists = [prompt] if isinstance(prompt[0], int) else prompt
+    prompts = [[int(token_id) for token_id in token_ids] for token_ids in lists]
+    for token_ids in prompts:
+        if not token_ids:
+            raise invalid("prompt must hold no empty list of token ids", "prompt")
+        largest = max(token_ids)
+        if largest >= tokenizer.vocab_size:
+            raise invalid(
+                f"prompt holds token id {largest}, must hold ids below "
+                f"vocab_size={tokenizer.vocab_size}",
+                "prompt",
+            )
+    return prompts, False
+
+
+def _room(
+    token_ids: Sequence[int],
+    asked: int | None,
+    usual: int,
+    loaded: Loaded,
+    fields: tuple[str, str],
+) -> int:
+    """Return the most tokens to make: as many as asked, or as usual where so many fit."""
+    prompt, room_field = fields
+    room = loaded.max_length - len(token_ids)
+    if room < 1:
+        raise _too_long(
+            f"{prompt} has {len(token_ids)} tokens, must leave room within "
+            f"max_model_len={loaded.max_length}: shorten it",
+            prompt,
+        )
+    if asked is not None and asked > room:
+        raise _too_long(
+            f"{room_field}={asked} after a prompt of {len(token_ids)} tokens must end by "
+            f"max_model_len={loaded.max_length}: at most {room} fit",
+            room_field,
+        )
+    return max(1, min(usual, room) if asked is None else asked)
+
+
+def _too_long(message: str, param: str) -> ApiError:
+    return invalid(message, param, "context_length_exceeded")
+
+
+def _check_choices(prompts: int, body: Generation, settings: ServerSettings) -> None:
+    if prompts * body.choices > settings.max_choices:
+        raise invalid(
+            f"n={body.choices} times {prompts} prompts must be at most {settings.max_choices}, "
+            "this server's max_choices: ask for fewer at a time",
+            "n",
+        )
+
+
+def _message(message: ChatMessage, place: int) -> Message:
+    path = f"messages[{place}]"
+    message.refuse_unknown(f"{path}.")
+    if message.content is None:
+        raise invalid(f"{path}.content must be text", f"{path}.content")
+    if isinstance(message.content, str):
+        return Message(message.role, message.content)
+    for number, part in enumerate(message.content):
+        name = f"{path}.content[{number}]"
+        if part.type != "text":
+            raise invalid(
+                f"{name}.type={part.type!r} must be 'text': the model reads nothing else",
+                f"{name}.type",
+            )
+        if part.text is None:
+            raise invalid(f"{name}.text must be given", f"{name}.text")
+        part.refuse_unknown(f"{name}.")
+    return Message(message.role, "".join(part.text or "" for part in message.content))
+
+
+def _constraint(body: Generation, grammars: JsonGrammars) -> Constraint | None:
+    form = body.response_format
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_object":
+        return grammars.any_object()
+    if form.json_schema is None:
+        raise invalid(
+            "response_format.json_schema must be given with type='json_schema'",
+            "response_format.json_schema",
+        )
+    schema = form.json_schema.schema_
+    try:
+        return grammars.obey({} if schema is None else schema)
+    except InputError as error:
+        raise invalid(str(error), "response_format.json_schema.schema") from None

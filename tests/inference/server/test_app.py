@@ -1,0 +1,102 @@
+"""Routes beside the two that write: models, metrics, and places for pages."""
+
+import pytest
+from fake_engine import SAID, client_of, language_model
+from fastapi import APIRouter, Depends
+from prometheus_client.parser import text_string_to_metric_families
+
+from openmythos.inference.server.schemas import ModelCard, ModelList
+from openmythos.inference.server.serving import Serving, length_limit, serving
+
+
+def samples(client):
+    page = client.get("/metrics")
+    assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return {
+        (sample.name, *(v for k, v in sorted(sample.labels.items()) if k != "model_name")): sample
+        for family in text_string_to_metric_families(page.text)
+        for sample in family.samples
+    }
+
+
+def test_the_model_is_listed_with_its_limits():
+    with client_of(max_loops=9, max_length=50) as client:
+        listed = ModelList.model_validate(client.get("/v1/models").json())
+        (card,) = listed.data
+        assert (card.id, card.max_model_len, card.mean_loops, card.max_loops) == ("mouse", 50, 3, 9)
+        assert ModelCard.model_validate(client.get("/v1/models/mouse").json()) == card
+
+
+def test_metrics_count_tokens_loops_and_time():
+    made = len(language_model().tokenizer.encode(SAID)) + 1
+    with client_of() as client:
+        for stream in (False, True):
+            body = {"prompt": "a", "n": 2, "max_tokens": 40, "stream": stream}
+            assert client.post("/v1/completions", json=body).status_code == 200
+        client.get("/nowhere")
+        values = {key: sample.value for key, sample in samples(client).items()}
+    expected = {
+        ("prompt_tokens_total",): 4,
+        ("generation_tokens_total",): 4 * made,
+        ("loops_total",): 4 * made * 3,
+        ("prompt_loops_total",): 2 * 2 * 2,
+        ("request_success_total", "stop"): 4,
+        ("time_to_first_token_seconds_count",): 2,
+        ("inter_token_latency_seconds_count",): 4 * (made - 1),
+        ("e2e_request_latency_seconds_count",): 4,
+        ("request_prompt_tokens_sum",): 4,
+        ("request_generation_tokens_sum",): 4 * made,
+        ("request_mean_loops_sum",): 4 * 3,
+        ("http_requests_total", "/v1/completions", "200"): 2,
+        ("http_requests_total", "other", "404"): 1,
+        ("num_requests_running",): 2,
+        ("num_requests_waiting",): 0,
+        ("kv_cache_usage_perc",): 0.25,
+    }
+    for (name, *labels), value in expected.items():
+        assert values[(f"openmythos:{name}", *labels)] == value, name
+
+
+def test_every_metric_of_the_model_bears_its_name():
+    with client_of() as client:
+        client.post("/v1/completions", json={"prompt": "a"})
+        for (name, *_), sample in samples(client).items():
+            if "http_requests" not in name:
+                assert sample.labels["model_name"] == "mouse", name
+
+
+def test_pages_are_added_by_routes_and_a_folder(tmp_path):
+    (tmp_path / "index.html").write_text("<p>mouse</p>")
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1" / "models").write_text("hidden")
+    router = APIRouter()
+
+    @router.get("/name")
+    def name(server: Serving = Depends(serving)):  # noqa: B008 - FastAPI's way
+        return {"name": server.name}
+
+    with client_of(routers=[router], static=tmp_path, api_key="k") as client:
+        assert client.get("/").text == "<p>mouse</p>"
+        assert client.get("/name").json() == {"name": "mouse"}
+        headers = {"Authorization": "Bearer k"}
+        assert client.get("/v1/models", headers=headers).json()["object"] == "list"
+        assert client.get("/../../etc/passwd").status_code == 404
+        assert client.get("/none.js").json()["error"]["code"] == "not_found"
+
+
+def test_the_interface_is_described_without_pages_from_elsewhere():
+    with client_of() as client:
+        described = client.get("/openapi.json").json()
+        assert {"/v1/completions", "/v1/chat/completions", "/v1/models"} <= set(described["paths"])
+        answers = described["paths"]["/v1/completions"]["post"]["responses"]
+        for status in ("400", "401", "413", "422", "429", "503"):
+            body = answers[status]["content"]["application/json"]["schema"]
+            assert body == {"$ref": "#/components/schemas/ErrorBody"}
+        assert client.get("/docs").status_code == client.get("/redoc").status_code == 404
+
+
+def test_the_length_is_the_models_or_less():
+    assert length_limit(None, 64) == length_limit(64, 64) == 64
+    assert length_limit(5, 64) == 5
+    with pytest.raises(ValueError, match="max_model_len=65 must be at most the model's max_length"):
+        length_limit(65, 64)

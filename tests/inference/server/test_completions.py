@@ -1,0 +1,226 @@
+"""`/v1/completions`: the forms of a prompt, of an answer and of its chunks."""
+
+import pytest
+from fake_engine import SAID, client_of, events_of, language_model, wait_until
+
+from openmythos.inference.server.schemas import Completion
+
+TEXT = "The mice ran"
+
+
+@pytest.fixture(scope="module")
+def client():
+    with client_of() as client:
+        yield client
+
+
+@pytest.fixture
+def tokenizer():
+    return language_model().tokenizer
+
+
+def complete(client, **fields):
+    response = client.post("/v1/completions", json={"max_tokens": 40, **fields})
+    assert response.status_code == 200, response.text
+    Completion.model_validate(response.json())
+    return response.json()
+
+
+def stream(client, **fields):
+    body = {"max_tokens": 40, "stream": True, **fields}
+    return events_of(client.post("/v1/completions", json=body))
+
+
+def test_an_answer_has_the_text_its_end_and_its_usage(client, tokenizer):
+    answer = complete(client, prompt=TEXT, model="mouse")
+    made, read = len(tokenizer.encode(SAID)) + 1, len(tokenizer.encode(TEXT)) + 1
+    choice = {"index": 0, "text": SAID, "logprobs": None, "finish_reason": "stop"}
+    assert answer["choices"] == [choice]
+    assert answer["object"] == "text_completion"
+    assert answer["model"] == "mouse"
+    assert answer["usage"] == {
+        "prompt_tokens": read,
+        "completion_tokens": made,
+        "total_tokens": read + made,
+        "prompt_tokens_details": {"cached_tokens": 1},
+        "loops": 3 * made,
+        "mean_loops": 3.0,
+    }
+
+
+def test_every_form_of_a_prompt_reaches_the_engine(client, tokenizer):
+    end, ids = tokenizer.end_id, tokenizer.encode(TEXT)
+    for prompt, expected in [
+        (TEXT, [[end, *ids]]),
+        ("", [[end]]),
+        ([TEXT, "a"], [[end, *ids], [end, *tokenizer.encode("a")]]),
+        (ids, [ids]),
+        ([ids, [7]], [ids, [7]]),
+    ]:
+        client.engine.runs.clear()
+        answer = complete(client, prompt=prompt)
+        assert [list(run.request.token_ids) for run in client.engine.runs] == expected
+        assert [choice["text"] for choice in answer["choices"]] == [SAID] * len(expected)
+
+
+def test_the_choices_of_several_prompts_are_numbered_through(client):
+    answer = complete(client, prompt=["a", "bc"], n=3)
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    usage = answer["usage"]
+    assert usage["prompt_tokens"] == sum(len(r.request.token_ids) for r in client.engine.runs[-2:])
+    assert usage["completion_tokens"] == 6 * (len(language_model().tokenizer.encode(SAID)) + 1)
+
+
+def test_fields_become_the_engines(client):
+    complete(
+        client,
+        prompt="a",
+        max_tokens=7,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=-1,
+        min_p=0.1,
+        seed=12,
+        stop="zz",
+        n=2,
+        loops=5,
+        halting="delta",
+        threshold=0.25,
+        cache_policy="last",
+        ignore_eos=True,
+    )
+    request = client.engine.runs[-1].request
+    assert (request.max_new_tokens, request.choices, request.stop) == (7, 2, ("zz",))
+    assert not request.stop_at_end
+    sampling, thinking = request.sampling, request.thinking
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 0)
+    assert (sampling.min_p, sampling.seed) == (0.1, 12)
+    assert (thinking.loops, thinking.halting, thinking.threshold) == (5, "delta", 0.25)
+    assert thinking.cache_policy == "last"
+
+
+def test_null_means_the_default(client):
+    nothing = dict.fromkeys(["temperature", "top_p", "n", "stop", "seed", "max_tokens", "stream"])
+    complete(client, prompt="a", **nothing, loops=None, halting=None, user=None, anything=None)
+    request = client.engine.runs[-1].request
+    assert request.sampling.temperature == request.sampling.top_p == 1
+    assert (request.max_new_tokens, request.choices) == (16, 1)
+    assert (request.thinking.loops, request.thinking.halting) == (3, "none")
+
+
+def test_the_usual_length_is_cut_where_less_fits(client):
+    complete(client, prompt=[[5] * 60], max_tokens=None)
+    assert client.engine.runs[-1].request.max_new_tokens == 4
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_chunks_join_to_the_whole(client, n):
+    whole = complete(client, prompt=["a", "b"], n=n, logprobs=1)
+    chunks = stream(client, prompt=["a", "b"], n=n, logprobs=1)
+    assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
+    for expected in whole["choices"]:
+        parts = [c for chunk in chunks for c in chunk["choices"] if c["index"] == expected["index"]]
+        assert "".join(part["text"] for part in parts) == expected["text"]
+        assert [part["finish_reason"] for part in parts if part["finish_reason"]] == ["stop"]
+        assert parts[-1]["finish_reason"] == "stop"
+        for name, values in expected["logprobs"].items():
+            assert [value for part in parts for value in part["logprobs"][name]] == values
+
+
+def test_usage_is_the_last_chunk_where_it_is_wanted(client):
+    *chunks, last = stream(client, prompt="a", stream_options={"include_usage": True})
+    assert last["choices"] == []
+    assert last["usage"] == complete(client, prompt="a")["usage"]
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert all("usage" not in chunk for chunk in stream(client, prompt="a"))
+
+
+def test_logprobs_are_four_lists_with_the_token_drawn_among_the_likeliest(client, tokenizer):
+    given = complete(client, prompt="a", logprobs=2)["choices"][0]["logprobs"]
+    ids = [*tokenizer.encode(SAID), tokenizer.end_id]
+    assert len(given["tokens"]) == len(ids)
+    assert given["token_logprobs"] == [-0.5] * len(ids)
+    assert given["tokens"][0] == "The"
+    assert given["top_logprobs"][0] == {"The": -0.5, tokenizer.decode([1]): -3.0}
+    none = complete(client, prompt="a", logprobs=0)["choices"][0]["logprobs"]
+    assert none["top_logprobs"][0] == {"The": -0.5}
+
+
+def test_offsets_are_characters_of_the_text_and_parts_of_characters_are_bytes(client):
+    given = complete(client, prompt="a", logprobs=0)["choices"][0]["logprobs"]
+    assert given["text_offset"][0] == 0
+    for token, offset in zip(given["tokens"], given["text_offset"], strict=True):
+        assert "\ufffd" not in token
+        if not token.startswith("bytes:") and token != "<|end|>":
+            assert SAID[offset:].startswith(token)
+    assert any(token.startswith("bytes:\\x") for token in given["tokens"])  # of the dash
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_echo_gives_the_prompt_back_with_its_logprobs(client, tokenizer, as_ids):
+    ids = tokenizer.encode(TEXT)
+    fields = {"prompt": [ids] if as_ids else TEXT, "echo": True, "logprobs": 1}
+    choice = complete(client, **fields)["choices"][0]
+    assert choice["text"] == TEXT + SAID
+    given = choice["logprobs"]
+    assert given["tokens"][: len(ids)] == [tokenizer.decode([token]) for token in ids]
+    # The engine's -1, -2, ... for the tokens after the first. Before a text stands the mark that
+    # starts a document, so its first token has a probability; token ids begin with nothing.
+    places = [float(-place) for place in range(1, len(ids) + 1)]
+    expected = [None, *places[:-1]] if as_ids else places
+    assert given["token_logprobs"][: len(ids)] == expected
+    assert (given["top_logprobs"][0] is None) == as_ids
+    assert given["text_offset"][len(ids)] == len(TEXT)
+    joined = stream(client, **fields)
+    assert "".join(chunk["choices"][0]["text"] for chunk in joined) == TEXT + SAID
+    assert joined[0]["choices"][0]["text"].startswith(TEXT)
+
+
+def test_echo_without_logprobs_asks_for_none(client):
+    assert complete(client, prompt=TEXT, echo=True)["choices"][0]["text"] == TEXT + SAID
+    assert not client.engine.runs[-1].request.prompt_logprobs
+    assert stream(client, prompt=TEXT, echo=True)[0]["choices"][0]["text"] == TEXT
+
+
+def test_a_prompt_alone_can_be_measured(client, tokenizer):
+    fields = {"prompt": TEXT, "echo": True, "logprobs": 1, "max_tokens": 0}
+    answer = complete(client, **fields)
+    choice, ids = answer["choices"][0], tokenizer.encode(TEXT)
+    assert (choice["text"], choice["finish_reason"]) == (TEXT, "length")
+    assert choice["logprobs"]["token_logprobs"] == [-float(n) for n in range(1, len(ids) + 1)]
+    assert answer["usage"]["completion_tokens"] == answer["usage"]["loops"] == 0
+    assert answer["usage"]["mean_loops"] is None
+    chunks = stream(client, **fields)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == TEXT
+
+
+def test_loops_of_each_token_are_given_where_they_are_wanted(client, tokenizer):
+    choice = complete(client, prompt="a", return_loops=True)["choices"][0]
+    assert choice["loops"] == [3] * (len(tokenizer.encode(SAID)) + 1)
+    chunks = stream(client, prompt="a", return_loops=True)
+    loops = [n for chunk in chunks for n in chunk["choices"][0]["loops"]]
+    assert loops == choice["loops"]
+
+
+def test_a_stop_string_over_token_boundaries_never_shows(client):
+    for stop, text in [("e mic", "Th"), (["zz", "run"], SAID), (["☃", "clock —"], SAID[:20])]:
+        body = {"prompt": "a", "stop": stop}
+        assert complete(client, **body)["choices"][0]["text"] == text
+        assert "".join(c["choices"][0]["text"] for c in stream(client, **body)) == text
+
+
+def test_every_request_is_closed(client):
+    complete(client, prompt="a")
+    stream(client, prompt="a")
+    wait_until(lambda: client.serving.idle)
+
+
+def test_a_lone_byte_and_nothing_else_is_replaced():
+    def half(run):
+        tokenizer = language_model().tokenizer
+        first = next(t for t in range(257) if tokenizer.decode_bytes([t]) == b"\xc3")
+        for token in (first, tokenizer.encode("a")[0], first, tokenizer.end_id):
+            run.token(token)
+
+    with client_of(half) as client:
+        assert complete(client, prompt="a")["choices"][0]["text"] == "\ufffda\ufffd"

@@ -1,0 +1,192 @@
+"""The server on real sockets: clients that go, stall, send too much, and the end of it all."""
+
+import contextlib
+import http.client
+import json
+import signal
+import socket
+import threading
+import time
+
+import pytest
+import uvicorn
+from fake_engine import (
+    SAID,
+    FakeEngine,
+    client_of,
+    events_of,
+    language_model,
+    make_app,
+    say,
+    wait,
+    wait_until,
+)
+
+from openmythos.inference.server.run import Process, listen
+
+LONG = {"prompt": "a", "max_tokens": 1_000_000}
+
+
+class Listening:
+    """A server in a thread; `signal` is what SIGTERM would do."""
+
+    def __init__(self, script, **settings):
+        self.engine = FakeEngine(script, threads=True)
+        app = make_app(self.engine, max_length=1 << 21, **settings)
+        self.serving = app.state.serving
+        self.socket = listen("127.0.0.1", 0)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
+        self.port = self.socket.getsockname()[1]
+        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2)
+        self.process = Process(config, self.serving, lambda: None)
+        self.thread = threading.Thread(target=self.process.run, args=([self.socket],))
+        self.connections = []
+
+    def signal(self):
+        self.process.handle_exit(signal.SIGTERM, None)
+
+    def post(self, body, path="/v1/completions"):
+        """A connection whose answer is not read yet."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", path, json.dumps(body), headers)
+        self.connections.append(connection)
+        return connection
+
+    def get(self, path):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("GET", path)
+        with contextlib.closing(connection):
+            return connection.getresponse().status
+
+
+@contextlib.contextmanager
+def listening(script, **settings):
+    server = Listening(script, **settings)
+    server.thread.start()
+    try:
+        wait_until(lambda: server.serving.state == "ready")
+        yield server
+    finally:
+        for connection in server.connections:
+            connection.close()
+        server.signal()
+        server.signal()
+        server.thread.join(60)
+        assert not server.thread.is_alive()
+
+
+def talk(run):
+    """A script: write until cancelled, as fast as it goes."""
+    token = language_model().tokenizer.encode("the")[0]
+    while not run.cancelled.is_set() and run.token(token):
+        time.sleep(0.0002)
+    if 0 in run.open:
+        run.finish("cancelled")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("script", [talk, wait], ids=["talking", "silent"])
+def test_a_client_that_goes_cancels_its_request(stream, script):
+    with listening(script) as server:
+        connection = server.post({**LONG, "stream": stream})
+        wait_until(lambda: server.engine.runs)
+        assert not server.engine.runs[0].cancelled.is_set()
+        connection.close()
+        assert server.engine.runs[0].cancelled.wait(60)
+        wait_until(lambda: server.serving.idle)
+
+
+def test_a_client_that_does_not_read_is_cut_off_and_stalls_nobody():
+    def script(run):
+        (say() if run.request.max_new_tokens < 100 else talk)(run)
+
+    with listening(script, max_unread=50, send_seconds=0.5) as server:
+        server.post({**LONG, "stream": True, "logprobs": 20})
+        wait_until(lambda: server.engine.runs)
+        while not server.engine.runs[0].cancelled.is_set():
+            others = server.post({"prompt": "a", "max_tokens": 40}).getresponse()
+            assert json.load(others)["choices"][0]["text"] == SAID
+        wait_until(lambda: server.serving.idle)
+
+
+def test_a_reader_that_is_only_slow_gets_everything():
+    with listening(say(SAID * 20), max_unread=5000) as server:
+        body = {"prompt": "a", "max_tokens": 5000, "stream": True}
+        answer, text = server.post(body).getresponse(), b""
+        while part := answer.read1(1500):
+            text += part
+            time.sleep(0.002)
+        bodies = [line.removeprefix(b"data: ") for line in text.split(b"\n\n") if line]
+        assert bodies.pop() == b"[DONE]"
+        said = [json.loads(body)["choices"][0]["text"] for body in bodies]
+        assert "".join(said) == SAID * 20
+
+
+def test_a_stream_that_cannot_keep_up_ends_with_an_error():
+    def burst(run):  # before anybody can read
+        for _ in range(200):
+            run.token(language_model().tokenizer.encode("the")[0])
+
+    with client_of(burst, max_unread=100, max_length=1 << 21) as client:
+        *_, last = events_of(client.post("/v1/completions", json={**LONG, "stream": True}))
+        assert last["error"]["code"] == "client_too_slow"
+        assert client.engine.runs[0].cancelled.is_set()
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_sender_of_too_much_sees_the_refusal(announced):
+    with listening(say(), max_body_bytes=1000) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        server.connections.append(connection)
+        body = b"x" * 3_000_000 if announced else iter([b"x" * 100_000] * 30)
+        connection.request("POST", "/v1/completions", body)
+        answer = connection.getresponse()
+        assert answer.status == 413
+        assert json.load(answer)["error"]["code"] == "body_too_large"
+
+
+def test_a_client_that_goes_while_it_sends_does_no_harm():
+    with listening(say()) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as half:
+            half.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 99\r\n\r\n{")
+        assert server.get("/health") == 200
+        assert not server.engine.runs
+
+
+def test_running_requests_finish_while_new_ones_are_refused():
+    go = threading.Event()
+
+    def script(run):
+        go.wait(60)
+        say()(run)
+
+    with listening(script) as server:
+        bodies = [{"prompt": "a", "max_tokens": 40, "stream": stream} for stream in (False, True)]
+        running = [server.post(body) for body in bodies]
+        wait_until(lambda: len(server.engine.runs) == 2)
+        server.signal()
+        assert server.get("/health") == 503
+        refused = server.post(bodies[0]).getresponse()
+        assert (refused.status, json.load(refused)["error"]["code"]) == (503, "draining")
+        go.set()
+        whole, stream = (connection.getresponse().read() for connection in running)
+        assert json.loads(whole)["choices"][0]["text"] == SAID
+        assert stream.endswith(b"data: [DONE]\n\n")
+        server.thread.join(60)
+        assert not server.thread.is_alive()
+        assert not server.engine.alive
+
+
+@pytest.mark.parametrize("how", ["time", "second signal"])
+def test_draining_has_an_end(how):
+    with listening(talk, drain_seconds=0.3 if how == "time" else 60) as server:
+        connection = server.post({**LONG, "stream": True})
+        wait_until(lambda: server.engine.runs)
+        server.signal()
+        if how == "second signal":
+            server.signal()
+        answer = connection.getresponse().read()
+        assert json.loads(answer.split(b"\n\n")[-3].removeprefix(b"data: "))["error"]["code"]
+        server.thread.join(60)
+        assert not server.thread.is_alive()

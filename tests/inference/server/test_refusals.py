@@ -1,0 +1,315 @@
+"""What is not served: OpenAI's error shape, one sentence, the field and the status."""
+
+import json
+
+import pytest
+from fake_engine import (
+    FakeEngine,
+    client_of,
+    error_of,
+    events_of,
+    language_model,
+    make_app,
+    say,
+    wait,
+    wait_until,
+)
+from starlette.testclient import TestClient
+
+from openmythos.errors import CheckpointError
+from openmythos.inference.server.schemas import ErrorBody
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "a"}]
+SCHEMA = "response_format.json_schema.schema"
+
+
+@pytest.fixture(scope="module")
+def client():
+    with client_of() as client:
+        yield client
+
+
+def schema(content):
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": content}}
+
+
+# The body, the field it is about, and the sentence.
+BOTH = [
+    ({"temperature": -1}, "temperature", "temperature=-1 must be greater than or equal to 0"),
+    ({"temperature": "1"}, "temperature", "temperature='1' must be a valid number"),
+    ({"top_p": 0}, "top_p", "top_p=0 must be greater than 0"),
+    ({"top_p": 1.5}, "top_p", "top_p=1.5 must be less than or equal to 1"),
+    ({"min_p": 1}, "min_p", "min_p=1 must be less than 1"),
+    ({"top_k": -2}, "top_k", "top_k=-2 must be greater than or equal to -1"),
+    ({"n": 0}, "n", "n=0 must be greater than or equal to 1"),
+    ({"n": True}, "n", "n=True must be a valid integer"),
+    ({"n": 129}, "n", "n=129 times 1 prompts must be at most 128"),
+    ({"seed": -1}, "seed", "seed=-1 must be greater than or equal to 0"),
+    ({"seed": 1 << 63}, "seed", "seed=9223372036854775808 must be less than"),
+    ({"stop": ""}, "stop", "stop must hold no empty string"),
+    ({"stop": ["a"] * 17}, "stop", "stop must hold at most 16 strings"),
+    ({"stop": 5}, "stop", "stop must be a string or a list of strings"),
+    ({"max_tokens": 64}, "max_tokens", "max_tokens=64 after a prompt of 2 tokens must end by"),
+    ({"max_tokens": 1.5}, "max_tokens", "max_tokens=1.5 must be a valid integer"),
+    ({"stream": "yes"}, "stream", "stream='yes' must be a valid boolean"),
+    ({"stream_options": {}}, "stream_options", "stream_options must go with stream=true"),
+    (
+        {"stream": True, "stream_options": {"include_all": 1}},
+        "stream_options.include_all",
+        "stream_options.include_all=1 must be left out",
+    ),
+    ({"loops": 0}, "loops", "loops=0 must be greater than or equal to 1"),
+    ({"loops": 65}, "loops", "loops=65 must be at most 64, this server's max_loops"),
+    ({"halting": "sleep"}, "halting", "halting='sleep' must be 'none', 'gate'"),
+    ({"cache_policy": "all"}, "cache_policy", "cache_policy='all' must be 'per_loop' or 'last'"),
+    ({"logit_bias": {"5": 1}}, "logit_bias", "logit_bias={'5': 1} must be {}, or be left out"),
+    ({"presence_penalty": 0.5}, "presence_penalty", "must be 0, or be left out"),
+    ({"frequency_penalty": 1}, "frequency_penalty", "must be 0, or be left out"),
+    ({"repetition_penalty": 1.1}, "repetition_penalty", "must be 1, or be left out"),
+    ({"tools": [{"type": "function"}]}, "tools", "must be [], or be left out"),
+    ({"guided_json": {}}, "guided_json", "guided_json={} must be left out: it is not supported"),
+    ({"what": "x" * 99}, "what", "..."),
+    ({"response_format": {"type": "xml"}}, "response_format.type", "must be 'text', 'json_object'"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "must be given"),
+    ({"response_format": {"type": "text", "x": 1}}, "response_format.x", "must be left out"),
+    ({"response_format": schema({"type": "mouse"})}, SCHEMA, "Invalid type: mouse"),
+    ({"response_format": schema({"not": {}})}, SCHEMA, 'Unimplemented keys: ["not"]'),
+    ({"response_format": schema({"$ref": "#/x"})}, SCHEMA, "does not exist"),
+]
+COMPLETION = [
+    ({"prompt": {}}, "prompt", "prompt must be a text, a list of texts, a list of token ids"),
+    ({"prompt": []}, "prompt", "not an empty list"),
+    ({"prompt": [[]]}, "prompt", "no empty list of token ids"),
+    ({"prompt": [["a"]]}, "prompt", "prompt must be a text, a list of texts"),
+    ({"prompt": ["a", 5]}, "prompt", "prompt must be a text, a list of texts"),
+    ({"prompt": [290]}, "prompt", "prompt holds token id 290, must hold ids below vocab_size=290"),
+    ({"prompt": [5] * 64}, "prompt", "prompt has 64 tokens, must leave room within"),
+    ({"prompt": "\ud800"}, "prompt", "not half of a surrogate pair"),
+    ({"prompt": ["a"] * 129}, "n", "n=1 times 129 prompts must be at most 128"),
+    ({"max_tokens": 0}, "max_tokens", "max_tokens=0 must go with echo=true"),
+    ({"logprobs": 21}, "logprobs", "logprobs=21 must be less than or equal to 20"),
+    ({"logprobs": True}, "logprobs", "logprobs=True must be a valid integer"),
+    ({"best_of": 2}, "best_of", "best_of=2 must be n=1, or be left out"),
+    ({"suffix": "x"}, "suffix", "suffix='x' must be '', or be left out"),
+    ({"messages": HELLO}, "messages", "must be left out"),
+]
+PART = {"type": "image_url", "image_url": {"url": "http://a"}}
+CHATS = [
+    ({"messages": None}, "messages", "messages=None must be a valid list"),
+    ({"messages": []}, "messages", "messages=[] must have at least 1 item"),
+    ({"messages": [5]}, "messages[0]", "messages[0]=5 must be"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "messages[0].content must be text"),
+    ({"messages": [{"content": "a"}]}, "messages[0].role", "messages[0].role must be given"),
+    (
+        {"messages": [*HELLO, {"role": "tool", "content": "a"}]},
+        "messages[1].role",
+        "messages[1].role='tool' must be 'system', 'developer', 'user' or 'assistant'",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [PART]}]},
+        "messages[0].content[0].type",
+        "messages[0].content[0].type='image_url' must be 'text'",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        "messages[0].content[0].text",
+        "must be given",
+    ),
+    (
+        {"messages": [{"role": "user", "content": 5}]},
+        "messages[0].content",
+        "must be a text or a list of parts",
+    ),
+    ({"messages": [{**HELLO[0], "name": "x"}]}, "messages[0].name", "must be left out"),
+    ({"messages": [{"role": "user", "content": "a" * 65}]}, "messages", "must leave room within"),
+    ({"max_tokens": 0}, "max_tokens", "max_tokens=0 must be greater than or equal to 1"),
+    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "must be left out beside"),
+    ({"top_logprobs": 2}, "top_logprobs", "top_logprobs must go with logprobs=true"),
+    ({"logprobs": 1}, "logprobs", "logprobs=1 must be a valid boolean"),
+    ({"echo": True}, "echo", "echo=True must be left out"),
+]
+TABLE = [
+    *((COMPLETIONS, {"prompt": "a"}, *row) for row in BOTH + COMPLETION),
+    *((CHAT, {"messages": HELLO}, *row) for row in BOTH + CHATS),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "fields", "param", "sentence"), TABLE)
+def test_what_is_not_served_is_refused_by_name(client, path, body, fields, param, sentence):
+    asked = len(client.engine.runs)
+    # ensure_ascii, which the client's own `json=` does not do, lets half a surrogate through.
+    content = json.dumps({**body, **fields})
+    headers = {"Content-Type": "application/json"}
+    response = client.post(path, content=content, headers=headers)
+    ErrorBody.model_validate(response.json())
+    error = error_of(response)
+    assert (error.status, error.type, error.param) == (400, "invalid_request_error", param)
+    assert sentence in error.message
+    assert len(client.engine.runs) == asked
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "body must be a JSON object"),
+        (b"[]", "body must be a JSON object"),
+        (b"5", "body must be a JSON object"),
+        (b'{"prompt":', "body must be JSON, but is not at character 10"),
+        (b"\xff\xfe{", "body must be JSON"),
+        (b"[" * 100_000, "body must be JSON in UTF-8, and not nested beyond reason"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "body must be JSON"),
+        (b'{"temperature": NaN}', "temperature=nan must be a finite number"),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_refused(client, content, sentence):
+    headers = {"Content-Type": "application/json"}
+    error = error_of(client.post(COMPLETIONS, content=content, headers=headers))
+    assert error.status == 400
+    assert error.message.startswith(sentence)
+
+
+def test_a_body_without_its_type_is_refused(client):
+    # A page elsewhere can make a browser send that without asking, but not JSON.
+    for headers in ({}, {"Content-Type": "text/plain"}):
+        response = client.post(COMPLETIONS, content=b'{"prompt": "a"}', headers=headers)
+        assert error_of(response).status == 400
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nowhere", 404, "not_found"),
+        ("GET", COMPLETIONS, 405, "method_not_allowed"),
+        ("GET", "/v1/models/cat", 404, "model_not_found"),
+    ],
+)
+def test_other_paths_and_methods_are_refused(client, method, path, status, code):
+    error = error_of(client.request(method, path))
+    assert (error.status, error.code) == (status, code)
+
+
+def test_another_models_name_is_refused(client):
+    error = error_of(client.post(CHAT, json={"messages": HELLO, "model": "gpt"}))
+    assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
+
+
+def test_what_asks_for_nothing_is_let_through(client):
+    idle = {
+        "presence_penalty": 0,
+        "logit_bias": {},
+        "tools": [],
+        "user": "me",
+        "metadata": {"a": "b"},
+    }
+    response = client.post(CHAT, json={"messages": HELLO, **idle, "service_tier": "auto"})
+    assert response.status_code == 200
+
+
+def test_the_key_is_required_under_v1_alone():
+    with client_of(api_key="secret-1") as client:
+        for header in ("", "secret-1", "Bearer", "Bearer secret", "Basic secret-1", "Bearer é"):
+            headers = {"Authorization": header.encode()} if header else {}
+            error = error_of(client.get("/v1/models", headers=headers))
+            assert (error.status, error.code) == (401, "invalid_api_key")
+        assert client.post(COMPLETIONS, json={"prompt": "a"}).status_code == 401
+        headers = {"Authorization": "Bearer secret-1"}
+        assert client.get("/v1/models", headers=headers).status_code == 200
+        assert client.get("/health").status_code == client.get("/metrics").status_code == 200
+
+
+def test_a_body_past_the_bound_is_refused():
+    with client_of(max_body_bytes=100) as client:
+        assert client.post(COMPLETIONS, json={"prompt": "a"}).status_code == 200
+        for content in (b"x" * 101, iter([b"x" * 60, b"x" * 60])):  # announced, and in chunks
+            error = error_of(client.post(COMPLETIONS, content=content))
+            assert (error.status, error.code) == (413, "body_too_large")
+
+
+def test_a_queue_that_is_full_takes_all_prompts_or_none():
+    with client_of(wait, room=3) as client:
+        error = error_of(client.post(COMPLETIONS, json={"prompt": ["a"] * 4}))
+        assert (error.status, error.type, error.code) == (429, "rate_limit_error", "queue_full")
+        assert all(run.cancelled.is_set() for run in client.engine.runs)
+        assert client.serving.idle
+        response = client.post(COMPLETIONS, json={"prompt": "a", "stream": True})
+        assert response.status_code == 429  # and no stream
+        assert response.headers["Retry-After"] == "1"
+
+
+def test_a_server_is_not_ready_until_its_model_is():
+    import threading
+
+    go = threading.Event()
+    engine = FakeEngine(say())
+    loaded = make_app(engine).state.serving._load
+
+    def slowly():
+        go.wait(60)
+        return loaded()
+
+    app = make_app(engine, load=slowly)
+    with TestClient(app) as client:
+        assert client.get("/health").status_code == 503
+        assert client.get("/health").json() == {"status": "loading"}
+        for response in (client.get("/v1/models"), client.post(COMPLETIONS, json={"prompt": "a"})):
+            assert (error_of(response).status, error_of(response).code) == (503, "loading")
+        assert client.get("/metrics").status_code == 200
+        go.set()
+        wait_until(lambda: client.get("/health").status_code == 200)
+        assert client.post(COMPLETIONS, json={"prompt": "a"}).status_code == 200
+
+
+def test_a_model_that_cannot_be_loaded_is_told():
+    def fails():
+        raise CheckpointError("no model")
+
+    app = make_app(FakeEngine(say()), load=fails)
+    with TestClient(app) as client:
+        wait_until(lambda: app.state.serving.failure is not None)
+        assert client.get("/health").json() == {"status": "failed"}
+        assert error_of(client.post(COMPLETIONS, json={"prompt": "a"})).status == 503
+
+
+def test_a_draining_server_takes_nothing_new():
+    with client_of() as client:
+        client.serving.drain()
+        assert client.get("/health").json() == {"status": "draining"}
+        error = error_of(client.post(COMPLETIONS, json={"prompt": "a"}))
+        assert (error.status, error.code, error.type) == (503, "draining", "server_error")
+
+
+def test_an_engine_that_died_makes_the_server_unhealthy():
+    with client_of() as client:
+        client.engine.alive = False
+        assert client.get("/health").status_code == 503
+        assert error_of(client.post(COMPLETIONS, json={"prompt": "a"})).code == "failed"
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "code"), [("error", 500, "engine_error"), ("cancelled", 503, "draining")]
+)
+def test_a_choice_that_comes_to_no_good_end_is_an_error(reason, status, code):
+    def breaks(run):
+        run.token(language_model().tokenizer.encode("a")[0])
+        run.finish(reason, error="the logits are not finite" if reason == "error" else None)
+
+    with client_of(breaks) as client:
+        error = error_of(client.post(COMPLETIONS, json={"prompt": "a"}))
+        assert (error.status, error.code) == (status, code)
+        body = {"messages": HELLO, "stream": True}
+        *_, last = events_of(client.post(CHAT, json=body))
+        assert last["error"]["code"] == code
+        assert client.serving.idle
+
+
+def test_a_mistake_of_ours_tells_no_more_than_that(client, monkeypatch):
+    def breaks(*_):
+        raise ZeroDivisionError("a secret")
+
+    monkeypatch.setattr("openmythos.inference.server.completions.of_completion", breaks)
+    with TestClient(client.app, raise_server_exceptions=False) as other:
+        wait_until(lambda: client.serving.state == "ready")
+        error = error_of(other.post(COMPLETIONS, json={"prompt": "a"}))
+        assert (error.status, error.type) == (500, "server_error")
+        assert "secret" not in error.message

@@ -1,0 +1,830 @@
+"""What the engine writes is what each request writes alone, whatever happens around it."""
+
+import random
+import threading
+from dataclasses import replace
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from tiny import tiny
+
+from openmythos.errors import EngineStopped, InputError, QueueFull
+from openmythos.inference.engine import Engine, EngineSettings
+from openmythos.inference.generate import generate
+from openmythos.inference.language_model import LanguageModel
+from openmythos.inference.request import (
+    FinishEvent,
+    PromptEvent,
+    Request,
+    TokenEvent,
+)
+from openmythos.inference.sampling import Sampling
+from openmythos.inference.thinking import Thinking
+from openmythos.inference.ticks import Ticker
+from openmythos.training.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.train(
+    ["the cat sat on the mat and the cat ate the rat " * 20], vocab_size=270
+)
+GREEDY = Sampling(temperature=0)
+THINKING = {
+    "none": Thinking(loops=3),
+    "delta": Thinking(loops=6, halting="delta", threshold=0.45),
+    "gate": Thinking(loops=6, halting="gate", threshold=0.4),
+    "kl": Thinking(loops=6, halting="kl", threshold=0.015),
+    "act": Thinking(loops=5, halting="act", threshold=0.9),
+    "last": Thinking(loops=3, cache_policy="last"),
+}
+MODELS = {
+    "gqa, experts": {},
+    "mla, experts": {"attention": "mla"},
+    "gqa, dense, no outer layers": {"experts": 0, "prelude_layers": 0, "coda_layers": 0},
+    "mla, dense, one core layer": {"attention": "mla", "experts": 0, "core_layers": 1},
+    "lora, linear injection": {"lora_rank": 2, "injection": "linear", "coda_layers": 0},
+}
+
+
+def model_of(name="gqa, experts", **changes):
+    fields = {"vocab_size": TOKENIZER.vocab_size, "max_length": 128, "learned_act": True}
+    return LanguageModel(tiny(**{**fields, **MODELS[name], **changes}), TOKENIZER)
+
+
+@pytest.fixture(autouse=True)
+def _check_shapes_in_one_test(request):
+    # The checks take more than half of the time, and one test goes through every kind of pass.
+    wanted = request.node.name.startswith("test_a_request_writes_what_generate_writes[gqa, experts")
+    jaxtyping.config.update("jaxtyping_disable", not wanted)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return model_of()
+
+
+def prompt(length, seed=0):
+    chance = random.Random(seed)
+    return tuple(chance.randrange(1, TOKENIZER.vocab_size) for _ in range(length))
+
+
+def request(length=9, *, seed=0, **fields):
+    fields = {"max_new_tokens": 6, "sampling": GREEDY, "stop_at_end": False, "logprobs": 3} | fields
+    return Request(token_ids=fields.pop("token_ids", None) or prompt(length, seed), **fields)
+
+
+def ticker_of(lm, *, pages=600, budget=16, chunk=5, deterministic=True, prefix_sharing=True):
+    return Ticker(
+        lm,
+        pages=pages,
+        budget=budget,
+        chunk=chunk,
+        deterministic=deterministic,
+        prefix_sharing=prefix_sharing,
+    )
+
+
+def run(ticker, requests, *, gap=0):
+    """Submit requests, `gap` ticks apart; return each one's events."""
+    events = []
+    with torch.inference_mode():
+        for one in requests:
+            ticker.prepare(one)
+            events.append([])
+            ticker.add(one, events[-1].append)
+            for _ in range(gap):
+                ticker.tick()
+                ticker.scheduler.check()
+        for _ in range(20_000):
+            if ticker.idle:
+                break
+            ticker.tick()
+    assert ticker.idle
+    ticker.scheduler.check()
+    assert ticker.pages.free + ticker.pages.cached == ticker.pages.total
+    return events
+
+
+def written(events, *, exact=True):
+    """All that must not depend on company: tokens, loops and, where bits are promised, logprobs."""
+    tokens = [event for event in events if isinstance(event, TokenEvent)]
+    parts = ["choice", "token_id", "loops", "text"] + ["logprob", "top_logprobs"] * exact
+    return sorted(
+        [tuple(getattr(event, part) for part in parts) for event in tokens], key=lambda t: t[0]
+    )
+
+
+def alone(lm, one, **settings):
+    return run(ticker_of(lm, **settings), [one])[0]
+
+
+@torch.inference_mode()
+def reference(model, one):
+    """Token ids, loops and logprobs by the naive way."""
+    token_ids = torch.tensor([one.token_ids])
+    new = generate(
+        model,
+        token_ids,
+        max_new_tokens=one.max_new_tokens,
+        thinking=one.thinking,
+        sampling=one.sampling,
+    )
+    return [(int(token.token_ids), int(token.loops)) for token in new]
+
+
+@pytest.mark.parametrize("thinking", THINKING)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_request_writes_what_generate_writes(name, thinking):
+    lm = model_of(name)
+    one = request(18, thinking=THINKING[thinking], max_new_tokens=4)
+    expected = reference(lm.model, one)
+    for deterministic in (True, False):
+        tokens = written(alone(lm, one, deterministic=deterministic), exact=False)
+        assert [(token_id, loops) for _, token_id, loops, _ in tokens] == expected
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_logits_are_those_of_one_uncached_pass(lm, deterministic):
+    one = request(21, thinking=THINKING["delta"], prompt_logprobs=True)
+    events = alone(lm, one, deterministic=deterministic)
+    tokens = [event for event in events if isinstance(event, TokenEvent)]
+    whole = [*one.token_ids, *(token.token_id for token in tokens)]
+    with torch.inference_mode():
+        out = lm.model(torch.tensor([whole]), 6, halting="delta", threshold=0.45)
+    logprobs = out.logits[0].log_softmax(-1)
+    (read,) = (event for event in events if isinstance(event, PromptEvent))
+    assert events.index(read) == 0
+    assert read.logprobs[0] is None
+    assert list(read.loops) == out.loops[0, : len(one.token_ids)].tolist()
+    assert len(set(read.loops)) > 1
+    given = [*read.logprobs[1:], *(token.logprob for token in tokens)]
+    expected = [float(logprobs[at, token]) for at, token in enumerate(whole[1:])]
+    assert given == pytest.approx(expected, abs=1e-4)
+    for event, place in zip(tokens, logprobs[len(one.token_ids) - 1 :], strict=False):
+        ids, values = zip(*event.top_logprobs, strict=True)
+        assert values == pytest.approx(place.topk(3).values.tolist(), abs=1e-4)
+        assert ids == tuple(place.topk(3).indices.tolist())
+
+
+def mixture():
+    """Requests of all kinds, some that begin alike."""
+    seeded = Sampling(temperature=1.3, top_k=40, seed=5)
+    begin = prompt(20, seed=9)
+    return [
+        request(3, seed=1, thinking=THINKING["gate"]),
+        request(26, seed=2, thinking=THINKING["none"], sampling=seeded),
+        request(token_ids=begin + prompt(4, 3), thinking=THINKING["delta"], sampling=seeded),
+        request(token_ids=begin + prompt(9, 4), thinking=THINKING["delta"], max_new_tokens=9),
+        request(17, seed=5, thinking=THINKING["kl"], choices=2, sampling=seeded),
+        request(1, seed=6, thinking=THINKING["act"]),
+        request(16, seed=7, thinking=THINKING["last"], choices=2, sampling=seeded),
+        request(20, seed=8, thinking=THINKING["none"], prompt_logprobs=True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "threads"),
+    [("gqa, experts", 1), ("mla, experts", 2), ("lora, linear injection", 2)],
+)
+def test_company_order_and_chunks_change_no_bit(name, threads):
+    torch.set_num_threads(threads)
+    try:
+        lm, requests = model_of(name), mixture()
+        expected = [written(alone(lm, one)) for one in requests]
+        for settings in ({"chunk": 3}, {"chunk": 16, "budget": 7, "prefix_sharing": False}):
+            together = run(ticker_of(lm, **settings), requests)
+            assert [written(events) for events in together] == expected
+        reversed_ = run(ticker_of(lm), requests[::-1], gap=3)
+        assert [written(events) for events in reversed_[::-1]] == expected
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_company_changes_no_token_and_hardly_a_logprob_without_deterministic_mode(lm):
+    requests = mixture()
+    expected = [alone(lm, one, deterministic=False) for one in requests]
+    together = run(ticker_of(lm, deterministic=False), requests)
+    for events, wanted in zip(together, expected, strict=True):
+        assert written(events, exact=False) == written(wanted, exact=False)
+        ours, theirs = (
+            sorted((e.choice, e.logprob) for e in some if isinstance(e, TokenEvent))
+            for some in (events, wanted)
+        )
+        assert np.allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("thinking", ["none", "delta", "kl"])
+def test_a_prefix_found_changes_nothing_but_the_work(lm, thinking, deterministic):
+    one = request(40, thinking=THINKING[thinking], sampling=Sampling(temperature=1.0, seed=3))
+    ticker = ticker_of(lm, deterministic=deterministic)
+    (first,) = run(ticker, [one])
+    done = ticker.counts.row_loops
+    (second,) = run(ticker, [one])
+    assert ticker.counts.row_loops - done < done
+    assert first[-1].cached_tokens == 0
+    assert second[-1].cached_tokens == 32
+    assert written(first, exact=deterministic) == written(second, exact=deterministic)
+
+
+def test_what_a_request_wrote_is_found_by_one_that_goes_on_from_it(lm):
+    ticker = ticker_of(lm)
+    one = request(20, max_new_tokens=30, thinking=THINKING["gate"])
+    (events,) = run(ticker, [one])
+    longer = one.token_ids + tuple(e.token_id for e in events[:-1])
+    following = request(token_ids=longer, thinking=THINKING["gate"])
+    (found,) = run(ticker, [following])
+    assert found[-1].cached_tokens == 48  # of 50, of which the last never entered the core
+    assert written(found) == written(alone(lm, following))
+
+
+@pytest.mark.parametrize(
+    "other", [THINKING["gate"], Thinking(loops=4), Thinking(loops=3, cache_policy="last")]
+)
+def test_another_way_to_think_finds_nothing(lm, other):
+    ticker = ticker_of(lm)
+    run(ticker, [request(40, thinking=Thinking(loops=3))])
+    (events,) = run(ticker, [request(40, thinking=other)])
+    assert events[-1].cached_tokens == 0
+
+
+def test_choices_read_the_prompt_once_and_write_what_they_write_alone(lm):
+    sampling = Sampling(temperature=1.5, seed=4)
+    one = request(21, choices=3, sampling=sampling, thinking=THINKING["delta"])
+    ticker = ticker_of(lm, prefix_sharing=False)
+    (events,) = run(ticker, [one])
+    texts = {
+        choice: [e.token_id for e in events if isinstance(e, TokenEvent) and e.choice == choice]
+        for choice in range(3)
+    }
+    assert len({tuple(text) for text in texts.values()}) == 3
+    one_choice = request(21, sampling=sampling, thinking=THINKING["delta"])
+    assert [t for t in written(events) if t[0] == 0] == written(alone(lm, one_choice))
+    assert ticker.counts.prompt_tokens == 21
+    assert [type(e) for e in events].count(FinishEvent) == 3
+
+
+def test_a_full_cache_gives_up_what_nobody_uses_and_admits_in_turn(lm):
+    requests = [request(30, seed=seed, max_new_tokens=10) for seed in range(4)]
+    needed = ticker_of(lm)._job(requests[0], 0).pages
+    ticker = ticker_of(lm, pages=needed * 2)
+    together = run(ticker, requests)
+    assert ticker.pages.evictions
+    assert [written(events) for events in together] == [written(alone(lm, one)) for one in requests]
+
+
+def test_priority_is_admitted_first(lm):
+    low, high = request(seed=1), request(seed=2, priority=1)
+    ticker, ended = ticker_of(lm, budget=1), []
+    with torch.inference_mode():
+        for one in (low, high):
+            ticker.add(one, lambda e, one=one: isinstance(e, FinishEvent) and ended.append(one))
+        while not ticker.idle:
+            ticker.tick()
+    assert ended == [high, low]
+
+
+# Drafts
+
+
+@pytest.mark.parametrize("draft_loops", [1, 3])
+@pytest.mark.parametrize("thinking", ["none", "delta", "gate"])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.3, seed=5)])
+def test_drafts_change_no_bit_of_what_is_written(lm, draft_loops, thinking, sampling):
+    think = Thinking(loops=4) if thinking == "none" else THINKING[thinking]
+    one = request(18, max_new_tokens=24, thinking=think, sampling=sampling, choices=2)
+    drafting = replace(one, draft_loops=draft_loops)
+    plain, ticker = ticker_of(lm), ticker_of(lm)
+    (expected,) = run(plain, [one])
+    others = [request(7, seed=4, max_new_tokens=5), replace(drafting, token_ids=prompt(5, 8))]
+    (events, *_) = run(ticker, [drafting, *others])
+    assert written(events) == written(expected)
+    counts = ticker.counts
+    assert 0 < counts.accepted_tokens < counts.drafted_tokens
+
+
+def test_right_drafts_take_fewer_ticks_and_no_more_loops():
+    lm = model_of(core_layers=1, injection="none", h0="e", experts=0, out_init=0.0)
+    with torch.no_grad():  # a core that changes nothing: every draft is right
+        for layer in lm.model.core.layers:
+            layer.attention.out.weight.zero_()
+            layer.feed_forward.w_out.weight.zero_()
+    one = request(1, max_new_tokens=20, thinking=Thinking(loops=6))
+    plain, drafting = ticker_of(lm), ticker_of(lm)
+    (expected,) = run(plain, [one])
+    (events,) = run(drafting, [replace(one, draft_loops=1)])
+    assert written(events) == written(expected)
+    assert plain.counts.ticks == 6 * 20
+    assert drafting.counts.ticks == 6 + 19
+    assert drafting.counts.row_loops == plain.counts.row_loops
+    assert drafting.counts.drafted_tokens == drafting.counts.accepted_tokens == 19
+
+
+class Sixteen:
+    """A tokenizer of 16 tokens that stand for letters."""
+
+    vocab_size, end_id = 16, 0
+
+    def text_stream(self):
+        return self
+
+    def push(self, token_id):
+        return "abcdefghijklmnop"[token_id]
+
+    def finish(self):
+        return ""
+
+
+@torch.inference_mode()
+def second_token(model, token_ids, loops):
+    """The exact distribution of the second token after a prompt."""
+    first = model(torch.tensor([token_ids]), loops).logits[0, -1].softmax(-1)
+    both = [
+        model(torch.tensor([[*token_ids, token]]), loops).logits[0, -1].softmax(-1)
+        for token in range(16)
+    ]
+    return first @ torch.stack(both)
+
+
+def test_with_drafts_tokens_follow_the_whole_models_distribution():
+    lm = LanguageModel(tiny(vocab_size=16, experts=0), Sixteen())
+    one = request(
+        token_ids=(1, 2, 3),
+        max_new_tokens=3,
+        thinking=Thinking(loops=4),
+        sampling=Sampling(temperature=1.0, seed=11),
+        draft_loops=1,
+        logprobs=None,
+        choices=600,
+    )
+    ticker = ticker_of(lm, budget=600, pages=20_000, deterministic=False)
+    (events,) = run(ticker, [one])
+    texts = {}
+    for event in events:
+        if isinstance(event, TokenEvent):
+            texts.setdefault(event.choice, []).append(event.token_id)
+    counts = torch.bincount(torch.tensor([text[1] for text in texts.values()]), minlength=16)
+    expected = second_token(lm.model, one.token_ids, 4) * 600
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    # Above 15 + 2 sqrt(15 x) + 2 x with chance e^-x (Laurent and Massart 2000): 1e-6.
+    assert statistic < 15 + 2 * (15 * 13.8) ** 0.5 + 2 * 13.8
+    assert 0 < ticker.counts.accepted_tokens < ticker.counts.drafted_tokens
+
+
+# How texts end
+
+
+class Spelling:
+    """Allows the tokens of one list after another."""
+
+    def __init__(self, *steps, packed=False, fails=False):
+        self.steps, self.packed, self.fails = list(steps), packed, fails
+
+    def allowed(self):
+        if self.fails:
+            raise RuntimeError("no grammar")
+        mask = np.zeros(TOKENIZER.vocab_size, dtype=bool)
+        mask[self.steps[0]] = True
+        if self.packed:
+            padded = np.zeros(-(-len(mask) // 32) * 32, dtype=bool)
+            padded[: len(mask)] = mask
+            return np.packbits(padded, bitorder="little").view(np.int32)
+        return mask
+
+    def accept(self, token_id):
+        assert token_id in self.steps.pop(0)
+
+    def finished(self):
+        return not self.steps
+
+    def copy(self):
+        return Spelling(*self.steps, packed=self.packed, fails=self.fails)
+
+
+def letters(text):
+    """Constraint steps that spell a text byte by byte."""
+    ids = {TOKENIZER.decode_bytes([i]): i for i in range(TOKENIZER.vocab_size)}
+    return [[ids[bytes([byte])]] for byte in text.encode()]
+
+
+def text_of(events, choice=0):
+    return "".join(e.text for e in events if not isinstance(e, PromptEvent) and e.choice == choice)
+
+
+def ending(lm, spelled, **fields):
+    fields = {"max_new_tokens": 50, "constraint": Spelling(*letters(spelled))} | fields
+    return alone(lm, request(**fields))
+
+
+def test_a_text_ends_where_its_stop_begins(lm):
+    events = ending(lm, "one STO two STOP three", stop=("STOP", "STOR"))
+    assert text_of(events) == "one STO two "
+    assert events[-1].reason == "stop"
+    assert events[-1].stop == "STOP"
+
+
+def test_what_was_held_back_is_told_at_the_end(lm):
+    events = ending(lm, "one STO", stop=("STOP",))
+    assert text_of(events) == "one STO"
+    assert events[-1].text == "STO"
+    assert events[-1].stop is None
+
+
+def test_characters_come_whole(lm):
+    events = ending(lm, "né 日本")
+    assert text_of(events) == "né 日本"
+    assert all("\ufffd" not in e.text for e in events)
+
+
+def test_a_character_cut_off_by_the_length_is_marked(lm):
+    events = ending(lm, "日本", max_new_tokens=4)
+    assert text_of(events) == "日\ufffd"
+    assert events[-1].reason == "length"
+    assert events[-1].new_tokens == 4
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_constraint_bounds_every_choice_and_finishes_it(lm, packed):
+    constraint = Spelling(*letters("ab"), [5, 6, 7], packed=packed)
+    events = alone(
+        lm,
+        request(constraint=constraint, choices=2, max_new_tokens=9, sampling=Sampling(seed=1)),
+    )
+    for choice in (0, 1):
+        ids = [e.token_id for e in events if isinstance(e, TokenEvent) and e.choice == choice]
+        assert TOKENIZER.decode(ids[:2]) == "ab"
+        assert len(ids) == 3
+        assert ids[2] in (5, 6, 7)
+    assert {e.reason for e in events if isinstance(e, FinishEvent)} == {"stop"}
+
+
+def test_the_end_of_the_document_ends_a_text_unless_it_shall_not(lm):
+    steps = [*letters("ab"), [TOKENIZER.end_id], *letters("cd")]
+
+    class Free(Spelling):
+        def accept(self, token_id):
+            self.steps.pop(0)
+
+        def copy(self):
+            return Free(*self.steps)
+
+    events = alone(lm, request(constraint=Free(*steps), stop_at_end=True))
+    assert text_of(events) == "ab"
+    assert events[-1].reason == "stop"
+    assert events[-1].new_tokens == 3
+
+
+def test_counts_of_the_last_event_add_up(lm):
+    one = request(21, thinking=THINKING["delta"], max_new_tokens=7)
+    events = alone(lm, one)
+    last = events[-1]
+    assert (last.prompt_tokens, last.new_tokens, last.reason) == (21, 7, "length")
+    assert last.loops == sum(e.loops for e in events[:-1])
+    with torch.inference_mode():
+        out = lm.model(torch.tensor([one.token_ids]), 6, halting="delta", threshold=0.45)
+    assert last.prompt_loops == int(out.loops.sum())
+
+
+# What fails, fails alone
+
+
+def test_a_constraint_that_fails_ends_its_own_request_alone(lm):
+    good = request(12, seed=1, thinking=THINKING["gate"])
+    bad = request(12, seed=2, constraint=Spelling([1], fails=True), choices=2)
+    empty = request(12, seed=3, constraint=Spelling([]))
+    ours, theirs, last = run(ticker_of(lm), [good, bad, empty])
+    assert written(ours) == written(alone(lm, good))
+    assert [(e.reason, e.error) for e in theirs] == [("error", "RuntimeError: no grammar")] * 2
+    assert last[-1].reason == "error"
+    assert "allows no token" in last[-1].error
+
+
+def test_a_constraint_that_cannot_be_copied_ends_its_own_request_alone(lm):
+    class Single(Spelling):
+        def copy(self):
+            raise RuntimeError("there is but one")
+
+    with Engine(lm, EngineSettings(cache_bytes=1 << 22)) as engine:
+        bad = engine.submit(request(constraint=Single([1]), choices=2))
+        assert [e.error for e in bad] == ["RuntimeError: there is but one"] * 2
+        assert list(engine.submit(request()))[-1].reason == "length"
+
+
+def test_thresholds_of_requests_long_gone_are_forgotten(lm):
+    ticker = ticker_of(lm)
+    for number in range(40):
+        think = Thinking(loops=2, halting="kl", threshold=0.01 + number / 1000)
+        run(ticker, [request(2, max_new_tokens=1, thinking=think)])
+    assert len(ticker.passes.rules) <= 16
+    assert set(ticker.passes.memories) <= set(ticker.passes.rules)
+
+
+def test_a_tick_that_fails_ends_those_in_flight_and_the_engine_goes_on(lm, monkeypatch, caplog):
+    with Engine(lm, EngineSettings(cache_bytes=1 << 22, budget=2)) as engine:
+        real, at = engine._ticker.passes.loop, []
+
+        def loop(rows):
+            at.append(len(rows))
+            if len(at) == 4:
+                raise RuntimeError("out of memory")
+            return real(rows)
+
+        monkeypatch.setattr(engine._ticker.passes, "loop", loop)
+        one = request(9, thinking=Thinking(loops=3))
+        failing = [engine.submit(one), engine.submit(one)]
+        waiting = engine.submit(one)
+        for submission in failing:
+            *_, last = submission
+            assert (last.reason, last.error) == ("error", "RuntimeError: out of memory")
+        assert written(list(waiting)) == written(alone(lm, one))
+        assert "a tick failed" in caplog.text
+    statistics = engine.statistics()
+    assert statistics.pages_free + statistics.pages_cached == statistics.pages_total
+    assert statistics.finished_error == 2
+
+
+def test_an_engine_that_fails_itself_tells_everybody_and_takes_no_more(lm, monkeypatch, caplog):
+    engine = Engine(lm, EngineSettings(cache_bytes=1 << 22, budget=2))
+
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(engine._ticker, "tick", broken)
+    monkeypatch.setattr(engine._ticker, "fail", broken)
+    submissions = [engine.submit(request(choices=2)) for _ in range(3)]
+    engine.start()
+    for submission in submissions:
+        assert [e.reason for e in submission] == ["error"] * 2
+    engine.stop()
+    with pytest.raises(EngineStopped):
+        engine.submit(request())
+    assert "the engine failed" in caplog.text
+
+
+def test_logits_that_are_not_numbers_are_an_error(monkeypatch):
+    lm = model_of()
+    monkeypatch.setattr(
+        lm.model, "readout", lambda y: torch.full((*y.shape[:-1], TOKENIZER.vocab_size), torch.nan)
+    )
+    events = alone(lm, request())
+    assert [(e.reason, e.error) for e in events] == [("error", "the model's logits are not finite")]
+
+
+def test_a_listener_that_fails_loses_its_request_alone(lm, caplog):
+    with Engine(lm, EngineSettings(cache_bytes=1 << 22)) as engine:
+        one = request(9, max_new_tokens=30)
+        bad, good = engine.submit(one), engine.submit(one)
+
+        def listener(event):
+            raise RuntimeError("the loop is closed")
+
+        try:
+            bad.add_listener(listener)
+        except RuntimeError:  # an event had come already
+            bad.cancel()
+        assert list(bad)[-1].reason in ("cancelled", "length")
+        assert written(list(good)) == written(alone(lm, one))
+
+
+# The thread, and callers on others
+
+
+def test_listeners_and_readers_get_every_event_in_order(lm):
+    with Engine(lm, EngineSettings(cache_bytes=1 << 22)) as engine:
+        submission, early, late = engine.submit(request(choices=2)), [], []
+        submission.add_listener(early.append)
+        read = list(submission)
+        submission.add_listener(late.append)
+        assert early == late == read == list(submission)
+        assert submission.finished
+
+
+def test_a_full_queue_refuses_and_says_so(lm):
+    engine = Engine(lm, EngineSettings(cache_bytes=1 << 22, max_waiting=2))
+    accepted = [engine.submit(request()) for _ in range(2)]
+    with pytest.raises(QueueFull, match="max_waiting=2 requests wait already"):
+        engine.submit(request())
+    engine.start()
+    assert all(list(submission)[-1].reason == "length" for submission in accepted)
+    engine.stop()
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_stopping_ends_everything_and_leaves_no_thread(lm, drain):
+    engine = Engine(lm, EngineSettings(cache_bytes=1 << 22, budget=2))
+    engine.start()
+    submissions = [engine.submit(request(max_new_tokens=20, seed=seed)) for seed in range(5)]
+    engine.stop(drain=drain)
+    engine.stop()
+    reasons = [list(submission)[-1].reason for submission in submissions]
+    assert set(reasons) == {"length"} if drain else "cancelled" in reasons
+    assert all(thread.name != "openmythos-engine" for thread in threading.enumerate())
+    with pytest.raises(EngineStopped):
+        engine.submit(request())
+    with pytest.raises(EngineStopped):
+        engine.start()
+    statistics = engine.statistics()
+    assert statistics.running == statistics.waiting == statistics.pages_used == 0
+
+
+def test_stopping_an_engine_that_never_ran_ends_what_waits(lm):
+    engine = Engine(lm, EngineSettings(cache_bytes=1 << 22))
+    submission = engine.submit(request(choices=2))
+    engine.stop()
+    assert [e.reason for e in submission] == ["cancelled"] * 2
+
+
+def test_cancelling_twice_or_late_is_harmless(lm):
+    with Engine(lm, EngineSettings(cache_bytes=1 << 22)) as engine:
+        submission = engine.submit(request(max_new_tokens=100))
+        submission.cancel()
+        submission.cancel()
+        assert list(submission)[-1].reason == "cancelled"
+        submission.cancel()
+        other = engine.submit(request())
+        assert list(other)[-1].reason == "length"
+        other.cancel()
+        assert list(other)[-1].reason == "length"
+
+
+REFUSED = [
+    ({"token_ids": (1, 999)}, {}, "token_ids holds 999, must be below vocab_size=270"),
+    ({"max_new_tokens": 200}, {}, "max_new_tokens=200 after a prompt of 9 tokens must end by"),
+    ({"max_new_tokens": 100}, {"pages": 4}, "max_new_tokens=100 after a prompt of 9 tokens needs"),
+    ({"choices": 17}, {}, "choices=17 must be at most 16"),
+    ({"draft_loops": 3}, {}, "draft_loops=3 must be below loops=3"),
+    ({"thinking": Thinking(loops=0)}, {}, "loops=0 must be 1 or more"),
+    ({"thinking": Thinking(halting="gate", threshold=2.0)}, {}, "threshold=2.0 must be above 0"),
+]
+
+
+@pytest.mark.parametrize(("fields", "settings", "sentence"), REFUSED)
+def test_what_can_never_be_served_is_refused_at_once(lm, fields, settings, sentence):
+    with pytest.raises(InputError) as error:
+        ticker_of(lm, **settings).prepare(request(**fields))
+    assert str(error.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("name", ["halting", "cache_policy"])
+def test_names_that_the_model_does_not_know_are_refused(lm, name):
+    thinking = Thinking()
+    object.__setattr__(thinking, name, "what")  # as from a caller whose types nobody checks
+    with pytest.raises(InputError, match=f"{name}='what' must be one of"):
+        ticker_of(lm).prepare(request(thinking=thinking))
+
+
+@pytest.mark.parametrize("name", ["cache_bytes", "budget", "chunk", "max_waiting"])
+def test_settings_below_one_are_refused(lm, name):
+    with pytest.raises(InputError, match=f"{name}=0 must be an integer of 1 or more"):
+        EngineSettings(**{name: 0})
+    with pytest.raises(InputError, match="cache_bytes=1 must hold at least one page"):
+        Engine(lm, EngineSettings(cache_bytes=1))
+
+
+# Load
+
+
+def load_test(lm, count, *, deterministic, seed):
+    """Many requests, a third of them cancelled at some tick from 0 to 40; survivors as alone."""
+    chance = random.Random(seed)
+    kinds = list(THINKING.values())[:4]
+    requests = [
+        request(
+            chance.randrange(1, 50),
+            seed=chance.randrange(3),  # some begin alike
+            max_new_tokens=chance.randrange(1, 12),
+            thinking=chance.choice(kinds),
+            sampling=chance.choice([GREEDY, Sampling(temperature=1.2, seed=7)]),
+            choices=chance.choice([1, 1, 1, 2]),
+            draft_loops=chance.choice([None, None, 1, 2]),
+            priority=chance.choice([0, 0, 1]),
+        )
+        for _ in range(count)
+    ]
+    ticker = ticker_of(lm, pages=300, budget=12, chunk=7, deterministic=deterministic)
+    events, works, cancel_at = [], [], {}
+    waiting = list(enumerate(requests))
+    with torch.inference_mode():
+        for tick in range(100_000):
+            while waiting and chance.random() < 0.5:
+                number, one = waiting.pop(0)
+                events.append([])
+                works.append(ticker.add(one, events[-1].append))
+                if chance.random() < 0.35:
+                    cancel_at[number] = tick + chance.randrange(41)
+            for number in [n for n, at in cancel_at.items() if at <= tick]:
+                del cancel_at[number]
+                for _ in range(2):  # the second without effect
+                    if not works[number].finished:
+                        ticker.end(works[number], "cancelled")
+            ticker.tick()
+            ticker.scheduler.check()
+            if not waiting and ticker.idle:
+                break
+    ticker.scheduler.check()
+    assert ticker.idle
+    assert ticker.pages.used == ticker.pages.promised == 0
+    assert ticker.pages.free + ticker.pages.cached == ticker.pages.total
+    assert ticker.counts.cached_tokens or count < 50  # or sharing was not tried
+    survivors = 0
+    for one, heard in zip(requests, events, strict=True):
+        ends = [e for e in heard if isinstance(e, FinishEvent)]
+        assert sorted(e.choice for e in ends) == list(range(one.choices))
+        assert isinstance(heard[-1], FinishEvent)
+        assert {e.reason for e in ends} <= {"length", "cancelled"}
+        if all(e.reason == "length" for e in ends):
+            survivors += 1
+            expected = alone(lm, one, deterministic=deterministic)
+            assert written(heard, exact=deterministic) == written(expected, exact=deterministic)
+    assert count / 3 < survivors < count
+
+
+def test_survivors_of_random_cancellations_write_what_they_write_alone(lm):
+    for seed in (1, 2):
+        load_test(lm, 10, deterministic=True, seed=seed)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_survivors_of_many_random_cancellations_write_what_they_write_alone(name, deterministic):
+    for seed in (1, 2):
+        load_test(model_of(name), 150, deterministic=deterministic, seed=seed)
+
+
+@pytest.mark.parametrize("tick", [0, 3, 9, 20, 40])
+def test_a_request_cancelled_at_any_tick_leaves_the_others_as_they_are(lm, tick):
+    ticker, events = ticker_of(lm, budget=4), []
+    other = request(12, thinking=THINKING["delta"], max_new_tokens=8)
+    with torch.inference_mode():
+        victim = ticker.add(request(40, seed=3, choices=2, max_new_tokens=9), lambda event: None)
+        ticker.add(other, events.append)
+        for at in range(10_000):
+            if at == tick and not victim.finished:
+                ticker.end(victim, "cancelled")
+                ticker.scheduler.check()
+            if ticker.idle:
+                break
+            ticker.tick()
+    assert ticker.pages.used == 0
+    assert written(events) == written(alone(lm, other))
+
+
+def callers(lm, count, *, threads):
+    """Threads that submit, read and cancel at once, on a running engine."""
+    settings = EngineSettings(cache_bytes=1 << 20, budget=12, chunk=7)
+    failures = []
+
+    def call(number):
+        try:
+            chance = random.Random(number)
+            for turn in range(count):
+                one = request(
+                    chance.randrange(1, 30),
+                    seed=turn % 3,
+                    max_new_tokens=chance.randrange(1, 10),
+                    thinking=chance.choice(list(THINKING.values())),
+                    choices=chance.choice([1, 2]),
+                )
+                submission = engine.submit(one)
+                if cancels := chance.random() < 0.4:
+                    heard = iter(submission)
+                    for _ in range(chance.randrange(3)):
+                        next(heard, None)
+                    submission.cancel()
+                ends = [e for e in submission if isinstance(e, FinishEvent)]
+                assert len(ends) == one.choices
+                if not cancels:
+                    with lock:
+                        kept.append((one, list(submission)))
+        except Exception as error:  # noqa: BLE001 - to be shown on the test's thread
+            failures.append(error)
+
+    lock, kept = threading.Lock(), []
+    with Engine(lm, settings) as engine:
+        workers = [threading.Thread(target=call, args=(number,)) for number in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert not failures
+    assert threading.active_count() == before
+    statistics = engine.statistics()
+    assert statistics.running == statistics.waiting == statistics.pages_used == 0
+    assert statistics.pages_free + statistics.pages_cached == statistics.pages_total
+    for one, events in kept:
+        assert written(events) == written(alone(lm, one))
+
+
+before = threading.active_count()
+
+
+def test_callers_on_many_threads_get_what_they_would_alone(lm):
+    callers(lm, 3, threads=3)
+
+
+@pytest.mark.soak
+def test_many_callers_on_many_threads_get_what_they_would_alone(lm):
+    callers(lm, 40, threads=8)
