@@ -1,11 +1,11 @@
 """Serve a model over HTTP, as OpenAI's API does.
 
 Examples:
-    openmythos serve runs/nano
+    openmythos serve
     openmythos serve runs/nano --port 8080 --served-model-name nano --max-waiting 64
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "The whale", "max_tokens": 40, "loops": 8}'
 
-MODEL is the folder of a model or of a training run. Routes: /v1/completions,
+MODEL is the folder of a model or of a training run; without one it is the package's own. Routes: /v1/completions,
 /v1/chat/completions, /v1/models, /health (503 until the model is loaded) and /metrics
 (Prometheus). Beside OpenAI's fields a request may have `loops`, `halting`, `threshold` and
 `cache_policy`. Ctrl-C or SIGTERM lets running requests finish; a second one does not.
@@ -25,6 +25,7 @@ import tyro
 from openmythos.config import WeightsKind
 from openmythos.inference.engine_settings import EngineSettings
 from openmythos.inference.server.settings import ServerSettings
+from openmythos.inference.shipped import LANGUAGE_MODEL
 
 if TYPE_CHECKING:
     from openmythos.inference.server.serving import Loaded
@@ -38,8 +39,10 @@ NEAR = ("127.", "::1", "localhost")
 class Settings:
     """Flags of `openmythos serve`."""
 
-    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Folder of a model, or of a training run."""
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = Path(
+        LANGUAGE_MODEL
+    )
+    """Folder of a model or of a training run, or the name of a model in the package."""
 
     weights: WeightsKind | Literal["auto"] | None = None
     """What the weights are in memory; `auto` is bf16 where that is clearly quicker here. Default:
@@ -93,10 +96,11 @@ def _load(settings: Settings) -> Loaded:
     from openmythos.inference.engine import Engine
     from openmythos.inference.language_model import load
     from openmythos.inference.server.serving import Loaded, length_limit
+    from openmythos.inference.shipped import find_model
 
     lm = load(settings.model, settings.weights)
     max_length = length_limit(settings.server.max_model_len, lm.model.config.max_length)
-    layout = ChatLayout.of(settings.model, lm.tokenizer)
+    layout = ChatLayout.of(find_model(settings.model), lm.tokenizer)
     engine = Engine(lm, settings.engine)
     loaded = Loaded(lm=lm, layout=layout, engine=engine, max_length=max_length)
     engine.start()
