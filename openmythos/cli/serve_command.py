@@ -5,9 +5,9 @@ Examples:
     openmythos serve runs/nano --port 8080 --served-model-name nano --max-waiting 64
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "The whale", "max_tokens": 40, "loops": 8}'
 
-MODEL is the folder of a model or of a training run; without one it is the package's own. Routes: /v1/completions,
-/v1/chat/completions, /v1/models, /health (503 until the model is loaded) and /metrics
-(Prometheus). Beside OpenAI's fields a request may have `loops`, `halting`, `threshold` and
+MODEL is the folder of a model or of a training run; without one it is the package's own. Routes:
+/v1/completions, /v1/chat/completions, /v1/models, /health (503 until the model is loaded) and
+/metrics (Prometheus). Beside OpenAI's fields a request may have `loops`, `halting`, `threshold` and
 `cache_policy`. Ctrl-C or SIGTERM lets running requests finish; a second one does not.
 """  # noqa: E501 (a line to copy is one line)
 

@@ -95,7 +95,7 @@ def run(study: Study, folder: Path, say: Say) -> Result:
     say("training the gate")
     before = _with_gate(model, study, say)
     say("training with exits")
-    _train_with_exits(model, study, folder / "exits")
+    _train_with_exits(model, study, folder / "exits", say)
     after = _with_gate(model, study, say)
     model.save_pretrained(folder / "reasoner", weights="bf16")
     return {**took, "before": before, "after": after}
@@ -252,7 +252,7 @@ def _saving(model: OpenMythos, token_ids: Tensor, budget: int, mean: float) -> R
     return {"time": 1 - share, "loops": 1 - mean / budget}
 
 
-def _train_with_exits(model: OpenMythos, study: Study, folder: Path) -> None:
+def _train_with_exits(model: OpenMythos, study: Study, folder: Path, say: Say) -> None:
     """Train on with the loops that the gate gives each token, so that early keys are seen."""
     optimizer = OptimizerConfig(
         muon_lr=0.1 * study.training.muon_lr,
@@ -274,7 +274,10 @@ def _train_with_exits(model: OpenMythos, study: Study, folder: Path) -> None:
         model.train()
         return Batch(token_ids, torch.from_numpy(chains.answers), loops.clone())
 
-    fit(model, batch, config, folder)
+    def report(step: int, _: int, loss: float) -> None:
+        say(f"step {step} of {config.steps}, loss {loss:.4f}")
+
+    fit(model, batch, config, folder, report=report)
 
 
 def _text(_: Path, say: Say) -> Result:

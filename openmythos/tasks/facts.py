@@ -149,6 +149,7 @@ class FactTask:
         """Draw `count` chains and return those that found a way."""
         at = random.integers(0, self.entities, count)
         tokens, alive = [at], np.ones(count, dtype=np.bool_)
+        relation = np.zeros(count, dtype=np.int64)
         for hop, kind in enumerate(kinds):
             allowed = self.having(kind).T[at]  # (count, relations)
             if hop and pairs != "any":

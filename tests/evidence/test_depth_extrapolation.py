@@ -1,0 +1,74 @@
+"""What is said of deeper chains comes from the numbers; a model that fails is said to fail."""
+
+import dataclasses
+
+import pytest
+
+from openmythos.evidence.depth_extrapolation import HOPS, LOOPED, QUICK, _looped, _plain, conclude
+from openmythos.evidence.hop_training import LOOPS
+from openmythos.model.transformer import OpenMythos
+
+
+def result(right=1.0, loops=None):
+    """A looped model's numbers, as its cell keeps them: keys are strings."""
+    depth = {hops: hops + 4 if loops is None else loops for hops in HOPS}
+    return {
+        "parameters": 500_000,
+        "curves": {str(h): {str(n): right * (n >= depth[h]) for n in LOOPS} for h in HOPS},
+        "needed": {str(h): depth[h] if right >= 0.99 else None for h in HOPS},
+        "fresh": {
+            str(h): {"loops": depth[h], "right": right, "right_at_twice": right} for h in HOPS
+        },
+        "with_no_ops": {str(h): right for h in HOPS[:4]},
+        "path_independence": {"loops": 24, "agree": right, "right": right},
+    }
+
+
+def test_a_model_that_solves_all_meets_what_was_wanted():
+    section = conclude({"core-1/seed-0": result(), "core-1/seed-1": result()})
+    assert "chains of 100 hops with 1.000 right or more" in section.sentences[0]
+    assert "2 seeds" in section.sentences[0]
+    assert all(expected.met for expected in section.expectations)
+
+
+def test_a_model_that_fails_is_said_to_fail():
+    section = conclude({"core-1/seed-0": result(), "core-1/seed-1": result(right=0.5)})
+    assert "does not solve 20 hops" in section.sentences[0]
+    assert not any(e.met for e in section.expectations if "worst seed" in e.what)
+
+
+def test_the_worst_seed_counts():
+    section = conclude({"core-3/seed-0": result(), "core-3/seed-1": result(right=0.97)})
+    met = {e.what: e.met for e in section.expectations}
+    assert not met["core-3: 20 hops, worst seed"]
+    assert met["core-3: 40 hops, worst seed"]
+
+
+def test_plain_transformers_are_tested_past_their_own_best():
+    plain = {
+        "parameters": 1e6,
+        "longest": 6,
+        "beyond": 9,
+        "right_beyond": 0.1,
+        "flops": 1e15,
+    }
+    section = conclude({"plain-8-lr-0.01/seed-0": plain})
+    assert "| plain-8-lr-0.01 | 1.00 M | 6 | 9 | 0.100 | 1.0e+15 |" in section.tables[1]
+
+
+@pytest.mark.parametrize("plain_layers", [0, 2])
+def test_a_model_is_measured_as_its_cell_needs(monkeypatch, plain_layers):
+    monkeypatch.setattr("openmythos.evidence.depth_extrapolation.HOPS", (2, 3, 4, 5, 6, 7))
+    monkeypatch.setattr("openmythos.evidence.depth_extrapolation.LOOPS", (1, 2))
+    monkeypatch.setattr("openmythos.evidence.depth_extrapolation.TRAINED_HOPS", 2)
+    training = dataclasses.replace(
+        QUICK["core-1"], hidden_size=16, feed_forward_size=16, plain_layers=plain_layers
+    )
+    model = OpenMythos(training.config).eval()
+    if plain_layers:
+        assert set(_plain(model, training)["right"]) == {2}
+        return
+    measured = _looped(model, training)
+    assert set(measured["curves"]) == {2, 3, 4, 5, 6, 7}
+    assert 0 <= measured["path_independence"]["agree"] <= 1
+    assert LOOPED["core-1"].config.mean_loops == 20
