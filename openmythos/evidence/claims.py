@@ -31,6 +31,7 @@ CLAIMS = {
     "shipped-models": "What the models inside the package can do, and what they cannot.",
     "parameter-efficiency": "A looped model reads as a plain one of 1.69 times its parameters.",
     "test-time-scaling": "Text reads no worse with far more loops than in training.",
+    "systematic-generalisation": "Facts seen only alone, never inside a chain, work in chains.",
 }
 
 

@@ -30,7 +30,8 @@ Pairs = Literal["usual", "apart", "any"]
 class FactTask:
     """Entities, relations, and a fact for each two of them.
 
-    Token ids: the entities from 0, then the relations, then the filler.
+    Token ids: the entities from 0, then the relations, then the no-op, which leaves one where one
+    stands.
     """
 
     entities: int = 50
@@ -69,14 +70,14 @@ class FactTask:
         return self.entities * self.relations
 
     @property
-    def filler(self) -> int:
-        """The token behind a sequence that is shorter than the others of its batch."""
+    def no_op(self) -> int:
+        """The token that changes nothing."""
         return self.entities + self.relations
 
     @property
     def vocab_size(self) -> int:
-        """Entities, relations and the filler."""
-        return self.filler + 1
+        """Entities, relations and the no-op."""
+        return self.no_op + 1
 
     def count(self, kind: Kind) -> int:
         """Return the number of facts of a kind."""
@@ -160,13 +161,29 @@ class FactTask:
             tokens.append(relation + self.entities)
         return np.stack(tokens, axis=1)[alive]
 
+    def waiting(self, random: np.random.Generator, chains: Chains, slots: int) -> Chains:
+        """Strew no-ops among the relations, at random places, so that there are `slots` of both.
+
+        Raises:
+            InputError: the chains are longer than that.
+        """
+        entities, relations = chains.token_ids[:, :1], chains.token_ids[:, 1:]
+        count, hops = relations.shape
+        if slots < hops:
+            raise InputError(f"slots={slots} must be at least the chains' {hops} hops")
+        places = random.random((count, slots)).argsort(axis=1)[:, :hops]
+        spread = np.full((count, slots), self.no_op, dtype=np.int64)
+        np.put_along_axis(spread, np.sort(places, axis=1), relations, axis=1)
+        return self._answered(np.concatenate([entities, spread], axis=1))
+
     def _answered(self, token_ids: Int64[np.ndarray, "batch sequence"]) -> Chains:
-        """Answer chains, each an entity and then relations."""
+        """Answer chains, each an entity and then relations or no-ops."""
+        stay = np.arange(self.entities, dtype=np.int64)
+        moves = np.concatenate([self.tails, stay[None]])  # the no-op stays
         answers = np.empty_like(token_ids)
         answers[:, 0] = token_ids[:, 0]
-        for place in range(1, token_ids.shape[1]):
-            answers[:, place] = self.tails[
-                token_ids[:, place] - self.entities, answers[:, place - 1]
-            ]
-        hops = np.broadcast_to(np.arange(token_ids.shape[1]), token_ids.shape)
-        return Chains(token_ids, answers, hops.copy())
+        for at in range(1, token_ids.shape[1]):
+            answers[:, at] = moves[token_ids[:, at] - self.entities, answers[:, at - 1]]
+        real = token_ids != self.no_op
+        real[:, 0] = False
+        return Chains(token_ids, answers, real.cumsum(axis=1))

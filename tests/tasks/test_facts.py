@@ -58,6 +58,20 @@ def test_relations_kept_apart_follow_each_other_only_where_asked(pairs, apart):
     assert (TASK.kept_apart[relations[:, :-1], relations[:, 1:]] == apart).all()
 
 
+def test_no_ops_leave_one_where_one_stands():
+    chains = some("chained", "alone")
+    waiting = TASK.waiting(np.random.default_rng(1), chains, slots=5)
+    assert waiting.token_ids.shape == (60, 6)
+    assert (waiting.answers[:, -1] == chains.answers[:, -1]).all()
+    assert (waiting.hops[:, -1] == 2).all()
+    idle = waiting.token_ids[:, 1:] == TASK.no_op
+    assert (idle.sum(axis=1) == 3).all()
+    assert (waiting.answers[:, 1:] == waiting.answers[:, :-1])[idle].all()
+    kept = waiting.token_ids[:, 1:][~idle].reshape(60, 2)
+    assert (kept == chains.token_ids[:, 1:]).all()
+    assert len(np.unique(idle, axis=0)) == 10  # 60 rows miss one of 10 with a chance of 0.02
+
+
 def test_the_graph_depends_on_its_seed_alone():
     again = FactTask(entities=11, relations=7, alone=0.25, later=9, apart=0.2, seed=3)
     other = FactTask(entities=11, relations=7, alone=0.25, later=9, apart=0.2, seed=4)
@@ -75,6 +89,10 @@ def test_the_graph_depends_on_its_seed_alone():
         (
             lambda: FactTask(entities=5, relations=4, alone=0.5, later=10),
             "alone=0.5 and later=10 must leave some of the 20 facts for chains",
+        ),
+        (
+            lambda: TASK.waiting(np.random.default_rng(0), some("alone", "alone"), slots=1),
+            "slots=1 must be at least the chains' 2 hops",
         ),
         (some, r"kinds=\(\) must name the kind of at least one hop"),
         (

@@ -127,7 +127,7 @@ def test_a_run_without_a_checkpoint_yet_starts_over(tmp_path, text):
 STEADY = OptimizerConfig(warmup_steps=1, decay_share=0.5)
 
 
-@pytest.mark.parametrize("first, then", [(16, 10), (10, 16)])
+@pytest.mark.parametrize(("first", "then"), [(16, 10), (10, 16)])
 def test_a_run_given_other_steps_before_its_decay_is_one_started_with_them(
     tmp_path, text, first, then
 ):
