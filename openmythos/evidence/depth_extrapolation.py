@@ -89,11 +89,11 @@ def _looped(model: OpenMythos, training: HopTraining) -> Result:
     fresh: dict[int, dict[str, float]] = {}
     seed = training.seed
     for hops in HOPS:
-        curves[hops] = measure(model, VALIDATION, hops, LOOPS, seed=seed)
+        curves[hops] = measure(model, VALIDATION, hops, LOOPS, seed=seed, count=128)
         enough = [n for n, right in curves[hops].items() if right >= SOLVED]
         needed[hops] = enough[0] if enough else None
         depth = enough[0] if enough else _best(curves[hops])
-        right = measure(model, FRESH, hops, (depth, 2 * depth), seed=seed, count=1024)
+        right = measure(model, FRESH, hops, (depth, 2 * depth), seed=seed, count=512)
         fresh[hops] = {"loops": depth, "right": right[depth], "right_at_twice": right[2 * depth]}
     no_ops = {}
     for hops in HOPS[:4]:
@@ -172,8 +172,8 @@ def conclude(results: dict[str, Result]) -> Section:
 
 
 CELLS = """\
-A cell of the first table is the share of 1,024 fresh chains answered right, and the loops taken:
-the fewest with 0.99 right on 256 other chains (in brackets where no depth reached that: the best
+A cell of the first table is the share of 512 fresh chains answered right, and the loops taken:
+the fewest with 0.99 right on 128 other chains (in brackets where no depth reached that: the best
 depth). Mean over seeds, and the range."""
 
 POSITIONS = """\

@@ -32,7 +32,10 @@ SEQUENCES, LENGTH = 10, 128
 LOOPS = (*range(1, 17), 18, 20, 22, 24, 28, 32, 36, 40, 48, 56, 64, 80, 96, 128)
 """Depths that are measured."""
 
-VALIDATION, FRESH, GATE = 1, 2, 3
+TOGETHER = 64
+"""Chains that are measured at a time: the states of all loops are kept."""
+
+VALIDATION, FRESH = 1, 2
 """Streams of chains, which share none with the training's but by chance (1 in 32 * 16^hops)."""
 
 
@@ -181,9 +184,12 @@ def answers(
     model: OpenMythos, chains: Chains, loops: Sequence[int], *, h0: Tensor | None = None
 ) -> dict[int, Tensor]:
     """Return the entity named at the end of each chain, `(batch,)`, for each number of loops."""
-    token_ids = torch.from_numpy(chains.token_ids)
-    out = model(token_ids, max(loops), return_states=True, h0=h0)
+    parts = torch.from_numpy(chains.token_ids).split(TOGETHER)
+    firsts = [None] * len(parts) if h0 is None else h0.split(TOGETHER)
     entities = slice(0, TASK.entities)
-    return {
-        depth: model.decode(out.states[depth - 1])[:, -1, entities].argmax(-1) for depth in loops
-    }
+    found: dict[int, list[Tensor]] = {depth: [] for depth in loops}
+    for token_ids, first in zip(parts, firsts, strict=True):
+        states = model(token_ids, max(loops), return_states=True, h0=first).states
+        for depth, named in found.items():
+            named.append(model.decode(states[depth - 1])[:, -1, entities].argmax(-1))
+    return {depth: torch.cat(named) for depth, named in found.items()}

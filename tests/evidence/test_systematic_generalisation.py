@@ -13,12 +13,14 @@ from openmythos.evidence.fact_models import FedBack, Untied
 from openmythos.evidence.fact_training import ADDED, COURSE, FactTraining, lens, right
 from openmythos.evidence.fit import IGNORE
 from openmythos.evidence.report import as_markdown
-from openmythos.model.transformer import OpenMythos
+from openmythos.model.transformer import MythosOutput, OpenMythos
 
 TINY = FactTraining(
     entities=9,
     relations=6,
-    later=6,
+    alone=0.4,
+    later=9,
+    apart=0.4,
     hops=3,
     hidden_size=16,
     feed_forward_size=24,
@@ -123,26 +125,27 @@ def test_feedback_adds_the_expected_embedding_at_each_loop(injection):
 def test_a_model_that_knows_every_answer_is_right_at_the_loops_it_needs():
     task = TINY.task
 
-    class Oracle:
+    class Oracle(OpenMythos):
         """Names, after n loops, the entity that each place's first n hops lead to."""
 
-        def __call__(self, token_ids, loops, return_states):
-            rows = torch.from_numpy(task._answered(token_ids.numpy()).answers)  # noqa: SLF001
+        def forward(self, token_ids, loops, *, return_states):
+            rows = torch.from_numpy(task._answered(token_ids.numpy()).answers)
             places = torch.arange(token_ids.shape[1])
             known = [
                 rows.gather(1, places.clamp(max=n).expand_as(rows)) for n in range(1, loops + 1)
             ]
-            states = torch.nn.functional.one_hot(torch.stack(known), task.vocab_size).double()
-            return type("Out", (), {"states": states})
+            states = torch.nn.functional.one_hot(torch.stack(known), task.vocab_size).float()
+            taken = torch.full_like(token_ids, loops)
+            return MythosOutput(states[-1], taken, states=states)
 
         def decode(self, h):
             return h
 
-    shares = right(Oracle(), task, 40, [1, 2, 3, 4], COURSE)
+    shares = right(Oracle(TINY.config), task, 40, [1, 2, 3, 4], COURSE)
     for name, (kinds, _) in COURSE.items():
         assert shares[name][4] == 1.0
         assert len(kinds) == 1 or shares[name][len(kinds) - 1] < 0.7
-    read = lens(Oracle(), task, 40, 3)["alone"]
+    read = lens(Oracle(TINY.config), task, 40, 3)["alone"]
     assert read["bridge"] == [1.0, 1.0, 1.0]
     assert read["answer"][0] < 0.7
     assert read["answer"][1:] == [1.0, 1.0]
@@ -150,13 +153,13 @@ def test_a_model_that_knows_every_answer_is_right_at_the_loops_it_needs():
 
 @pytest.mark.parametrize("training", [TINY, UNTIED], ids=["looped", "plain"])
 def test_a_cell_measures_all_that_is_concluded_from(training, tmp_path):
-    cell = claim._cell("looped", training, seed=1)  # noqa: SLF001
+    cell = claim._cell("looped", training, seed=1)
     results = run_cells([cell], tmp_path, lambda _: None)
     result = results["looped/graph-1"]
     assert list(result["course"]) == ["2", "4"]
     assert set(result["right"]) == set(COURSE)
     assert set(result["added"]["rehearsed"]["after"]) == set(ADDED)
-    again = run_cells([claim._cell("looped", training, seed=1)], tmp_path, lambda _: None)  # noqa: SLF001
+    again = run_cells([claim._cell("looped", training, seed=1)], tmp_path, lambda _: None)
     section = claim.conclude(again)
     assert len(section.tables) == 4
     assert claim.draw_figure(again).axes

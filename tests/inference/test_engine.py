@@ -186,7 +186,7 @@ def mixture():
 
 @pytest.mark.parametrize(
     ("name", "threads"),
-    [("gqa, experts", 1), ("mla, experts", 2), ("lora, linear injection", 2)],
+    [("gqa, experts", 1), ("mla, experts", 2)],
 )
 def test_company_order_and_chunks_change_no_bit(name, threads):
     torch.set_num_threads(threads)
@@ -215,8 +215,9 @@ def test_company_changes_no_token_and_hardly_a_logprob_without_deterministic_mod
         assert np.allclose(ours, theirs, atol=1e-4)
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("thinking", ["none", "delta", "kl"])
+@pytest.mark.parametrize(
+    ("thinking", "deterministic"), [("none", True), ("delta", True), ("kl", True), ("delta", False)]
+)
 def test_a_prefix_found_changes_nothing_but_the_work(lm, thinking, deterministic):
     one = request(40, thinking=THINKING[thinking], sampling=Sampling(temperature=1.0, seed=3))
     ticker = ticker_of(lm, deterministic=deterministic)
@@ -289,12 +290,11 @@ def test_priority_is_admitted_first(lm):
 # Drafts
 
 
-@pytest.mark.parametrize("draft_loops", [1, 3])
-@pytest.mark.parametrize("thinking", ["none", "delta", "gate"])
+@pytest.mark.parametrize(("draft_loops", "thinking"), [(1, "none"), (1, "delta"), (3, "gate")])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.3, seed=5)])
 def test_drafts_change_no_bit_of_what_is_written(lm, draft_loops, thinking, sampling):
     think = Thinking(loops=4) if thinking == "none" else THINKING[thinking]
-    one = request(18, max_new_tokens=24, thinking=think, sampling=sampling, choices=2)
+    one = request(18, max_new_tokens=16, thinking=think, sampling=sampling, choices=2)
     drafting = replace(one, draft_loops=draft_loops)
     plain, ticker = ticker_of(lm), ticker_of(lm)
     (expected,) = run(plain, [one])
