@@ -59,6 +59,6 @@ class FedBack(OpenMythos):
             assert out.states is not None
             states.append(out.states[0])
             expected = out.logits.float().softmax(dim=-1) @ self.embed.weight
-            h = states[-1] + expected * self.config.embedding_scale
+            h = states[-1] + expected * float(self.config.embedding_scale or 1.0)
         out.states = torch.stack(states) if return_states else None
         return out

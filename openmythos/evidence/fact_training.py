@@ -14,6 +14,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class FactTraining:
     seed: int = 0
     """Of the graph, the weights and the batches."""
 
-    @property
+    @cached_property
     def task(self) -> FactTask:
         """The graph."""
         return FactTask(
@@ -149,8 +150,7 @@ class FactTraining:
         count = self.batch_size if only_lone else round(self.lone_share * self.batch_size)
         parts = [self._lone(random, count, "chained", "alone")]
         if not only_lone:
-            kinds = ("chained",) * self.hops
-            parts.append(self.task.chains(random, self.batch_size - count, kinds))
+            parts.append(self._chains(random, self.batch_size - count))
         return self._packed(random, parts)
 
     def added_batch(self, step: int, *, rehearse: bool) -> Batch:
@@ -167,7 +167,7 @@ class FactTraining:
             old = self.batch_size - count
             lone = round(self.lone_share * old)
             parts.append(self._lone(random, lone, "chained", "alone"))
-            parts.append(self.task.chains(random, old - lone, ("chained",) * self.hops))
+            parts.append(self._chains(random, old - lone))
         return self._packed(random, parts)
 
     def _lone(self, random: np.random.Generator, count: int, *kinds: Kind) -> Chains:
@@ -176,6 +176,11 @@ class FactTraining:
         rows = random.integers(0, len(lone.token_ids), count)
         drawn = Chains(*(part[rows] for part in lone))
         return self.task.waiting(random, drawn, self.hops) if self.waits else drawn
+
+    def _chains(self, random: np.random.Generator, count: int) -> Chains:
+        """Draw training chains."""
+        kind: Kind = "chained"
+        return self.task.chains(random, count, (kind,) * self.hops)
 
     def _packed(self, random: np.random.Generator, parts: Sequence[Chains]) -> Batch:
         """Put chains of several lengths into one batch, the shorter ones filled up."""

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -64,6 +64,10 @@ class FitConfig:
 Report = Callable[[int, int, float], None]
 """Told of the step, the level and the mean loss since the last report, in nats."""
 
+Watch = Callable[[int, float, float], bool]
+"""Told of the steps taken, the last one's loss in nats and its gradient's norm before clipping;
+says whether to go on."""
+
 
 def fit(
     model: OpenMythos,
@@ -72,6 +76,8 @@ def fit(
     folder: Path,
     *,
     report: Report | None = None,
+    watch: Watch | None = None,
+    frozen: Sequence[str] = (),
 ) -> tuple[float, int]:
     """Train `model` in place, from the newest checkpoint of `folder` if there is one.
 
@@ -81,6 +87,9 @@ def fit(
         config: the training.
         folder: holds the checkpoints; the last one stays there.
         report: progress.
+        watch: sees every step, and may end the training before its last one.
+        frozen: parts of the model that stay as initialised, each a word of the dotted names of
+            their parameters: `router`.
 
     Returns:
         The seconds that all steps took, those before an interruption included, and the level
@@ -92,12 +101,15 @@ def fit(
     """
     torch.set_flush_denormal(True)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith("core.gate."))
+        held = name.startswith("core.gate.") or not set(name.split(".")).isdisjoint(frozen)
+        parameter.requires_grad_(not held)
     optimizers = build_optimizers(
         model.named_parameters(), config.optimizer, fused_splits=model.fused_splits()
     )
     fields = json.loads(json.dumps(dataclasses.asdict(config)))
     asked = {"model": json.loads(model.config.to_json()), "fit": fields}
+    if frozen:
+        asked["frozen"] = list(frozen)
     step, seconds, course = 0, 0.0, Course(config)
     if (newest := checkpoint.latest(folder)) is not None:
         found = checkpoint.load(newest)
@@ -116,12 +128,14 @@ def fit(
         optimizers.zero_grad()
         loss, loads = _loss(model, batch(step, course.level), config)
         loss.backward()
-        optimizers.step()
+        norm = optimizers.step()
         if loads is not None:
             model.core.rebalance(loads)
         losses.append(float(loss.detach()))
         course.learn(losses[-1])
         step += 1
+        if watch is not None and not watch(step, losses[-1], norm):
+            break
         if step % config.report_every == 0 or step == config.steps:
             if report is not None:
                 report(step, course.level, float(np.mean(losses)))

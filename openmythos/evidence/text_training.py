@@ -110,8 +110,17 @@ class TextTraining:
         loops = int(sample_loops(self.depth, mean, seed=self.seed, step=step, indices=[0])[0])
         return Batch(token_ids[:, :-1], token_ids[:, 1:], loops)
 
-    def train(self, folder: Path, texts: Texts, say: Say) -> tuple[OpenMythos, dict[str, Any]]:
-        """Train, or go on training; return the model, and what it and its training cost."""
+    def train(
+        self, folder: Path, texts: Texts, say: Say, *, frozen: Sequence[str] = ()
+    ) -> tuple[OpenMythos, dict[str, Any]]:
+        """Train, or go on training; return the model, and what it and its training cost.
+
+        Args:
+            folder: holds the checkpoints.
+            texts: the corpus.
+            say: told of progress.
+            frozen: parts that stay as initialised, as of `fit`.
+        """
         model = OpenMythos(self.config, seed=self.seed)
 
         def report(step: int, _: int, loss: float) -> None:
@@ -123,6 +132,7 @@ class TextTraining:
             self.fit_config,
             folder,
             report=report,
+            frozen=frozen,
         )
         return model, {**self.costs(), "training_seconds": seconds}
 

@@ -81,3 +81,32 @@ def test_loops_may_differ_between_tokens(tmp_path):
     config = dataclasses.replace(FAST, steps=40, report_every=20)
     fit(tiny(), batch, config, tmp_path, report=lambda step, level, loss: losses.append(loss))
     assert losses[-1] < losses[0]
+
+
+def test_a_watcher_sees_every_step_and_may_end_the_training(tmp_path):
+    seen = []
+
+    def watch(step, loss, gradient):
+        seen.append(step)
+        assert loss > 0
+        assert gradient > 0
+        return step < 5
+
+    model, before = tiny(), tiny()
+    fit(model, copying, FAST, tmp_path, watch=watch)
+    assert seen == [1, 2, 3, 4, 5]
+    assert checkpoint.latest(tmp_path).name == "step-00000003"
+    assert not torch.equal(model.embed.weight, before.embed.weight)
+    again = []
+    fit(tiny(), copying, FAST, tmp_path, watch=lambda *step: again.append(step[0]) or True)
+    assert again == [4, 5, 6, 7, 8]
+
+
+def test_frozen_parts_stay_as_they_were(tmp_path):
+    model, before = tiny(), tiny()
+    fit(model, copying, FAST, tmp_path, frozen=("router", "prelude"))
+    for (name, parameter), start in zip(model.named_parameters(), before.parameters(), strict=True):
+        held = ".router." in name or name.startswith(("prelude.", "core.gate."))
+        assert torch.equal(parameter, start) == held, name
+    with pytest.raises(ConfigError, match="must hold a training with these settings"):
+        fit(tiny(), copying, FAST, tmp_path)
