@@ -10,7 +10,7 @@ a plain view: see `docs/decisions.md`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -23,6 +23,24 @@ from openmythos.errors import CacheError
 
 Declaration = dict[str, tuple[int, ...]]
 """What one attention keeps per token: names and shapes."""
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Numbers of the places where each row of a call writes, and of those it sees."""
+
+    write: Int[Tensor, " rows"]
+    """Where a row's own entry goes, before any is read."""
+    counts: Int[Tensor, " rows"]
+    """How many entries each row sees."""
+    most: int
+    """At least the largest count."""
+    first: Int[Tensor, " rows"] | None = None
+    """The first entry that a row sees, where the others follow it."""
+    read: Int[Tensor, " rows"] | None = None
+    """Addresses in memory of lists of int64, one for each row, where they do not."""
+    also: Int[Tensor, " rows"] | None = None
+    """A second place for a row's own entry; -1: none."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,7 @@ class Span:
     alone: tuple[int, ...] | None = None
     """How many keys each row sees, where a row's bits may depend on nothing else in the call (the
     engine's deterministic mode); rows beyond these pad the call to a fixed number of rows."""
+    _entries: dict[int, Entries] = field(init=False, default_factory=dict, compare=False)
 
     @classmethod
     def fresh(cls, batch: int, sequence: int, mask: Tensor | None, device: torch.device) -> Span:
@@ -156,6 +175,17 @@ class Span:
             visible=self.visible.index_select(0, order),
         )
 
+    def entries(self, max_length: int) -> Entries | None:
+        """Where rows write and read in a flattened `(batch, max_length)`; None with padding."""
+        if self.real is not None and self.rows is None:
+            return None
+        if max_length not in self._entries:
+            rows = self.all_rows()
+            index = self.index.flatten().index_select(0, rows)
+            first = rows // self.sequence * max_length
+            self._entries[max_length] = Entries(first + index, index + 1, self.keys, first=first)
+        return self._entries[max_length]
+
     def spread(self, x: Float[Tensor, "*rows heads width"]) -> Tensor:
         """Lay rows out by sequence, `(sequences, widest, heads, width)`, as attention needs."""
         if self.rows is None:
@@ -237,6 +267,13 @@ class Keeper(Protocol):
         """Keep a call's entries; return all that it sees, `(sequences, keys, ...)`."""
         ...
 
+    def entries(self, span: Span, slot: int) -> tuple[dict[str, Tensor], Entries] | None:
+        """Return the storage, `(places, ...)` by name, and where a call's rows write and read.
+
+        None where rows cannot do so themselves, one by one.
+        """
+        ...
+
 
 class Store:
     """One layer's entries for every slot: `(slots, batch, max_length, ...)` per declared name."""
@@ -252,6 +289,12 @@ class Store:
     def update(self, kept: dict[str, Tensor], span: Span, slot: int) -> dict[str, Tensor]:
         """Write this call's entries into a slot; return the slot's visible part."""
         return {name: self._write(self.data[name][slot], x, span) for name, x in kept.items()}
+
+    def entries(self, span: Span, slot: int) -> tuple[dict[str, Tensor], Entries] | None:
+        """Return a slot's storage, and where the call's rows write and read in it."""
+        data = {name: x[slot] for name, x in self.data.items()}
+        found = span.entries(next(iter(data.values())).shape[1])
+        return None if found is None else (data, found)
 
     def _write(self, slot: Tensor, x: Tensor, span: Span) -> Tensor:
         if span.rows is None and span.start is not None:
@@ -408,11 +451,11 @@ class Frozen:
         self, earlier: dict[str, Tensor] | None = None, active: Tensor | None = None
     ) -> None:
         self.earlier, self.active = earlier or {}, active
-        self.entries: dict[str, Tensor] = {}
+        self.brought: dict[str, Tensor] = {}
 
     def after(self, active: Bool[Tensor, "batch sequence"]) -> Frozen:
         """Return the store of the next loop, in which only `active` tokens bring new entries."""
-        return Frozen(self.entries, active)
+        return Frozen(self.brought, active)
 
     def update(self, kept: dict[str, Tensor], span: Span, slot: int) -> dict[str, Tensor]:
         """Take the entries of active tokens, keep the others'; shapes `(batch, sequence, ...)`."""
@@ -420,5 +463,9 @@ class Frozen:
             for name, new in kept.items():
                 active = self.active.view(*self.active.shape, *[1] * (new.ndim - 2))
                 kept[name] = torch.where(active, new, self.earlier[name])
-        self.entries = dict(kept)
+        self.brought = dict(kept)
         return kept
+
+    def entries(self, span: Span, slot: int) -> None:  # noqa: ARG002 (as all keepers)
+        """Return None: what is kept here carries gradients."""
+        return

@@ -1,0 +1,91 @@
+"""Compile `layer.c` once for this processor, keep the result, and load it.
+
+Without a C compiler, or with `OPENMYTHOS_NATIVE=0`, there is no native code and torch's own
+operations do the same work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from openmythos.model.native.structures import CallStructure, LayerStructure
+
+SOURCE = Path(__file__).with_name("layer.c")
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC")
+SECONDS = 120
+"""A compiler that takes longer is given up."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """Return the compiled code; None where there is none."""
+    if os.environ.get("OPENMYTHOS_NATIVE", "1") == "0" or sys.platform == "win32":
+        return None
+    compiler = _compiler()
+    if compiler is None:
+        return None
+    try:
+        return _load(_compiled(compiler))
+    except (OSError, subprocess.SubprocessError):
+        return None  # no place to write, a compiler that fails, or a kept file of another machine
+
+
+def _compiler() -> str | None:
+    names = [os.environ.get("CC"), "cc", "gcc", "clang"]
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def _folder() -> Path:
+    """Where compiled code is kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "openmythos"
+
+
+def _compiled(compiler: str) -> Path:
+    """Return the compiled file, made where it is not there yet."""
+    told = subprocess.run([compiler, "--version"], capture_output=True, timeout=SECONDS, check=True)
+    parts = (SOURCE.read_bytes(), told.stdout, " ".join(FLAGS).encode(), _processor())
+    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+    path = _folder() / f"layer-{name}.so"
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / "layer.so"
+        for extra in (["-fopenmp"], []):  # clang may have no OpenMP: one thread then
+            command = [compiler, *FLAGS, *extra, str(SOURCE), "-o", str(made), "-lm"]
+            done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
+            if done.returncode == 0:
+                made.replace(path)
+                return path
+    raise OSError(f"{compiler} cannot compile {SOURCE}: {done.stderr.decode(errors='replace')}")
+
+
+def _processor() -> bytes:
+    """What `-march=native` depends on: a kept file must not be used on another processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor().encode()
+    words = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    return "\n".join(sorted(set(words))).encode()
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path))
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    layer, call = ctypes.POINTER(LayerStructure), ctypes.POINTER(CallStructure)
+    found.work_size.argtypes, found.work_size.restype = [layer, number, number, number], number
+    found.run_layer.argtypes, found.run_layer.restype = [layer, call], None
+    found.run_linear.argtypes = [pointer, number, number, pointer, pointer, number, pointer, number]
+    found.run_linear.restype = None
+    return found

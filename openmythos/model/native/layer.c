@@ -1,0 +1,616 @@
+/* One layer for a few rows: attention over kept keys, then feed-forward or experts, in one call.
+
+   At one row the time of a layer is that of reading its weights and of starting its operations;
+   here there is one operation, and each weight is read once for all rows. Every sum of a row runs
+   in an order that no other row changes, so a row's bits are the same alone and among others.
+   Plain C with vectors of eight numbers, for any processor whose compiler knows them. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define LANES 8
+
+typedef float wide __attribute__((vector_size(32)));
+typedef float wide_anywhere __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t whole __attribute__((vector_size(32)));
+typedef int8_t bytes_anywhere __attribute__((vector_size(8), aligned(1), may_alias));
+
+/* What `openmythos.model.native.structures` declares, field by field. */
+
+typedef struct {
+    const void *weight;  /* (outputs, inputs), fp32 or int8; null: there is no such map */
+    const float *scale;  /* (outputs), of int8 */
+    const float *down;   /* (loops, rank, inputs), depth-wise LoRA; null: none */
+    const float *up;     /* (loops, outputs, rank) */
+    int64_t outputs, inputs, rank, loops;
+} Map;
+
+typedef struct {
+    const void *weight;  /* fp32: (experts, inputs, outputs); int8: (experts, outputs, inputs) */
+    const float *scale;  /* (experts, outputs), of int8 */
+    int64_t outputs, inputs;
+} Stack;
+
+typedef struct {
+    int64_t hidden, heads, kv_heads, head_dim;
+    int64_t latent, nope, rope, value;  /* of latent attention; latent 0: grouped queries */
+    int64_t interleaved, sandwich, swiglu, size;
+    int64_t experts, chosen, expert_size;
+    float eps, routed_scale, balance_rate, score_scale;
+    const float *attention_norm, *feed_forward_norm;
+    const float *attention_out_norm, *feed_forward_out_norm;  /* null: placement `pre` */
+    const float *qk_scale, *qk_bias;                          /* (heads + kv_heads, head_dim) */
+    const float *q_norm, *kv_norm, *q_scale, *k_scale;        /* of latent attention */
+    const float *kv_up;                                       /* (heads, nope + value, latent) */
+    Map qkv, q_down, q_up, kv_down, out, w_in, w_out;
+    const float *router;     /* (experts, hidden) */
+    const int32_t *balance;  /* (experts) */
+    Stack experts_in, experts_out;
+} Layer;
+
+typedef struct {
+    int64_t rows, rope_rows, threads;
+    float *h;                     /* (rows, hidden), changed in place */
+    const float *cos, *sin;       /* (rope_rows, rotated); row r has number r mod rope_rows */
+    const int64_t *loops;         /* (rows), for LoRA; null: 0 */
+    float *keys, *values;         /* (places, kept) */
+    const int64_t *write, *also;  /* (rows) places of a row's own entry; also: -1 for none */
+    const int64_t *const *read;   /* (rows) lists of places that a row sees; null: they follow */
+    const int64_t *first;         /* (rows) the first place of each, where they follow */
+    const int64_t *counts;        /* (rows) how many */
+    const int64_t *given;         /* (rows, chosen) experts to take; null: the router chooses */
+    int64_t *choice;              /* (rows, chosen) experts taken */
+    float *work;                  /* as much as `work_size` says */
+    int64_t most_keys;
+} Call;
+
+/* Vectors */
+
+INLINE wide load(const float *x) { return *(const wide_anywhere *)x; }
+INLINE void store(float *x, wide v) { *(wide_anywhere *)x = v; }
+INLINE wide all(float x) { return (wide){x, x, x, x, x, x, x, x}; }
+INLINE wide widen(const int8_t *x) {
+    return __builtin_convertvector(*(const bytes_anywhere *)x, wide);
+}
+INLINE float sum(wide v) {
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+INLINE float dot(const float *x, const float *y, int64_t n) {
+    wide total = all(0);
+    for (int64_t i = 0; i < n; i += LANES) total += load(x + i) * load(y + i);
+    return sum(total);
+}
+INLINE wide smaller(wide x, wide y) {
+    whole less = x < y;
+    return (wide)(((whole)x & less) | ((whole)y & ~less));
+}
+
+/* e^x to 2 units in the last place: 2^n e^r with |r| <= ln 2 / 2, and a polynomial for e^r. */
+INLINE wide exponential(wide x) {
+    x = -smaller(-smaller(x, all(88.0f)), all(87.0f));
+    wide n = x * all(1.44269504f);
+    whole negative = n < all(0);
+    whole power = __builtin_convertvector(
+        n + (wide)(((whole)all(-0.5f) & negative) | ((whole)all(0.5f) & ~negative)), whole);
+    n = __builtin_convertvector(power, wide);
+    wide r = x - n * all(0.693359375f) + n * all(2.12194440e-4f);
+    wide y = all(1.9875691500e-4f);
+    y = y * r + all(1.3981999507e-3f);
+    y = y * r + all(8.3334519073e-3f);
+    y = y * r + all(4.1665795894e-2f);
+    y = y * r + all(1.6666665459e-1f);
+    y = y * r + all(5.0000001201e-1f);
+    y = y * r * r + r + all(1);
+    return y * (wide)((power + 127) << 23);
+}
+
+/* Products. Each sum runs over the inputs in eight lanes, or one by one, and in no other way. */
+
+#define PRODUCT(NAME, NUMBER, LOAD)                                                              \
+    INLINE void NAME##_tile(int rows, int outputs, const float *x, int64_t x_row,               \
+                            const NUMBER *w, const float *scale, int64_t inputs, float *y,      \
+                            int64_t y_row) {                                                    \
+        wide total[3][4];                                                                       \
+        for (int r = 0; r < rows; r++)                                                          \
+            for (int o = 0; o < outputs; o++) total[r][o] = all(0);                             \
+        for (int64_t i = 0; i < inputs; i += LANES) {                                           \
+            wide column[3];                                                                     \
+            for (int r = 0; r < rows; r++) column[r] = load(x + r * x_row + i);                 \
+            for (int o = 0; o < outputs; o++) {                                                 \
+                wide weight = LOAD(w + o * inputs + i);                                         \
+                for (int r = 0; r < rows; r++) total[r][o] += column[r] * weight;               \
+            }                                                                                   \
+        }                                                                                       \
+        for (int r = 0; r < rows; r++)                                                          \
+            for (int o = 0; o < outputs; o++) {                                                 \
+                float value = sum(total[r][o]);                                                 \
+                y[r * y_row + o] = scale ? value * scale[o] : value;                            \
+            }                                                                                   \
+    }                                                                                           \
+    static void NAME(const float *x, int64_t rows, int64_t x_row, const NUMBER *w,              \
+                     const float *scale, int64_t inputs, int64_t from, int64_t to, float *y,    \
+                     int64_t y_row) {                                                           \
+        for (int64_t o = from; o < to;) {                                                       \
+            const NUMBER *at = w + o * inputs;                                                  \
+            const float *by = scale ? scale + o : 0;                                            \
+            int64_t r = 0;                                                                      \
+            if (o + 4 <= to) {                                                                  \
+                for (; r + 3 <= rows; r += 3)                                                   \
+                    NAME##_tile(3, 4, x + r * x_row, x_row, at, by, inputs, y + r * y_row + o,  \
+                                y_row);                                                         \
+                if (rows - r == 2)                                                              \
+                    NAME##_tile(2, 4, x + r * x_row, x_row, at, by, inputs, y + r * y_row + o,  \
+                                y_row);                                                         \
+                if (rows - r == 1)                                                              \
+                    NAME##_tile(1, 4, x + r * x_row, x_row, at, by, inputs, y + r * y_row + o,  \
+                                y_row);                                                         \
+                o += 4;                                                                         \
+            } else {                                                                            \
+                for (; r < rows; r++)                                                           \
+                    NAME##_tile(1, 1, x + r * x_row, x_row, at, by, inputs, y + r * y_row + o,  \
+                                y_row);                                                         \
+                o += 1;                                                                         \
+            }                                                                                   \
+        }                                                                                       \
+    }
+
+PRODUCT(product, float, load)
+PRODUCT(product_int8, int8_t, widen)
+
+/* x (rows, inputs) times w (inputs, outputs). */
+INLINE void columns_tile(int rows, int vectors, const float *x, int64_t x_row, const float *w,
+                         int64_t w_row, int64_t inputs, float *y, int64_t y_row) {
+    wide total[4][8];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) total[r][v] = all(0);
+    for (int64_t i = 0; i < inputs; i++)
+        for (int v = 0; v < vectors; v++) {
+            wide weight = load(w + i * w_row + v * LANES);
+            for (int r = 0; r < rows; r++) total[r][v] += all(x[r * x_row + i]) * weight;
+        }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) store(y + r * y_row + v * LANES, total[r][v]);
+}
+
+static void columns(const float *x, int64_t rows, int64_t x_row, const float *w, int64_t w_row,
+                    int64_t inputs, int64_t outputs, float *y, int64_t y_row) {
+#define COLUMNS(ROWS, VECTORS)                                                                   \
+    columns_tile(ROWS, VECTORS, x + r * x_row, x_row, w + o, w_row, inputs, y + r * y_row + o,   \
+                 y_row)
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) {
+        int64_t o = 0;
+        for (; o + 2 * LANES <= outputs; o += 2 * LANES) COLUMNS(4, 2);
+        for (; o < outputs; o += LANES) COLUMNS(4, 1);
+    }
+    for (; r + 2 <= rows; r += 2) {
+        int64_t o = 0;
+        for (; o + 4 * LANES <= outputs; o += 4 * LANES) COLUMNS(2, 4);
+        for (; o < outputs; o += LANES) COLUMNS(2, 1);
+    }
+    for (; r < rows; r++) {
+        int64_t o = 0;
+        for (; o + 8 * LANES <= outputs; o += 8 * LANES) COLUMNS(1, 8);
+        for (; o + 4 * LANES <= outputs; o += 4 * LANES) COLUMNS(1, 4);
+        for (; o < outputs; o += LANES) COLUMNS(1, 1);
+    }
+#undef COLUMNS
+}
+
+/* One thread's share of a call */
+
+static int64_t most(int64_t x, int64_t y) { return x > y ? x : y; }
+static int64_t lanes(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+/* Numbers of scratch memory that each thread needs for experts. */
+static int64_t own_size(const Layer *l, int64_t rows) {
+    return lanes(most(rows * (l->hidden + l->experts_in.outputs + l->expert_size), l->experts));
+}
+
+typedef struct {
+    int64_t number, count;
+} Thread;
+
+INLINE void share(Thread t, int64_t items, int64_t unit, int64_t *from, int64_t *to) {
+    int64_t units = (items + unit - 1) / unit;
+    *from = units * t.number / t.count * unit;
+    *to = units * (t.number + 1) / t.count * unit;
+    if (*to > items) *to = items;
+}
+
+static void wait_for_all(Thread t) {
+#ifdef _OPENMP
+    if (t.count > 1) {
+#pragma omp barrier
+    }
+#endif
+    (void)t;
+}
+
+static int64_t loop_of(const Call *call, int64_t row, int64_t last) {
+    int64_t loop = call->loops ? call->loops[row] : 0;
+    return loop < last ? loop : last;
+}
+
+/* y = x W^T for all rows, with the loop's own correction; ends with everything written. */
+static void map(const Map *m, const Call *call, Thread t, const float *x, float *y) {
+    int64_t from, to;
+    share(t, m->outputs, 4, &from, &to);
+    if (m->scale)
+        product_int8(x, call->rows, m->inputs, m->weight, m->scale, m->inputs, from, to, y,
+                     m->outputs);
+    else
+        product(x, call->rows, m->inputs, m->weight, 0, m->inputs, from, to, y, m->outputs);
+    wait_for_all(t);
+    if (!m->down) return;
+    share(t, call->rows, 1, &from, &to);
+    for (int64_t row = from; row < to; row++) {
+        int64_t loop = loop_of(call, row, m->loops - 1);
+        const float *down = m->down + loop * m->rank * m->inputs;
+        const float *up = m->up + loop * m->outputs * m->rank;
+        float inner[m->rank];
+        product(x + row * m->inputs, 1, m->inputs, down, 0, m->inputs, 0, m->rank, inner, m->rank);
+        for (int64_t o = 0; o < m->outputs; o++) {
+            float total = 0;
+            for (int64_t i = 0; i < m->rank; i++) total += up[o * m->rank + i] * inner[i];
+            y[row * m->outputs + o] += total;
+        }
+    }
+    wait_for_all(t);
+}
+
+/* Rows */
+
+static void normalise(const float *x, const float *gain, float eps, int64_t n, float *y) {
+    wide scale = all(1.0f / sqrtf(dot(x, x, n) / (float)n + eps));
+    for (int64_t i = 0; i < n; i += LANES) store(y + i, load(x + i) * scale * load(gain + i));
+}
+
+static void rotate(float *x, const float *cos, const float *sin, int64_t n, int64_t interleaved) {
+    float turned[n];
+    int64_t half = n / 2;
+    for (int64_t i = 0; i < n; i++) {
+        int64_t partner = interleaved ? (i ^ 1) : (i < half ? i + half : i - half);
+        turned[i] = x[i] * cos[i] + x[partner] * sin[i];
+    }
+    memcpy(x, turned, n * sizeof(float));
+}
+
+static void residual(const Layer *l, const float *gain, float *h, float *y) {
+    if (gain && !l->sandwich) normalise(y, gain, l->eps, l->hidden, y);
+    for (int64_t i = 0; i < l->hidden; i += LANES) store(h + i, load(h + i) + load(y + i));
+    if (gain && l->sandwich) normalise(h, gain, l->eps, l->hidden, h);
+}
+
+static void activate(int64_t swiglu, const float *x, int64_t size, float scale, float *y) {
+    for (int64_t i = 0; i < size; i += LANES) {
+        wide gate = load(x + i);
+        if (swiglu)
+            gate = gate / (all(1) + exponential(-gate)) * load(x + size + i);
+        else {
+            gate = -smaller(-gate, all(0));
+            gate *= gate;
+        }
+        store(y + i, gate * all(scale));
+    }
+}
+
+/* Attention */
+
+INLINE int64_t place_of(const Call *call, int64_t row, int64_t key) {
+    return call->read ? call->read[row][key] : call->first[row] + key;
+}
+
+/* Softmax of scores, in place; returns one over their sum. */
+static float soften(float *scores, int64_t count) {
+    float most = scores[0];
+    for (int64_t key = 1; key < count; key++) most = scores[key] > most ? scores[key] : most;
+    int64_t padded = (count + LANES - 1) / LANES * LANES;
+    for (int64_t key = count; key < padded; key++) scores[key] = -INFINITY;
+    wide total = all(0);
+    for (int64_t key = 0; key < padded; key += LANES) {
+        wide e = exponential(load(scores + key) - all(most));
+        for (int64_t lane = count - key; lane < LANES && lane > 0; lane++) e[lane] = 0;
+        store(scores + key, e);
+        total += e;
+    }
+    return 1.0f / sum(total);
+}
+
+/* y = sum over keys of weight * entry, where an entry's first `n` numbers start at `offset`. */
+static void weigh(const Call *call, int64_t row, const float *scores, float scale,
+                  const float *entries, int64_t kept, int64_t offset, int64_t n, float *y) {
+    for (int64_t i = 0; i < n; i += 4 * LANES) {
+        wide total[4] = {all(0), all(0), all(0), all(0)};
+        int vectors = n - i >= 4 * LANES ? 4 : (int)((n - i) / LANES);
+        for (int64_t key = 0; key < call->counts[row]; key++) {
+            const float *entry = entries + place_of(call, row, key) * kept + offset + i;
+            wide weight = all(scores[key]);
+            if (vectors == 4)
+                for (int v = 0; v < 4; v++) total[v] += weight * load(entry + v * LANES);
+            else
+                for (int v = 0; v < vectors; v++) total[v] += weight * load(entry + v * LANES);
+        }
+        for (int v = 0; v < vectors; v++) store(y + i + v * LANES, total[v] * all(scale));
+    }
+}
+
+static void keep(const Call *call, int64_t row, float *entries, int64_t kept, const float *entry) {
+    memcpy(entries + call->write[row] * kept, entry, kept * sizeof(float));
+    if (call->also && call->also[row] >= 0)
+        memcpy(entries + call->also[row] * kept, entry, kept * sizeof(float));
+}
+
+static const float *angles(const Call *call, const float *table, int64_t row, int64_t n) {
+    return table + row % call->rope_rows * n;
+}
+
+static float *grouped_attention(const Layer *l, const Call *call, Thread t, const float *x,
+                                float *work, float *scores) {
+    int64_t d = l->head_dim, heads = l->heads, turned = heads + l->kv_heads, from, to;
+    int64_t width = l->qkv.outputs, kept = l->kv_heads * d;
+    float *qkv = work, *y = work + call->rows * width;
+    map(&l->qkv, call, t, x, qkv);
+    share(t, call->rows, 1, &from, &to);
+    for (int64_t row = from; row < to; row++) {
+        float *own = qkv + row * width;
+        const float *cos = angles(call, call->cos, row, d), *sin = angles(call, call->sin, row, d);
+        for (int64_t head = 0; head < turned; head++) {
+            float *q = own + head * d;
+            if (l->qk_bias)
+                for (int64_t i = 0; i < d; i++) q[i] += l->qk_bias[head * d + i];
+            if (l->qk_scale) normalise(q, l->qk_scale + head * d, l->eps, d, q);
+            rotate(q, cos, sin, d, l->interleaved);
+        }
+        keep(call, row, call->keys, kept, own + heads * d);
+        keep(call, row, call->values, kept, own + turned * d);
+    }
+    wait_for_all(t);
+    share(t, call->rows * heads, 1, &from, &to);
+    for (int64_t item = from; item < to; item++) {
+        int64_t row = item / heads, head = item % heads, offset = head * l->kv_heads / heads * d;
+        const float *q = qkv + row * width + head * d;
+        for (int64_t key = 0; key < call->counts[row]; key++) {
+            const float *k = call->keys + place_of(call, row, key) * kept + offset;
+            scores[key] = dot(q, k, d) * l->score_scale;
+        }
+        float scale = soften(scores, call->counts[row]);
+        weigh(call, row, scores, scale, call->values, kept, offset, d, y + item * d);
+    }
+    wait_for_all(t);
+    return y;
+}
+
+/* Absorbed: queries are mapped into the latent, and the kept latents are keys and values. */
+static float *latent_attention(const Layer *l, const Call *call, Thread t, const float *x,
+                               float *work, float *scores) {
+    int64_t rows = call->rows, width = l->nope + l->rope, kept = l->latent + l->rope, from, to;
+    float *latent = work, *query = latent + rows * kept, *y = query + rows * l->heads * width;
+    float *narrow = y + rows * l->heads * l->value;
+    map(&l->kv_down, call, t, x, latent);
+    if (l->q_down.weight) {
+        map(&l->q_down, call, t, x, narrow);
+        share(t, rows, 1, &from, &to);
+        for (int64_t row = from; row < to; row++) {
+            float *own = narrow + row * l->q_down.outputs;
+            normalise(own, l->q_norm, l->eps, l->q_down.outputs, own);
+        }
+        wait_for_all(t);
+        x = narrow;
+    }
+    map(&l->q_up, call, t, x, query);
+    share(t, rows, 1, &from, &to);
+    for (int64_t row = from; row < to; row++) {
+        const float *cos = angles(call, call->cos, row, l->rope);
+        const float *sin = angles(call, call->sin, row, l->rope);
+        float *own = latent + row * kept, *key = own + l->latent;
+        if (l->k_scale) normalise(key, l->k_scale, l->eps, l->rope, key);
+        rotate(key, cos, sin, l->rope, l->interleaved);
+        normalise(own, l->kv_norm, l->eps, l->latent, own);
+        keep(call, row, call->keys, kept, own);
+        for (int64_t head = 0; head < l->heads; head++) {
+            float *q = query + (row * l->heads + head) * width;
+            if (l->q_scale) normalise(q, l->q_scale + head * width, l->eps, width, q);
+            rotate(q + l->nope, cos, sin, l->rope, l->interleaved);
+        }
+    }
+    wait_for_all(t);
+    share(t, rows * l->heads, 1, &from, &to);
+    for (int64_t item = from; item < to; item++) {
+        int64_t row = item / l->heads, head = item % l->heads;
+        const float *to_key = l->kv_up + head * (l->nope + l->value) * l->latent;
+        const float *to_value = to_key + l->nope * l->latent, *q = query + item * width;
+        float mapped[l->latent];
+        columns(q, 1, width, to_key, l->latent, l->nope, l->latent, mapped, l->latent);
+        for (int64_t key = 0; key < call->counts[row]; key++) {
+            const float *k = call->keys + place_of(call, row, key) * kept;
+            float score = dot(mapped, k, l->latent) + dot(q + l->nope, k + l->latent, l->rope);
+            scores[key] = score * l->score_scale;
+        }
+        float scale = soften(scores, call->counts[row]);
+        weigh(call, row, scores, scale, call->keys, kept, 0, l->latent, mapped);
+        product(mapped, 1, l->latent, to_value, 0, l->latent, 0, l->value, y + item * l->value,
+                l->value);
+    }
+    wait_for_all(t);
+    return y;
+}
+
+/* Feed-forward */
+
+static void feed_forward(const Layer *l, const Call *call, Thread t, const float *x, float *work,
+                         float *y) {
+    int64_t from, to, parts = l->w_in.outputs;
+    float *wider = work, *inner = work + call->rows * parts;
+    map(&l->w_in, call, t, x, wider);
+    share(t, call->rows, 1, &from, &to);
+    for (int64_t row = from; row < to; row++)
+        activate(l->swiglu, wider + row * parts, l->size, 1, inner + row * l->size);
+    wait_for_all(t);
+    map(&l->w_out, call, t, inner, y);
+}
+
+/* Choose a row's experts, the best by affinity + bias, and weigh them by affinity alone. */
+static void route(const Layer *l, const Call *call, int64_t row, const float *x, float *scores,
+                  float *weights) {
+    int64_t *choice = call->choice + row * l->chosen;
+    product(x, 1, l->hidden, l->router, 0, l->hidden, 0, l->experts, scores, l->experts);
+    if (call->given)
+        memcpy(choice, call->given + row * l->chosen, l->chosen * sizeof(int64_t));
+    else
+        for (int64_t n = 0; n < l->chosen; n++) {
+            float best = -INFINITY;
+            choice[n] = 0;
+            for (int64_t e = 0; e < l->experts; e++) {
+                float bias = (float)l->balance[e] * l->balance_rate;
+                float value = 1.0f / (1.0f + expf(-scores[e])) + bias;
+                int64_t taken = 0;
+                for (int64_t earlier = 0; earlier < n; earlier++) taken |= choice[earlier] == e;
+                if (!taken && value > best) best = value, choice[n] = e;
+            }
+        }
+    float most = -INFINITY, total = 0;
+    for (int64_t n = 0; n < l->chosen; n++) {
+        float s = scores[choice[n]];  /* log(sigmoid(s)), for any s */
+        weights[n] = (s < 0 ? s : 0) - log1pf(expf(-fabsf(s)));
+        most = weights[n] > most ? weights[n] : most;
+    }
+    for (int64_t n = 0; n < l->chosen; n++) total += weights[n] = expf(weights[n] - most);
+    for (int64_t n = 0; n < l->chosen; n++) weights[n] /= total;
+}
+
+static void multiply(const Stack *s, int64_t expert, const float *x, int64_t rows, float *y) {
+    int64_t size = s->inputs * s->outputs;
+    if (s->scale)
+        product_int8(x, rows, s->inputs, (const int8_t *)s->weight + expert * size,
+                     s->scale + expert * s->outputs, s->inputs, 0, s->outputs, y, s->outputs);
+    else
+        columns(x, rows, s->inputs, (const float *)s->weight + expert * size, s->outputs, s->inputs,
+                s->outputs, y, s->outputs);
+}
+
+static void experts(const Layer *l, const Call *call, Thread t, const float *x, float *work,
+                    float *y) {
+    int64_t rows = call->rows, pairs = rows * l->chosen, hidden = l->hidden, from, to;
+    int64_t wider = l->experts_in.outputs;
+    float *weights = work, *of_pair = weights + lanes(pairs);
+    float *own = of_pair + pairs * hidden + t.number * own_size(l, rows);
+    share(t, rows, 1, &from, &to);
+    for (int64_t row = from; row < to; row++)  /* `own` holds the scores */
+        route(l, call, row, x + row * hidden, own, weights + row * l->chosen);
+    wait_for_all(t);
+    float *gathered = own, *in = own + rows * hidden, *inner = in + rows * wider;
+    for (int64_t expert = 0, turn = 0; expert < l->experts; expert++) {
+        int64_t count = 0, pair_of[rows];
+        for (int64_t pair = 0; pair < pairs; pair++)
+            if (call->choice[pair] == expert) pair_of[count++] = pair;
+        if (!count || turn++ % t.count != t.number) continue;
+        for (int64_t n = 0; n < count; n++)
+            memcpy(gathered + n * hidden, x + pair_of[n] / l->chosen * hidden,
+                   hidden * sizeof(float));
+        multiply(&l->experts_in, expert, gathered, count, in);
+        for (int64_t n = 0; n < count; n++)
+            activate(l->swiglu, in + n * wider, l->expert_size, weights[pair_of[n]] * l->routed_scale,
+                     inner + n * l->expert_size);
+        multiply(&l->experts_out, expert, inner, count, gathered);
+        for (int64_t n = 0; n < count; n++)
+            memcpy(of_pair + pair_of[n] * hidden, gathered + n * hidden, hidden * sizeof(float));
+    }
+    wait_for_all(t);
+    share(t, rows, 1, &from, &to);
+    for (int64_t row = from; row < to; row++)
+        for (int64_t i = 0; i < hidden; i += LANES) {
+            wide total = all(0);
+            for (int64_t n = 0; n < l->chosen; n++)
+                total += load(of_pair + (row * l->chosen + n) * hidden + i);
+            store(y + row * hidden + i, total);
+        }
+    wait_for_all(t);
+}
+
+/* The layer */
+
+static int64_t stage_size(const Layer *l, int64_t rows, int64_t threads) {
+    int64_t attention = rows * (l->qkv.outputs + l->heads * l->head_dim);
+    if (l->latent)
+        attention = rows * (l->latent + l->rope + l->heads * (l->nope + l->rope + l->value) +
+                            l->q_down.outputs);
+    int64_t dense = rows * (l->w_in.outputs + l->size), pairs = rows * l->chosen;
+    int64_t routed = l->experts ? lanes(pairs) + pairs * l->hidden + threads * own_size(l, rows) : 0;
+    return most(attention, most(dense, routed));
+}
+
+/* Numbers of scratch memory that a call needs. */
+int64_t work_size(const Layer *l, int64_t rows, int64_t most_keys, int64_t threads) {
+    return 3 * rows * l->hidden + threads * lanes(most_keys) + stage_size(l, rows, threads);
+}
+
+static void run(const Layer *l, const Call *call, Thread t) {
+    int64_t rows = call->rows, hidden = l->hidden, from, to;
+    float *x = call->work, *y = x + rows * hidden, *z = y + rows * hidden;
+    float *scores = z + rows * hidden + t.number * lanes(call->most_keys);
+    float *work = z + rows * hidden + t.count * lanes(call->most_keys);
+    share(t, rows, 1, &from, &to);
+    for (int64_t row = from; row < to; row++)
+        normalise(call->h + row * hidden, l->attention_norm, l->eps, hidden, x + row * hidden);
+    wait_for_all(t);
+    float *attended = l->latent ? latent_attention(l, call, t, x, work, scores)
+                                : grouped_attention(l, call, t, x, work, scores);
+    map(&l->out, call, t, attended, y);
+    for (int64_t row = from; row < to; row++) {
+        float *h = call->h + row * hidden;
+        residual(l, l->attention_out_norm, h, y + row * hidden);
+        normalise(h, l->feed_forward_norm, l->eps, hidden, x + row * hidden);
+    }
+    wait_for_all(t);
+    if (l->experts) {
+        experts(l, call, t, x, work, y);
+        if (l->w_in.weight) {
+            feed_forward(l, call, t, x, work, z);
+            for (int64_t row = from; row < to; row++)
+                for (int64_t i = row * hidden; i < (row + 1) * hidden; i += LANES)
+                    store(y + i, load(y + i) + load(z + i));
+        }
+    } else
+        feed_forward(l, call, t, x, work, y);
+    for (int64_t row = from; row < to; row++)
+        residual(l, l->feed_forward_out_norm, call->h + row * hidden, y + row * hidden);
+    wait_for_all(t);
+}
+
+void run_layer(const Layer *l, const Call *call) {
+#ifdef _OPENMP
+    if (call->threads > 1) {
+#pragma omp parallel num_threads((int)call->threads)
+        run(l, call, (Thread){omp_get_thread_num(), omp_get_num_threads()});
+        return;
+    }
+#endif
+    run(l, call, (Thread){0, 1});
+}
+
+/* y (rows, outputs) = x (rows, inputs) times w (outputs, inputs) transposed. */
+void run_linear(const float *x, int64_t rows, int64_t inputs, const void *w, const float *scale,
+                int64_t outputs, float *y, int64_t threads) {
+    (void)threads;
+#ifdef _OPENMP
+#pragma omp parallel num_threads((int)threads) if (threads > 1)
+#endif
+    {
+        Thread t = {0, 1};
+#ifdef _OPENMP
+        if (threads > 1) t = (Thread){omp_get_thread_num(), omp_get_num_threads()};
+#endif
+        int64_t from, to;
+        share(t, outputs, 4, &from, &to);
+        if (scale)
+            product_int8(x, rows, inputs, w, scale, inputs, from, to, y, outputs);
+        else
+            product(x, rows, inputs, w, 0, inputs, from, to, y, outputs);
+    }
+}

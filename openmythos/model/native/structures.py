@@ -1,0 +1,53 @@
+"""What the native layer reads: the C structures of `layer.c`, field by field."""
+
+from __future__ import annotations
+
+import ctypes
+
+_pointer, _number, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+class Map(ctypes.Structure):
+    """A linear map with its int8 scales and its depth-wise LoRA, where it has them."""
+
+    _fields_ = [
+        *_fields(_pointer, "weight scale down up"),
+        *_fields(_number, "outputs inputs rank loops"),
+    ]
+
+
+class Stack(ctypes.Structure):
+    """One matrix for each expert."""
+
+    _fields_ = [*_fields(_pointer, "weight scale"), *_fields(_number, "outputs inputs")]
+
+
+class LayerStructure(ctypes.Structure):
+    """A layer's sizes, and where its weights lie."""
+
+    _fields_ = [
+        *_fields(_number, "hidden heads kv_heads head_dim latent nope rope value"),
+        *_fields(_number, "interleaved sandwich swiglu size experts chosen expert_size"),
+        *_fields(_real, "eps routed_scale balance_rate score_scale"),
+        *_fields(_pointer, "attention_norm feed_forward_norm"),
+        *_fields(_pointer, "attention_out_norm feed_forward_out_norm qk_scale qk_bias"),
+        *_fields(_pointer, "q_norm kv_norm q_scale k_scale kv_up"),
+        *_fields(Map, "qkv q_down q_up kv_down out w_in w_out"),
+        *_fields(_pointer, "router balance"),
+        *_fields(Stack, "experts_in experts_out"),
+    ]
+
+
+class CallStructure(ctypes.Structure):
+    """The rows of one call, and where their keys lie."""
+
+    _fields_ = [
+        *_fields(_number, "rows rope_rows threads"),
+        *_fields(_pointer, "h cos sin loops keys values write also read first counts"),
+        *_fields(_pointer, "given choice work"),
+        *_fields(_number, "most_keys"),
+    ]
