@@ -3,9 +3,10 @@
 Rows are positions of any sequences at any loops. Their states lie in seats, their keys and
 values in pages; the layers are the model's own, which see the pages through `Lane`.
 
-In deterministic mode rows go through the model in tiles of a fixed number, padded where fewer are
-left, and each attends alone over its true length: a product's bits depend on how many rows it
-has, and attention's on padding, mask and batch. All else is computed row by row anyway.
+Where the native code takes the whole model, a row's bits depend on nothing else in a pass. Torch's
+products depend on how many rows they have, and its attention on padding, mask and batch: in
+deterministic mode rows then go through the model in tiles of a fixed number, padded where fewer are
+left, and each attends alone over its true length. All else is computed row by row anyway.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from openmythos.inference.pages import PAGE, Layout
+from openmythos.inference.pages import PAGE, Layout, Table
 from openmythos.inference.scheduler import Row, Track
 from openmythos.model.attention import ATTENTION
-from openmythos.model.cache import Declaration, Place, Span
+from openmythos.model.cache import Declaration, Entries, Place, Span
 from openmythos.model.core import Rows
 from openmythos.model.halting import Memory, Rule
+from openmythos.model.native.run import MOST_ROWS, takes_all
 from openmythos.model.rope import Rope, rope_table
 from openmythos.model.transformer import OpenMythos
 
@@ -48,12 +50,14 @@ class View:
     span: Span
     write: Int[Tensor, " rows"]
     """Where each row's entry goes; rows beyond are padding."""
-    read: Int[Tensor, " entries"]
+    read: Int[Tensor, " entries"] | None = None
     """Places of all that is seen, sequence by sequence."""
-    shape: tuple[int, int]
+    shape: tuple[int, int] = (0, 0)
     """`(sequences, keys)` of `read`."""
     also: tuple[Int[Tensor, " some"], Int[Tensor, " some"]] | None = None
     """Rows whose entry is written a second time, and where."""
+    entries: Entries | None = None
+    """The same for the native code, which reads places where the tables keep them."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Lane:
     def update(self, kept: dict[str, Tensor], span: Span, slot: int) -> dict[str, Tensor]:
         """Write this call's entries `(rows, ...)`; return what it sees, `(sequences, keys, ..)`."""
         view, seen = self.view, {}
+        if view.read is None:
+            raise RuntimeError("the model was changed after its engine was made: make a new engine")
         for name, x in kept.items():
             data = self.data[name]
             x = x.to(data.dtype)
@@ -75,6 +81,10 @@ class Lane:
                 data.index_copy_(0, places, x.index_select(0, rows))
             seen[name] = data.index_select(0, view.read).unflatten(0, view.shape)
         return seen
+
+    def entries(self, span: Span, slot: int) -> tuple[dict[str, Tensor], Entries] | None:
+        """Return all pages, and where this call's rows write and read."""
+        return None if self.view.entries is None else (self.data, self.view.entries)
 
 
 class Passes:
@@ -87,7 +97,10 @@ class Passes:
     """
 
     def __init__(self, model: OpenMythos, pages: int, *, deterministic: bool) -> None:
-        self.model, self.config, self.deterministic = model, model.config, deterministic
+        self.model, self.config = model, model.config
+        self.native = takes_all(model)
+        self.alone = deterministic and not self.native
+        """Whether rows go through torch, and must not depend on each other."""
         weight = model.embed.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.lanes = len(model.core.layers)
@@ -165,13 +178,13 @@ class Passes:
     # What a call sees
 
     def _tiles(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
-        size = TILE if self.deterministic else max(1, len(rows))
+        size = TILE if self.alone else MOST_ROWS if self.native else max(1, len(rows))
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
 
     def _padded(self, values: list[int]) -> Int[Tensor, " rows"]:
-        """As a tensor, in deterministic mode of `TILE` values."""
-        if self.deterministic:
+        """As a tensor; of `TILE` values where rows are to stand alone."""
+        if self.alone:
             values = values + [0] * (TILE - len(values))
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
@@ -184,7 +197,9 @@ class Passes:
                 place = also(row.track, row)
                 if place is not None:
                     second.append((number, row.track.table.write(place, row.position)))
-        build = self._alone if self.deterministic else self._together
+        if self.native:
+            return self._native(rows, write, second, slot)
+        build = self._alone if self.alone else self._together
         span, read = build(rows, slot)
         return View(
             span,
@@ -193,6 +208,23 @@ class Passes:
             (read.shape[0], read.shape[1]),
             None if not second else tuple(torch.tensor(second, device=self.device).t()),
         )
+
+    def _native(
+        self, rows: Sequence[Row], write: list[int], second: list[tuple[int, int]], slot: Choose
+    ) -> View:
+        """Let the native code read the tables' own lists of places."""
+        also = None
+        if second:
+            also = torch.full((len(rows),), -1)
+            for number, place in second:
+                also[number] = place
+        counts = [row.position + 1 for row in rows]
+        read = [_list_of(row.track.table, slot(row.track, row)) for row in rows]
+        written = torch.tensor(write)
+        entries = Entries(
+            written, torch.tensor(counts), max(counts), read=torch.tensor(read), also=also
+        )
+        return View(self._span(rows, max(counts)), written, entries=entries)
 
     def _alone(self, rows: Sequence[Row], slot: Choose) -> tuple[Span, np.ndarray]:
         lengths = tuple(row.position + 1 for row in rows)
@@ -296,7 +328,7 @@ class Passes:
             halting = row.track.job.halting
             if self.rules[halting] is not None:
                 kinds.setdefault((halting, row.loop == 0), []).append(number)
-        size = TILE if self.deterministic else max(1, len(rows))
+        size = TILE if self.alone else MOST_ROWS if self.native else max(1, len(rows))
         for (halting, fresh), numbers in kinds.items():
             for start in range(0, len(numbers), size):
                 some = numbers[start : start + size]
@@ -367,10 +399,16 @@ class Passes:
         logits = []
         for tile in self._tiles(wanted):
             y = torch.stack([states[id(row)] for row in tile])
-            if self.deterministic:
+            if self.alone:
                 y = _longer(y, TILE - len(tile))
             logits.append(self.model.readout(y)[: len(tile)])
         return torch.cat(logits) if logits else None
+
+
+def _list_of(table: Table, slot: int) -> int:
+    """Address in memory of the places that a reader of a slot reads."""
+    addresses = table.addresses
+    return int(addresses.ctypes.data) + slot * int(addresses.strides[0])
 
 
 def declaration(model: OpenMythos) -> Declaration:

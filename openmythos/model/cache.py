@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -76,6 +76,8 @@ class Span:
     """How many keys each row sees, where a row's bits may depend on nothing else in the call (the
     engine's deterministic mode); rows beyond these pad the call to a fixed number of rows."""
     _entries: dict[int, Entries] = field(init=False, default_factory=dict, compare=False)
+    natives: dict[Any, Any] = field(init=False, default_factory=dict, compare=False)
+    """What the native code found out about layers, which stands for one call."""
 
     @classmethod
     def fresh(cls, batch: int, sequence: int, mask: Tensor | None, device: torch.device) -> Span:
@@ -466,6 +468,6 @@ class Frozen:
         self.brought = dict(kept)
         return kept
 
-    def entries(self, span: Span, slot: int) -> None:  # noqa: ARG002 (as all keepers)
+    def entries(self, span: Span, slot: int) -> None:
         """Return None: what is kept here carries gradients."""
         return

@@ -21,6 +21,7 @@ from openmythos.model.experts import Experts
 from openmythos.model.halting import Graves, LearnedExit, Memory, Rule, select
 from openmythos.model.injection import INJECTION
 from openmythos.model.layer import Layer
+from openmythos.model.native.run import run_loops
 from openmythos.model.norm import RMSNorm
 from openmythos.model.notes import CoreOutput, Notes
 from openmythos.model.rope import Rope
@@ -173,7 +174,14 @@ class Core(nn.Module):
     ) -> CoreOutput:
         """Every token takes the same number of loops, the last `window` with gradient."""
         numbers, learns = torch.arange(loops, device=h.device), torch.is_grad_enabled()
-        for loop in range(loops):
+        done = None
+        if cache is not None and not notes.by_token and notes.given is None:
+            done = run_loops(self, h, rows, loops, cache)
+        if done is not None:
+            h, every = done
+            for loop, chosen in enumerate(every):
+                notes.count(chosen, numbers[loop], rows.span.real)
+        for loop in range(loops if done is None else 0):
             slot = 0 if cache is None else cache.slot_of(loop)
             stores = None if cache is None else cache.core
             choices = notes.choices(loop, None)

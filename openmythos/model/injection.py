@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from openmythos.model.native.run import linear
 from openmythos.model.wide import keep_wide
 
 FLOOR = 2.0**-8  # A <= exp(-2^-8) < 1 - 2^-9: representable below 1 even in bf16
@@ -88,7 +89,7 @@ class LTI(nn.Module):
     def prepare(self, e: Float[Tensor, "*rows hidden"]) -> tuple[Tensor, Carry]:
         """Return B e and A, both in fp32 or wider."""
         step = LARGEST_STEP * torch.tanh(F.softplus(self.decay.step) / LARGEST_STEP)
-        return F.linear(e.to(self.weight.dtype), self.weight) * step, self.A
+        return linear(e.to(self.weight.dtype), self.weight) * step, self.A
 
     def forward(
         self, h: Float[Tensor, "*rows hidden"], drive: Float[Tensor, "*rows hidden"], carry: Carry
@@ -115,7 +116,7 @@ class Free(nn.Module):
 
     def prepare(self, e: Float[Tensor, "*rows hidden"]) -> tuple[Tensor, Carry]:
         """Return B e and the diagonal."""
-        return F.linear(e.to(self.weight.dtype), self.weight), self.diagonal
+        return linear(e.to(self.weight.dtype), self.weight), self.diagonal
 
     def forward(
         self, h: Float[Tensor, "*rows hidden"], drive: Float[Tensor, "*rows hidden"], carry: Carry

@@ -10,7 +10,7 @@ from openmythos.model.attention import ATTENTION
 from openmythos.model.cache import Place
 from openmythos.model.experts import Experts
 from openmythos.model.feed_forward import FeedForward
-from openmythos.model.native.layer import run, takes
+from openmythos.model.native.run import run_layer
 from openmythos.model.norm import RMSNorm
 from openmythos.model.rope import Rope
 
@@ -56,12 +56,9 @@ class Layer(nn.Module):
             place: where keys go and what they see.
             given: experts to take instead of the router's choice.
         """
-        structure = takes(self, h, place)
-        if structure is not None:
-            assert place.store is not None
-            entries = place.store.entries(place.span, place.slot)
-            if entries is not None:
-                return run(structure, h, rope, loop, *entries, given)
+        done = run_layer(self, h, rope, loop, place, given)
+        if done is not None:
+            return done
         y = self.attention(self.attention_norm(h), rope, loop, place)
         h = self._residual(h, y, self.attention_out_norm)
         x, chosen = self.feed_forward_norm(h), None

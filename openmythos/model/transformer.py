@@ -22,6 +22,7 @@ from openmythos.model.core import Core
 from openmythos.model.halting import DEFAULT_THRESHOLD, Rule, make_rule
 from openmythos.model.injection import START
 from openmythos.model.layer import Layer
+from openmythos.model.native.run import FewRowsLinear
 from openmythos.model.norm import RMSNorm
 from openmythos.model.notes import CoreOutput, Notes
 from openmythos.model.rope import Rope, rope_table
@@ -67,12 +68,12 @@ class OpenMythos(nn.Module):
         self.core = Core(config)
         self.core_output: nn.Module | None = None
         if config.core_output == "linear":
-            self.core_output = nn.Linear(width, width, bias=False)
+            self.core_output = FewRowsLinear(width, width, bias=False)
         elif config.core_output == "norm":
             self.core_output = RMSNorm(width, eps)
         self.coda = nn.ModuleList(Layer(config) for _ in range(config.coda_layers))
         self.norm = RMSNorm(width, eps) if config.final_norm else None
-        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        self.head = FewRowsLinear(width, config.vocab_size, bias=False)
         if config.tie_head:
             self.head.weight = self.embed.weight
         self.identity = object()  # caches know whose they are

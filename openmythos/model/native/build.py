@@ -17,7 +17,11 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from openmythos.model.native.structures import CallStructure, LayerStructure
+from openmythos.model.native.structures import (
+    CallStructure,
+    CoreStructure,
+    LayerStructure,
+)
 
 SOURCE = Path(__file__).with_name("layer.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC")
@@ -86,6 +90,8 @@ def _load(path: Path) -> ctypes.CDLL:
     layer, call = ctypes.POINTER(LayerStructure), ctypes.POINTER(CallStructure)
     found.work_size.argtypes, found.work_size.restype = [layer, number, number, number], number
     found.run_layer.argtypes, found.run_layer.restype = [layer, call], None
+    found.run_core.argtypes = [ctypes.POINTER(CoreStructure), call]
+    found.run_core.restype = None
     found.run_linear.argtypes = [pointer, number, number, pointer, pointer, number, pointer, number]
     found.run_linear.restype = None
     return found

@@ -11,6 +11,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 8
@@ -57,7 +60,8 @@ typedef struct {
     int64_t rows, rope_rows, threads;
     float *h;                     /* (rows, hidden), changed in place */
     const float *cos, *sin;       /* (rope_rows, rotated); row r has number r mod rope_rows */
-    const int64_t *loops;         /* (rows), for LoRA; null: 0 */
+    int64_t loop;                 /* for LoRA; added to each row's own */
+    const int64_t *loops;         /* (rows); null: 0 */
     float *keys, *values;         /* (places, kept) */
     const int64_t *write, *also;  /* (rows) places of a row's own entry; also: -1 for none */
     const int64_t *const *read;   /* (rows) lists of places that a row sees; null: they follow */
@@ -69,13 +73,29 @@ typedef struct {
     int64_t most_keys;
 } Call;
 
+typedef struct {
+    int64_t loops, layers, slots;  /* loop t writes and reads slot min(t, slots - 1) */
+    const Layer *const *layer;     /* (layers) */
+    float *const *keys, *const *values;  /* (layers), their slot 0 */
+    int64_t keys_step, values_step;      /* from slot to slot */
+    const float *carry;  /* (hidden), times h, before each loop; null: 1 */
+    const float *drive;  /* (rows, hidden), added then; null: 0 */
+    const float *norm;   /* (hidden), after each loop; null: none */
+    float eps;
+} Core;
+
 /* Vectors */
 
 INLINE wide load(const float *x) { return *(const wide_anywhere *)x; }
 INLINE void store(float *x, wide v) { *(wide_anywhere *)x = v; }
 INLINE wide all(float x) { return (wide){x, x, x, x, x, x, x, x}; }
 INLINE wide widen(const int8_t *x) {
+#ifdef __AVX2__  /* what gcc makes of the line below takes eight times as long */
+    __m128i bytes = _mm_loadl_epi64((const __m128i *)x);
+    return (wide)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#else
     return __builtin_convertvector(*(const bytes_anywhere *)x, wide);
+#endif
 }
 INLINE float sum(wide v) {
     return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
@@ -177,28 +197,29 @@ INLINE void columns_tile(int rows, int vectors, const float *x, int64_t x_row, c
         for (int v = 0; v < vectors; v++) store(y + r * y_row + v * LANES, total[r][v]);
 }
 
-static void columns(const float *x, int64_t rows, int64_t x_row, const float *w, int64_t w_row,
-                    int64_t inputs, int64_t outputs, float *y, int64_t y_row) {
-#define COLUMNS(ROWS, VECTORS)                                                                   \
-    columns_tile(ROWS, VECTORS, x + r * x_row, x_row, w + o, w_row, inputs, y + r * y_row + o,   \
-                 y_row)
+/* So many outputs at a time that their sums stay in registers, and their part of w in the cache. */
+INLINE void columns_panel(int vectors, const float *x, int64_t rows, int64_t x_row, const float *w,
+                          int64_t w_row, int64_t inputs, float *y, int64_t y_row) {
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) {
-        int64_t o = 0;
-        for (; o + 2 * LANES <= outputs; o += 2 * LANES) COLUMNS(4, 2);
-        for (; o < outputs; o += LANES) COLUMNS(4, 1);
-    }
-    for (; r + 2 <= rows; r += 2) {
-        int64_t o = 0;
-        for (; o + 4 * LANES <= outputs; o += 4 * LANES) COLUMNS(2, 4);
-        for (; o < outputs; o += LANES) COLUMNS(2, 1);
-    }
-    for (; r < rows; r++) {
-        int64_t o = 0;
-        for (; o + 8 * LANES <= outputs; o += 8 * LANES) COLUMNS(1, 8);
-        for (; o + 4 * LANES <= outputs; o += 4 * LANES) COLUMNS(1, 4);
-        for (; o < outputs; o += LANES) COLUMNS(1, 1);
-    }
+#define COLUMNS(ROWS)                                                                            \
+    for (; r + ROWS <= rows; r += ROWS)                                                          \
+    columns_tile(ROWS, vectors, x + r * x_row, x_row, w, w_row, inputs, y + r * y_row, y_row)
+    if (vectors <= 2) COLUMNS(4);
+    if (vectors <= 4) COLUMNS(2);
+    COLUMNS(1);
+#undef COLUMNS
+}
+
+static void columns(const float *x, int64_t rows, int64_t x_row, const float *w, int64_t inputs,
+                    int64_t outputs, float *y, int64_t y_row) {
+#define COLUMNS(VECTORS)                                                                         \
+    for (; o + VECTORS * LANES <= outputs; o += VECTORS * LANES)                                 \
+    columns_panel(VECTORS, x, rows, x_row, w + o, outputs, inputs, y + o, y_row)
+    int64_t o = 0;
+    if (rows == 1) COLUMNS(8);
+    if (rows <= 3) COLUMNS(4);
+    COLUMNS(2);
+    COLUMNS(1);
 #undef COLUMNS
 }
 
@@ -233,7 +254,7 @@ static void wait_for_all(Thread t) {
 }
 
 static int64_t loop_of(const Call *call, int64_t row, int64_t last) {
-    int64_t loop = call->loops ? call->loops[row] : 0;
+    int64_t loop = call->loop + (call->loops ? call->loops[row] : 0);
     return loop < last ? loop : last;
 }
 
@@ -426,7 +447,7 @@ static float *latent_attention(const Layer *l, const Call *call, Thread t, const
         const float *to_key = l->kv_up + head * (l->nope + l->value) * l->latent;
         const float *to_value = to_key + l->nope * l->latent, *q = query + item * width;
         float mapped[l->latent];
-        columns(q, 1, width, to_key, l->latent, l->nope, l->latent, mapped, l->latent);
+        columns(q, 1, width, to_key, l->nope, l->latent, mapped, l->latent);
         for (int64_t key = 0; key < call->counts[row]; key++) {
             const float *k = call->keys + place_of(call, row, key) * kept;
             float score = dot(mapped, k, l->latent) + dot(q + l->nope, k + l->latent, l->rope);
@@ -490,7 +511,7 @@ static void multiply(const Stack *s, int64_t expert, const float *x, int64_t row
         product_int8(x, rows, s->inputs, (const int8_t *)s->weight + expert * size,
                      s->scale + expert * s->outputs, s->inputs, 0, s->outputs, y, s->outputs);
     else
-        columns(x, rows, s->inputs, (const float *)s->weight + expert * size, s->outputs, s->inputs,
+        columns(x, rows, s->inputs, (const float *)s->weight + expert * size, s->inputs,
                 s->outputs, y, s->outputs);
 }
 
@@ -583,15 +604,50 @@ static void run(const Layer *l, const Call *call, Thread t) {
     wait_for_all(t);
 }
 
-void run_layer(const Layer *l, const Call *call) {
+/* h = layers(carry * h + drive), as often as there are loops. */
+static void run_loops(const Core *core, Call call, Thread t) {
+    const Layer *l = core->layer[0];
+    int64_t from, to, hidden = l->hidden;
+    share(t, call.rows, 1, &from, &to);
+    for (int64_t loop = 0; loop < core->loops; loop++) {
+        int64_t slot = loop < core->slots ? loop : core->slots - 1;
+        for (int64_t row = from; row < to; row++) {
+            float *h = call.h + row * hidden;
+            for (int64_t i = 0; core->carry && i < hidden; i += LANES)
+                store(h + i, load(core->carry + i) * load(h + i));
+            for (int64_t i = 0; core->drive && i < hidden; i += LANES)
+                store(h + i, load(h + i) + load(core->drive + row * hidden + i));
+        }
+        for (int64_t layer = 0; layer < core->layers; layer++) {
+            l = core->layer[layer];
+            call.keys = core->keys[layer] + slot * core->keys_step;
+            call.values = core->values[layer] + slot * core->values_step;
+            run(l, &call, t);
+            if (call.choice) call.choice += call.rows * l->chosen;
+        }
+        if (core->norm)
+            for (int64_t row = from; row < to; row++)
+                normalise(call.h + row * hidden, core->norm, core->eps, hidden,
+                          call.h + row * hidden);
+        call.loop++;
+    }
+}
+
+void run_core(const Core *core, const Call *call) {
 #ifdef _OPENMP
     if (call->threads > 1) {
 #pragma omp parallel num_threads((int)call->threads)
-        run(l, call, (Thread){omp_get_thread_num(), omp_get_num_threads()});
+        run_loops(core, *call, (Thread){omp_get_thread_num(), omp_get_num_threads()});
         return;
     }
 #endif
-    run(l, call, (Thread){0, 1});
+    run_loops(core, *call, (Thread){0, 1});
+}
+
+void run_layer(const Layer *l, const Call *call) {
+    Core once = {.loops = 1, .layers = 1, .slots = 1, .layer = &l, .keys = &call->keys,
+                 .values = &call->values};
+    run_core(&once, call);
 }
 
 /* y (rows, outputs) = x (rows, inputs) times w (outputs, inputs) transposed. */

@@ -47,7 +47,21 @@ class CallStructure(ctypes.Structure):
 
     _fields_ = [
         *_fields(_number, "rows rope_rows threads"),
-        *_fields(_pointer, "h cos sin loops keys values write also read first counts"),
+        *_fields(_pointer, "h cos sin"),
+        *_fields(_number, "loop"),
+        *_fields(_pointer, "loops keys values write also read first counts"),
         *_fields(_pointer, "given choice work"),
         *_fields(_number, "most_keys"),
+    ]
+
+
+class CoreStructure(ctypes.Structure):
+    """Layers that run many times, and what happens between the loops."""
+
+    _fields_ = [
+        *_fields(_number, "loops layers slots"),
+        *_fields(_pointer, "layer keys values"),
+        *_fields(_number, "keys_step values_step"),
+        *_fields(_pointer, "carry drive norm"),
+        *_fields(_real, "eps"),
     ]

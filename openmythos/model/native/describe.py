@@ -1,39 +1,28 @@
-"""Hand a layer's rows to the native code where it can take them.
+"""A layer as the native code reads it: sizes, and where its weights lie.
 
-It takes fp32 states on the CPU, fp32 or int8 weights, few rows, and keys kept in a cache: reading
-weights and starting operations is then all the time there is. Everything else, and any layer that
-was changed from outside (hooks, other modules in it), goes through torch, with the same result but
-for rounding.
+A layer that was changed from outside (hooks, other modules in it), or whose kind or widths the
+native code does not know, is left to torch.
 """
 
 from __future__ import annotations
 
-import ctypes
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from openmythos.model.adapters import LoopLinear, LoopLora
 from openmythos.model.attention import GroupedQueryAttention, LatentAttention
-from openmythos.model.cache import Entries, Place
 from openmythos.model.experts import Experts, Router
 from openmythos.model.feed_forward import FeedForward
-from openmythos.model.native.build import library
-from openmythos.model.native.structures import CallStructure, LayerStructure, Map, Stack
+from openmythos.model.native.structures import LayerStructure, Map, Stack
 from openmythos.model.norm import RMSNorm
 from openmythos.model.quantised import Int8Weight
-from openmythos.model.rope import Rope
 
 if TYPE_CHECKING:
     from openmythos.model.layer import Layer
-
-MOST_ROWS = 64
-"""With more rows torch's products are quicker."""
 
 LANES = 8
 """Widths must be multiples of it."""
@@ -42,34 +31,35 @@ KNOWN = (
     *(LoopLinear, LoopLora, GroupedQueryAttention, LatentAttention),
     *(Experts, Router, FeedForward, RMSNorm),
 )
-"""Modules whose work the native code does; any other in a layer leaves it to torch."""
+"""Modules whose work the native code does."""
 
-_scratch = threading.local()
+Part = tuple[dict[str, Any], str, object]
+"""A module's table, a name in it, and what it held."""
 
 
-@dataclass
-class Native:
-    """A layer as the native code reads it; None where it cannot, until something changes."""
+@dataclass(frozen=True)
+class Described:
+    """What was found, which stands until something changes."""
 
     structure: LayerStructure | None
+    """None: the native code cannot take the layer."""
     modules: list[nn.Module]
-    parts: list[tuple[dict[str, Any], str, object]]
-    """What must still be what it was: submodules and parameters."""
+    hooked: bool
+    parts: list[Part]
     addresses: list[int]
 
     def stands(self) -> bool:
         """Whether nothing was moved, replaced or hooked since."""
-        if any(module._forward_hooks or module._forward_pre_hooks for module in self.modules):
-            return False
         if any(held.get(name) is not part for held, name, part in self.parts):
             return False
-        return _addresses(self.parts) == self.addresses
+        hooked = _hooked(self.modules)
+        return hooked == self.hooked and _addresses(self.parts) == self.addresses
 
 
-_described: WeakKeyDictionary[nn.Module, Native] = WeakKeyDictionary()
+_described: WeakKeyDictionary[nn.Module, Described] = WeakKeyDictionary()
 
 
-def native(layer: Layer) -> LayerStructure | None:
+def structure_of(layer: Layer) -> LayerStructure | None:
     """Return the layer for the native code, None where it cannot take it."""
     found = _described.get(layer)
     if found is None or not found.stands():
@@ -77,113 +67,32 @@ def native(layer: Layer) -> LayerStructure | None:
     return found.structure
 
 
-def takes(layer: Layer, h: Tensor, place: Place) -> LayerStructure | None:
-    """Return the layer for the native code where it can do this call, else None."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or place.store is None:
-        return None
-    if type(h) is not Tensor or h.dtype != torch.float32 or h.device.type != "cpu":
-        return None
-    if not 0 < h.numel() <= MOST_ROWS * h.shape[-1] or torch.is_autocast_enabled("cpu"):
-        return None
-    return None if library() is None else native(layer)
-
-
-def run(
-    structure: LayerStructure,
-    h: Float[Tensor, "*rows hidden"],
-    rope: Rope,
-    loop: Int[Tensor, "*leading"],
-    data: dict[str, Tensor],
-    entries: Entries,
-    given: Int[Tensor, "*rows chosen"] | None,
-) -> tuple[Float[Tensor, "*rows hidden"], Int[Tensor, "*rows chosen"] | None]:
-    """Return what `Layer.forward` returns."""
-    code = library()
-    assert code is not None
-    new = h.clone(memory_format=torch.contiguous_format)
-    rows, chosen = h.numel() // h.shape[-1], structure.chosen
-    cos, sin = rope.cos.contiguous(), rope.sin.contiguous()
-    threads = threads_for(rows)
-    kept = list(data.values())
-    choice = torch.empty(*h.shape[:-1], chosen, dtype=torch.int64) if chosen else None
-    size = code.work_size(structure, rows, entries.most, threads)
-    loops = None
-    if _corrects(structure):
-        leading = loop.reshape(*loop.shape, *[1] * (h.ndim - 1 - loop.ndim))
-        loops = leading.expand(h.shape[:-1]).contiguous()
-    given = None if given is None else given.contiguous()
-    call = CallStructure(
-        rows=rows,
-        rope_rows=cos.numel() // cos.shape[-1],
-        threads=threads,
-        h=new.data_ptr(),
-        cos=cos.data_ptr(),
-        sin=sin.data_ptr(),
-        loops=_at(loops),
-        keys=kept[0].data_ptr(),
-        values=kept[-1].data_ptr(),
-        write=entries.write.data_ptr(),
-        also=_at(entries.also),
-        read=_at(entries.read),
-        first=_at(entries.first),
-        counts=entries.counts.data_ptr(),
-        given=_at(given),
-        choice=_at(choice),
-        work=_work(size).data_ptr(),
-        most_keys=entries.most,
-    )
-    code.run_layer(structure, call)
-    return new, choice
-
-
-def threads_for(rows: int) -> int:
-    """How many threads share a call."""
-    return 1
-
-
-def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _work(size: int) -> Tensor:
-    """Scratch memory of this thread."""
-    found: Tensor | None = getattr(_scratch, "work", None)
-    if found is None or found.numel() < size:
-        found = _scratch.work = torch.empty(size)
-    return found
-
-
-def _corrects(structure: LayerStructure) -> bool:
-    maps = (structure.qkv, structure.q_up, structure.w_in)
-    return any(part.rank for part in maps)
-
-
-# What the native code reads
+def _hooked(modules: list[nn.Module]) -> bool:
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 class _Cannot(Exception):  # noqa: N818 - not an error, only the end of a description
     """The native code has no form for this."""
 
 
-def _describe(layer: Layer) -> Native:
+def _describe(layer: Layer) -> Described:
     modules = list(layer.modules())
-    parts: list[tuple[dict[str, Any], str, object]] = []
+    parts: list[Part] = []
     for module in modules:
-        parts += [(module._modules, *pair) for pair in module._modules.items()]
-        parts += [(module._parameters, *pair) for pair in module._parameters.items()]
-        parts += [(module._buffers, *pair) for pair in module._buffers.items()]
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-    strange = any(type(m) not in KNOWN or "forward" in vars(m) for m in modules[1:])
-    structure = None
-    if not hooked and not strange:
+        for held in (module._modules, module._parameters, module._buffers):
+            parts += [(held, name, part) for name, part in held.items()]
+    inner = modules[1:]  # the layer itself has been entered already
+    known = all(type(m) in KNOWN and "forward" not in vars(m) for m in inner)
+    structure, hooked = None, _hooked(inner)
+    if known and not hooked:
         try:
             structure = _structure(layer)
         except _Cannot:
             structure = None
-    return Native(structure, modules, parts, _addresses(parts))
+    return Described(structure, inner, hooked, parts, _addresses(parts))
 
 
-def _addresses(parts: list[tuple[dict[str, Any], str, object]]) -> list[int]:
+def _addresses(parts: list[Part]) -> list[int]:
     return [_address(part) for _, _, part in parts if isinstance(part, Tensor)]
 
 

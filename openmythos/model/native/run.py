@@ -1,0 +1,255 @@
+"""Hand few rows on the CPU to the native code: through a layer, a whole core, or a linear map.
+
+It takes fp32 states, fp32 or int8 weights, few rows, and keys kept in a cache: reading weights and
+starting operations is then all the time there is. Everything else goes through torch, with the same
+result but for rounding. A row's bits do not depend on the other rows of a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from openmythos.model.cache import Cache, Entries, Place, Span
+from openmythos.model.native.build import library
+from openmythos.model.native.describe import LANES, structure_of
+from openmythos.model.native.structures import CallStructure, CoreStructure, LayerStructure
+from openmythos.model.quantised import Int8Weight
+from openmythos.model.rope import Rope
+
+if TYPE_CHECKING:
+    from openmythos.model.core import Core, Rows
+    from openmythos.model.layer import Layer
+    from openmythos.model.transformer import OpenMythos
+
+MOST_ROWS = 64
+"""With more rows torch's products are quicker."""
+
+LEAST_PRODUCTS = 2**17
+"""Multiplications that are worth a thread: some 10 us of work."""
+
+_scratch = threading.local()
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the native code takes rows `(*rows, width)`: fp32, on the CPU, without gradient."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    if torch._C._len_torch_dispatch_stack():  # somebody watches torch's operations
+        return False
+    if type(x) is not Tensor or x.dtype != torch.float32 or x.device.type != "cpu":
+        return False
+    if not 0 < x.numel() <= MOST_ROWS * x.shape[-1] or torch.is_autocast_enabled("cpu"):
+        return False
+    return library() is not None
+
+
+def takes_all(model: OpenMythos) -> bool:
+    """Whether every layer and map of a model runs natively: rows then depend on nothing else."""
+    weight = model.embed.weight
+    if library() is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return False
+    layers = [*model.prelude, *model.core.layers, *model.coda]
+    owners = (model.core.injection, model.core_output)
+    maps = [getattr(owner, "weight", None) for owner in owners]
+    known = all(structure_of(layer) is not None for layer in layers)
+    sound = model.config.hidden_size % LANES == 0 and model.config.injection != "linear"
+    return known and sound and all(_plain(part) for part in maps)
+
+
+def layer_here(layer: Layer, span: Span) -> LayerStructure | None:
+    """Return a layer for the native code, looked at once in each call of a model."""
+    if layer not in span.natives:
+        span.natives[layer] = structure_of(layer)
+    found: LayerStructure | None = span.natives[layer]
+    return found
+
+
+def run_layer(
+    layer: Layer,
+    h: Float[Tensor, "*rows hidden"],
+    rope: Rope,
+    loop: Int[Tensor, "*leading"],
+    place: Place,
+    given: Int[Tensor, "*rows chosen"] | None,
+) -> tuple[Float[Tensor, "*rows hidden"], Int[Tensor, "*rows chosen"] | None] | None:
+    """Return what `Layer.forward` returns; None where torch must do it."""
+    if place.store is None or not takes(h):
+        return None
+    structure = layer_here(layer, place.span)
+    found = None if structure is None else place.store.entries(place.span, place.slot)
+    if structure is None or found is None:
+        return None
+    data, entries = found
+    new = h.clone(memory_format=torch.contiguous_format)
+    choice = _choice(structure, *h.shape[:-1])
+    loops = None
+    if _corrects(structure) and loop.ndim:
+        leading = loop.reshape(*loop.shape, *[1] * (h.ndim - 1 - loop.ndim))
+        loops = leading.expand(h.shape[:-1]).contiguous()
+    elif _corrects(structure):
+        loops = loop.expand(h.shape[:-1]).contiguous()
+    given = None if given is None else given.contiguous()
+    call = _call([structure], new, rope, entries)
+    call.loops, call.given, call.choice = _at(loops), _at(given), _at(choice)
+    kept = list(data.values())
+    call.keys, call.values = kept[0].data_ptr(), kept[-1].data_ptr()
+    code = library()
+    assert code is not None
+    code.run_layer(structure, call)
+    return new, choice
+
+
+def run_loops(
+    core: Core, h: Float[Tensor, "batch sequence hidden"], rows: Rows, loops: int, cache: Cache
+) -> tuple[Float[Tensor, "batch sequence hidden"], list[list[Tensor]]] | None:
+    """Run all loops of a core for rows that take the same number.
+
+    Returns:
+        The last state and, loop by loop, each layer's chosen experts; None where torch must do it.
+    """
+    kind = core.config.injection
+    if kind == "linear" or not takes(h) or core.injection._forward_hooks:
+        return None
+    structures = [layer_here(layer, rows.span) for layer in core.layers]  # type: ignore[arg-type]
+    found = [store.entries(rows.span, 0) for store in cache.core]
+    entries = None if found[0] is None else found[0][1]
+    norm = None if core.norm is None else core.norm.weight
+    if entries is None or None in structures or not _plain(norm):
+        return None
+    new = h.clone(memory_format=torch.contiguous_format)
+    first = structures[0]
+    assert first is not None
+    choice = _choice(first, loops, len(structures), *h.shape[:-1])
+    call = _call(structures, new, rows.rope, entries)  # type: ignore[arg-type]
+    call.choice = _at(choice)
+    kept = [list(store.data.values()) for store in cache.core]
+    drive = rows.drive.contiguous() if kind != "none" else None
+    carry = rows.carry.contiguous() if kind in ("lti", "free") else None
+    layers = _pointers([ctypes.addressof(part) for part in structures if part is not None])
+    keys = _pointers([part[0].data_ptr() for part in kept])
+    values = _pointers([part[-1].data_ptr() for part in kept])
+    run = CoreStructure(
+        loops=loops,
+        layers=len(structures),
+        slots=cache.slots,
+        layer=ctypes.addressof(layers),
+        keys=ctypes.addressof(keys),
+        values=ctypes.addressof(values),
+        keys_step=kept[0][0].stride(0),
+        values_step=kept[0][-1].stride(0),
+        carry=_at(carry),
+        drive=_at(drive),
+        norm=_at(norm),
+        eps=core.config.norm_eps,
+    )
+    code = library()
+    assert code is not None
+    code.run_core(run, call)
+    return new, [] if choice is None else [list(one) for one in choice]
+
+
+def linear(
+    x: Float[Tensor, "*rows inputs"], weight: Float[Tensor, "outputs inputs"]
+) -> Float[Tensor, "*rows outputs"]:
+    """Return `x weight^T`; native for few rows."""
+    code, numbers, scale = library(), weight, None
+    if isinstance(weight, Int8Weight):
+        numbers, scale = weight.numbers, weight.scale
+    if code is None or not takes(x) or not _plain(numbers) or x.shape[-1] % LANES:
+        return F.linear(x, weight)
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows = x.numel() // x.shape[-1]
+    sizes = weight.shape[0], y.data_ptr(), threads_for(rows * weight.numel())
+    code.run_linear(x.data_ptr(), rows, x.shape[-1], numbers.data_ptr(), _at(scale), *sizes)
+    return y
+
+
+class FewRowsLinear(nn.Linear):
+    """A linear map without bias whose rows do not depend on each other's number."""
+
+    def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
+        return linear(x, self.weight)
+
+
+def threads_for(products: int) -> int:
+    """How many threads share so many multiplications: none is woken for a few microseconds."""
+    return max(1, min(torch.get_num_threads(), products // LEAST_PRODUCTS))
+
+
+def _plain(numbers: Tensor | None) -> bool:
+    """Whether these are fp32 or int8 numbers that follow each other, or nothing."""
+    if numbers is None:
+        return True
+    known = numbers.dtype in (torch.float32, torch.int8) and numbers.device.type == "cpu"
+    return known and numbers.is_contiguous()
+
+
+def _call(
+    structures: list[LayerStructure], h: Tensor, rope: Rope, entries: Entries
+) -> CallStructure:
+    code = library()
+    assert code is not None
+    rows = h.numel() // h.shape[-1]
+    threads = threads_for(rows * _numbers_read(structures[0]))
+    cos, sin = rope.cos.contiguous(), rope.sin.contiguous()
+    size = max(code.work_size(part, rows, entries.most, threads) for part in structures)
+    call = CallStructure(
+        rows=rows,
+        rope_rows=cos.numel() // cos.shape[-1],
+        threads=threads,
+        h=h.data_ptr(),
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
+        write=entries.write.data_ptr(),
+        also=_at(entries.also),
+        read=_at(entries.read),
+        first=_at(entries.first),
+        counts=entries.counts.data_ptr(),
+        work=_work(size).data_ptr(),
+        most_keys=entries.most,
+    )
+    call.alive = (cos, sin)  # Python's own attribute: kept as long as the call
+    return call
+
+
+def _numbers_read(structure: LayerStructure) -> int:
+    """Weights that a row reads in a layer, all but a few small ones."""
+    maps = (structure.qkv, structure.q_down, structure.q_up, structure.kv_down, structure.out)
+    dense = sum(part.outputs * part.inputs for part in (*maps, structure.w_in, structure.w_out))
+    stacks = (structure.experts_in, structure.experts_out)
+    return int(dense + structure.chosen * sum(part.outputs * part.inputs for part in stacks))
+
+
+def _choice(structure: LayerStructure, *shape: int) -> Tensor | None:
+    if not structure.chosen:
+        return None
+    return torch.empty(*shape, structure.chosen, dtype=torch.int64)
+
+
+def _corrects(structure: LayerStructure) -> bool:
+    """Whether a layer has depth-wise LoRA, and must know each row's loop."""
+    return any(part.rank for part in (structure.qkv, structure.q_up, structure.w_in))
+
+
+def _pointers(addresses: list[int]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(addresses))(*addresses)
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _work(size: int) -> Tensor:
+    """Scratch memory of this thread."""
+    found: Tensor | None = getattr(_scratch, "work", None)
+    if found is None or found.numel() < size:
+        found = _scratch.work = torch.empty(size)
+    return found

@@ -1,0 +1,209 @@
+"""The native code: torch's results, for every kind of layer, and rows that stand alone."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from openmythos.model.layer import Layer
+from openmythos.model.native import build, run
+from openmythos.model.native.describe import structure_of
+from openmythos.model.quantised import Int8Weight, quantise
+from tests.tiny import some_ids, tiny
+
+pytestmark = pytest.mark.skipif(build.library() is None, reason="there is no C compiler")
+
+WIDTHS = {
+    "hidden_size": 32,
+    "head_dim": 16,
+    "num_heads": 4,
+    "kv_latent": 16,
+    "rope_dim": 8,
+    "nope_dim": 8,
+    "value_dim": 8,
+}
+KINDS = [
+    {},
+    {"norm": "peri", "qk_norm": False},
+    {"norm": "sandwich", "qk_bias": True, "injection": "add"},
+    {"experts": 0, "feed_forward": "relu2", "rope_pairing": "interleaved", "loop_norm": True},
+    {"experts_per_token": 3, "shared_experts": 0, "routed_scale": 1.7, "lora_rank": 3},
+    {"injection": "none", "h0": "e", "kv_heads": 4},
+    {"attention": "mla", "experts": 0, "lora_rank": 2},
+    {"attention": "mla", "q_latent": 16, "qk_norm": False, "rope_pairing": "interleaved"},
+]
+SHAPES = pytest.mark.parametrize("kind", KINDS, ids=str)
+
+
+def wide(**kind):
+    model = tiny(**{**WIDTHS, **kind})
+    for experts in model.core.experts_layers():
+        experts.router.balance.copy_(torch.arange(5) * 7 - 14)
+    return model
+
+
+@pytest.fixture
+def by_torch(monkeypatch):
+    """Call with a function, to have it run without native code."""
+
+    def without(compute):
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "library", lambda: None)
+            return compute()
+
+    return without
+
+
+@torch.inference_mode()
+def written(model, loops, *, batch=3, parts=(4, 1, 1, 2), **options):
+    cache = model.new_cache(batch_size=batch, max_length=sum(parts))
+    chunks = some_ids(batch, sum(parts)).split(parts, dim=1)
+    outs = [model(chunk, loops, cache=cache, **options) for chunk in chunks]
+    return torch.cat([out.logits for out in outs], 1), outs
+
+
+@SHAPES
+def test_logits_are_those_of_torch(kind, by_torch):
+    model = wide(**kind)
+    assert structure_of(model.core.layers[0]) is not None
+    native, outs = written(model, 4)
+    expected, torchs = by_torch(lambda: written(model, 4))
+    assert_close(native, expected, rtol=1e-4, atol=2e-5)
+    for out, other in zip(outs, torchs, strict=True):
+        if model.config.experts:
+            assert out.loads.equal(other.loads)
+
+
+@SHAPES
+@pytest.mark.parametrize("halting", ["delta", "gate"])
+def test_exits_are_those_of_torch(kind, halting, by_torch):
+    model = wide(**kind)
+    native, outs = written(model, 5, halting=halting, threshold=0.4)
+    expected, torchs = by_torch(lambda: written(model, 5, halting=halting, threshold=0.4))
+    assert_close(native, expected, rtol=1e-4, atol=2e-5)
+    for out, other in zip(outs, torchs, strict=True):
+        assert out.loops.equal(other.loops)
+
+
+def test_given_experts_are_taken(by_torch):
+    model = wide(lora_rank=2)
+    routing = torch.randint(5, (2, 2, 3, 1, 2), generator=torch.Generator().manual_seed(1))
+    routing[..., 1] = (routing[..., 0] + 1) % 5
+    options = {"parts": (1, 1), "routing": routing, "return_states": True, "return_routing": True}
+    native, outs = written(model, 3, **options)
+    assert outs[0].routing[1].equal(routing[1])
+    expected, torchs = by_torch(lambda: written(model, 3, **options))
+    assert_close(native, expected, rtol=1e-4, atol=2e-5)
+    assert_close(outs[1].states, torchs[1].states, rtol=1e-4, atol=2e-5)
+
+
+def test_loops_past_the_cache_with_one_slot(by_torch):
+    model = wide()
+
+    @torch.inference_mode()
+    def last():
+        cache = model.new_cache(batch_size=2, max_length=8, policy="last")
+        ids = some_ids(2, 6)
+        model(ids[:, :4], 3, cache=cache)
+        return torch.cat([model(ids[:, n : n + 1], 4, cache=cache).logits for n in (4, 5)], 1)
+
+    assert_close(last(), by_torch(last), rtol=1e-4, atol=2e-5)
+
+
+@SHAPES
+def test_a_rows_bits_depend_on_no_other_row(kind, monkeypatch):
+    model, ids = wide(**kind), some_ids(40, 3)
+
+    @torch.inference_mode()
+    def together(rows):
+        cache = model.new_cache(batch_size=len(rows), max_length=3)
+        return torch.stack([model(rows[:, n : n + 1], 3, cache=cache).logits for n in range(3)])
+
+    whole = together(ids)
+    for some in (slice(0, 1), slice(5, 7), slice(9, 12), slice(0, 9), slice(20, 40)):
+        assert together(ids[some]).equal(whole[:, some])
+    monkeypatch.setattr(run, "threads_for", lambda products: 3)
+    assert together(ids).equal(whole)
+
+
+@SHAPES
+def test_int8_is_read_as_the_matrix_it_stands_for(kind):
+    model = quantise(wide(**kind))
+    few, _ = written(model, 3, parts=(2, 1, 1))
+    for name, parameter in list(model.named_parameters()):
+        if isinstance(parameter, Int8Weight):
+            owner, _, own = name.rpartition(".")
+            dense = torch.nn.Parameter(parameter.dense(), requires_grad=False)
+            setattr(model.get_submodule(owner), own, dense)
+    model.head.weight = model.embed.weight
+    same, _ = written(model, 3, parts=(2, 1, 1))
+    assert_close(few, same, rtol=1e-4, atol=2e-5)
+
+
+def test_a_hook_sees_every_call():
+    model, calls = wide(), []
+    layer = model.core.layers[0]
+    handle = layer.attention.register_forward_hook(lambda *_: calls.append(1))
+    written(model, 3, parts=(2, 1))
+    assert len(calls) == 6
+    handle.remove()
+    assert structure_of(layer) is not None
+
+
+def test_changed_weights_are_used(by_torch):
+    model = wide()
+    before, _ = written(model, 2)
+    with torch.no_grad():
+        model.core.layers[0].attention.out.weight.mul_(-1)
+    inside, _ = written(model, 2)
+    assert not inside.equal(before)
+    model.core.layers[1].feed_forward.w_in = torch.nn.Parameter(
+        model.core.layers[1].feed_forward.w_in.detach().flip(0).contiguous()
+    )
+    replaced, _ = written(model, 2)
+    expected, _ = by_torch(lambda: written(model, 2))
+    assert_close(replaced, expected, rtol=1e-4, atol=2e-5)
+    model.double()
+    assert structure_of(model.core.layers[0]) is None
+
+
+def test_gradients_and_counted_operations_go_through_torch(monkeypatch):
+    def refuse(*_):
+        raise AssertionError
+
+    model = wide()
+    monkeypatch.setattr(run, "structure_of", refuse)
+    model(some_ids(2, 3), 2).logits.sum().backward()
+    with FlopCounterMode(display=False) as counter:
+        written(model, 2)
+    assert counter.get_total_flops() > 0
+    with pytest.raises(AssertionError):
+        written(model, 2)
+
+
+def test_widths_it_does_not_know_are_left_to_torch():
+    assert structure_of(tiny(attention="mla").core.layers[0]) is None
+    assert isinstance(tiny(attention="mla").core.layers[0], Layer)
+
+
+def test_it_can_be_turned_off(monkeypatch):
+    monkeypatch.setenv("OPENMYTHOS_NATIVE", "0")
+    assert build.library.__wrapped__() is None
+
+
+@pytest.mark.parametrize("compiler", ["false", "true"])
+def test_a_compiler_that_makes_nothing_leaves_nothing(compiler, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", compiler)
+    assert build.library.__wrapped__() is None
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_it_is_compiled_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.library.__wrapped__() is not None
+    (made,) = tmp_path.iterdir()
+    (file,) = made.iterdir()
+    time = file.stat().st_mtime_ns
+    assert build.library.__wrapped__() is not None
+    assert file.stat().st_mtime_ns == time
