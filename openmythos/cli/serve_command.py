@@ -5,10 +5,11 @@ Examples:
     openmythos serve runs/nano --port 8080 --served-model-name nano --max-waiting 64
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "The whale", "max_tokens": 40, "loops": 8}'
 
-MODEL is the folder of a model or of a training run; without one it is the package's own. Routes:
-/v1/completions, /v1/chat/completions, /v1/models, /health (503 until the model is loaded) and
-/metrics (Prometheus). Beside OpenAI's fields a request may have `loops`, `halting`, `threshold` and
-`cache_policy`. Ctrl-C or SIGTERM lets running requests finish; a second one does not.
+MODEL is the folder of a model or of a training run; without one it is the package's own. A page to
+try it stands at /. Routes: /v1/completions, /v1/chat/completions, /v1/models, /health (503 until
+the model is loaded) and /metrics (Prometheus). Beside OpenAI's fields a request may have `loops`,
+`halting`, `threshold` and `cache_policy`. Ctrl-C or SIGTERM lets running requests finish; a second
+one does not.
 """  # noqa: E501 (a line to copy is one line)
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Settings:
 
 def run(settings: Settings) -> None:
     """Load the model and serve it until told to stop."""
+    from openmythos.inference.playground.routes import STATIC, playground
     from openmythos.inference.server.app import create_app
     from openmythos.inference.server.run import run as run_server
     from openmythos.inference.server.serving import Serving
@@ -73,10 +75,12 @@ def run(settings: Settings) -> None:
             file=sys.stderr,
         )
     name = server.served_model_name or settings.model.resolve().name
-    app = create_app(Serving(lambda: _load(settings), name, server))
+    serving = Serving(lambda: _load(settings), name, server)
+    app = create_app(serving, routers=[playground()], static=STATIC)
 
     def on_ready(address: str) -> None:
-        print(f"{name} is served at {address}/v1 (Ctrl-C stops it)", flush=True)
+        page = f"the playground at {address}/"
+        print(f"{name} is served at {address}/v1 and {page} (Ctrl-C stops it)", flush=True)
 
     run_server(app, on_ready=on_ready)
 

@@ -7,15 +7,17 @@ its `index.html` answers, and after every route, so that no file can hide one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, final
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, FastAPI
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from openmythos import __version__
 from openmythos.inference.server import chat, completions
@@ -65,12 +67,29 @@ def create_app(
     for part in (router, completions.router, chat.router, *routers):
         app.include_router(part)
     if static is not None:
-        app.mount("/", StaticFiles(directory=static, html=True), name="static")
+        app.mount("/", Fresh(directory=static, html=True), name="static")
     app.add_middleware(LimitBody, most=server.settings.max_body_bytes)
     if server.settings.api_key is not None:
         app.add_middleware(RequireKey, key=server.settings.api_key)
     app.add_middleware(CountAnswers, metrics=server.metrics)  # the last added stands first
     return app
+
+
+@final
+class Fresh(StaticFiles):
+    """Files that a browser keeps and asks about each time: parts of two versions do not mix."""
+
+    def file_response(
+        self,
+        full_path: str | os.PathLike[str],
+        stat_result: os.stat_result,
+        scope: Scope,
+        status_code: int = 200,
+    ) -> Response:
+        """Return a file, or 304 where the browser has it."""
+        response = super().file_response(full_path, stat_result, scope, status_code)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
 
 
 @router.get("/health")

@@ -1,0 +1,295 @@
+"""The playground: a page at `/`, and the routes under `/v1/playground` that it asks.
+
+They stand under `/v1` so that the server's key guards them. The page is plain files without a
+build step; everything it shows comes from these routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, final, get_args
+
+from anyio import to_thread
+from fastapi import APIRouter, Depends, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from openmythos.config import HaltingKind
+from openmythos.errors import InputError
+from openmythos.inference.language_model import LanguageModel
+from openmythos.inference.playground.lens import Lens, look
+from openmythos.inference.playground.walks import WalkBody, Walks
+from openmythos.inference.request import Event, FinishEvent
+from openmythos.inference.server.answers import Answer, finish_of, text_of, tokens_of
+from openmythos.inference.server.errors import ApiError, busy, invalid, json_response
+from openmythos.inference.server.logprobs import token_text
+from openmythos.inference.server.schemas import Body, CompletionBody, Count, TokenId, refuse_model
+from openmythos.inference.server.serving import Loaded, Serving, serving
+from openmythos.inference.server.settings import ServerSettings
+from openmythos.inference.server.stream import STREAMED, EventStream
+from openmythos.inference.server.translate import of_completion
+from openmythos.inference.shipped import REASONER
+from openmythos.inference.thinking import Thinking
+from openmythos.model.halting import make_rule
+from openmythos.model.transformer import OpenMythos
+from openmythos.training.tokenizer import Tokenizer
+
+STATIC = Path(__file__).parent / "static"
+"""The page's files."""
+MOST_TOKENS = 1024
+"""Longest text that is looked into: logits of all its places are held at once."""
+MOST_CELLS = 1 << 14
+"""Most places times loops in one answer, which is then at most a few megabytes."""
+MOST_WAITING = 8
+"""Most looks and walks that are worked at or wait; more are refused."""
+
+Server = Annotated[Serving, Depends(serving)]
+T = TypeVar("T")
+
+
+class LensBody(Body):
+    """The body of `POST /v1/playground/lens`."""
+
+    token_ids: Annotated[list[TokenId], Field(min_length=1)]
+    """The text, with the end-of-document token that starts it."""
+    first: Count = 0
+    """Show places from this one on; those before are read all the same."""
+    top: Annotated[int, Field(ge=1, le=10)] = 5
+    """Likeliest tokens at each place and loop."""
+    loops: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    halting: HaltingKind = "none"
+    threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+
+def playground(reasoner: str | Path = REASONER) -> APIRouter:
+    """Return the routes, for `create_app(..., routers=[playground()], static=STATIC)`.
+
+    Args:
+        reasoner: name or folder of the model that walks through rooms; it may be missing.
+    """
+    router = APIRouter(prefix="/v1/playground")
+    walks, turns = Walks(reasoner), Turns()
+
+    @router.get("/info")
+    async def info(server: Server) -> Response:
+        """Tell what the model can do, for the page's controls."""
+        known = describe(server.name, server.ready(), server.settings)
+        return json_response({**known, "reasoner": walks.describe()})
+
+    @router.post("/stream", responses=STREAMED)
+    async def stream(body: CompletionBody, server: Server) -> Response:
+        """Continue a text: a stream of tokens with their ids, loops and losses."""
+        loaded = server.ready()
+        refuse_model(body.model, server.name)
+        body = body.model_copy(update={"stream": True, "logprobs": 0})
+        body.check()
+        if body.choices != 1 or body.echo or not isinstance(body.prompt, str):
+            raise invalid("prompt must be one text, and n and echo be left out", "prompt")
+        requests, _ = await to_thread.run_sync(of_completion, body, loaded, server.settings)
+        answer = Answer(
+            kind="play",
+            object="playground.tokens",
+            model=server.name,
+            writers=[TokenWriter(requests[0].token_ids, loaded.lm.tokenizer)],
+            choices=1,
+            mailbox=server.submit(requests, most=server.settings.max_unread),
+        )
+        chunks = answer.chunks(with_usage=True)
+        return EventStream(chunks, answer.mailbox, server.settings.send_seconds)
+
+    @router.post("/lens")
+    async def lens(body: LensBody, server: Server, request: Request) -> Response:
+        """Show what the model would say at each place of a text after each loop."""
+        loaded = server.ready()
+        body.refuse_unknown()
+        thinking = check_lens(body, loaded, server.settings)
+        return json_response(await turns.take(lambda: see(body, loaded.lm, thinking), request))
+
+    @router.post("/walk")
+    async def walk(body: WalkBody, server: Server, request: Request) -> Response:
+        """Solve a walk through rooms, and show what is believed after each loop."""
+        server.ready()
+        body.refuse_unknown()
+        return json_response(await turns.take(lambda: walks.solve(body), request))
+
+    return router
+
+
+@final
+class Turns:
+    """Does one piece of work after another, in a thread, so that writing goes on meanwhile.
+
+    The engine's thread runs the model at the same time; both only read it.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._taken = asyncio.Lock(), 0
+
+    async def take(self, work: Callable[[], T], request: Request) -> T:
+        """Wait for a turn and return what `work` returns.
+
+        Raises:
+            ApiError: too many wait already, or the client has gone meanwhile.
+        """
+        if self._taken >= MOST_WAITING:
+            raise busy(
+                f"{self._taken} looks and walks are worked at or wait already: try again later"
+            )
+        self._taken += 1
+        try:
+            async with self._lock:
+                if await request.is_disconnected():
+                    raise ApiError(499, "the client has gone", code="client_gone")
+                return await to_thread.run_sync(work)
+        finally:
+            self._taken -= 1
+
+
+@final
+class TokenWriter:
+    """Writes each token as it comes: its id, name, text, loops and loss.
+
+    Args:
+        prompt: the prompt's token ids, with the one that starts the document.
+        tokenizer: the model's.
+    """
+
+    def __init__(self, prompt: Sequence[int], tokenizer: Tokenizer) -> None:
+        self._prompt, self._tokenizer = prompt, tokenizer
+
+    def opening(self) -> dict[str, Any]:
+        """The prompt's tokens."""
+        text = self._tokenizer.text_stream()
+        tokens = [{**self._named(one), "text": text.push(one)} for one in self._prompt]
+        return {"prompt": tokens}
+
+    def chunk(self, events: Sequence[Event]) -> dict[str, Any]:
+        """What is new; `rest` is text that was held back, because it might have been a stop."""
+        tokens = [
+            {
+                **self._named(token.token_id),
+                "text": token.text,
+                "loops": token.loops,
+                "loss": None if token.logprob is None else _number(-token.logprob),
+            }
+            for token in tokens_of(events)
+        ]
+        finishes = [event for event in events if isinstance(event, FinishEvent)]
+        return {"tokens": tokens, "rest": text_of(finishes), "finish_reason": finish_of(events)}
+
+    def whole(self, events: Sequence[Event]) -> dict[str, Any]:
+        """All of it."""
+        return self.opening() | self.chunk(events)
+
+    def _named(self, token_id: int) -> dict[str, Any]:
+        return {"id": token_id, "name": token_text(self._tokenizer, token_id)}
+
+
+def describe(name: str, loaded: Loaded, settings: ServerSettings) -> dict[str, Any]:
+    """Return a model's limits and the halting rules that it can obey."""
+    config = loaded.lm.model.config
+    return {
+        "model": name,
+        "max_length": loaded.max_length,
+        "mean_loops": config.mean_loops,
+        "max_loops": settings.max_loops,
+        "core_layers": config.core_layers,
+        "experts": config.experts,
+        "lens": {"max_tokens": min(MOST_TOKENS, loaded.max_length), "max_cells": MOST_CELLS},
+        "rules": rules(loaded.lm.model),
+    }
+
+
+def rules(model: OpenMythos) -> list[dict[str, Any]]:
+    """Return a model's halting rules with their default thresholds, and whether they can fire.
+
+    A gate that was never trained cannot.
+    """
+    learned, found = model.core.learned_exits(), []
+    for name in get_args(HaltingKind):
+        try:
+            rule = make_rule(name, None, learned, model.readout)
+        except InputError:  # `act` is part of models that were trained with it
+            continue
+        threshold = getattr(rule, "threshold", None)
+        fires = name not in learned or bool(learned[name].weight.any())
+        found.append({"name": name, "threshold": threshold, "fires": fires})
+    return found
+
+
+def check_lens(body: LensBody, loaded: Loaded, settings: ServerSettings) -> Thinking:
+    """Return how deep the text is thought about.
+
+    Raises:
+        ApiError: the text or the answer would be too long, or loops too many.
+    """
+    count, most = len(body.token_ids), min(MOST_TOKENS, loaded.max_length)
+    if count > most:
+        raise invalid(
+            f"token_ids holds {count} tokens, must hold at most {most}: look into a shorter text",
+            "token_ids",
+        )
+    largest, vocab = max(body.token_ids), loaded.lm.tokenizer.vocab_size
+    if largest >= vocab:
+        raise invalid(
+            f"token_ids holds {largest}, must hold ids below vocab_size={vocab}", "token_ids"
+        )
+    if body.first >= count:
+        raise invalid(f"first={body.first} must be below the {count} tokens of token_ids", "first")
+    loops = loaded.lm.model.config.mean_loops if body.loops is None else body.loops
+    if loops > settings.max_loops:
+        raise invalid(
+            f"loops={loops} must be at most {settings.max_loops}, this server's max_loops", "loops"
+        )
+    if (count - body.first) * loops > MOST_CELLS:
+        raise invalid(
+            f"first={body.first} with loops={loops} must leave at most {MOST_CELLS // loops} of "
+            f"{count} places: raise it to {count - MOST_CELLS // loops}",
+            "first",
+        )
+    return Thinking(loops=loops, halting=body.halting, threshold=body.threshold)
+
+
+def see(body: LensBody, lm: LanguageModel, thinking: Thinking) -> dict[str, Any]:
+    """Look into a text and return what is seen, in plain values."""
+    lens = look(lm, body.token_ids, thinking=thinking, top=body.top, first=body.first)
+    return {
+        "first": body.first,
+        "places": _places(lens),
+        "names": {
+            str(token): token_text(lm.tokenizer, token) for token in lens.top.unique().tolist()
+        },
+    }
+
+
+def _places(lens: Lens) -> list[dict[str, Any]]:
+    """Every place: a row for each loop that it took."""
+    top, likely = lens.top.tolist(), lens.probabilities.tolist()
+    losses, entropy = lens.losses.tolist(), lens.entropy.tolist()
+    experts = None if lens.experts is None else lens.experts.transpose(1, 2).tolist()
+    return [
+        {
+            "loops": loops,
+            "rows": [
+                {
+                    "loss": _number(losses[t][place]),
+                    "entropy": _number(entropy[t][place]),
+                    "top": [
+                        [token, _number(p)]
+                        for token, p in zip(top[t][place], likely[t][place], strict=True)
+                    ],
+                    "experts": None if experts is None else experts[t][place],
+                }
+                for t in range(loops)
+            ],
+        }
+        for place, loops in enumerate(lens.loops.tolist())
+    ]
+
+
+def _number(value: float) -> float | None:
+    """Round a value for its way to the page; JSON has no NaN."""
+    return round(value, 5) if math.isfinite(value) else None

@@ -1,0 +1,550 @@
+"""The page in a real browser, on the shipped models and on an engine that does what a test says.
+
+Chromium is the system's; `CHROMIUM` names another. Playwright drives it: `make soak` installs it.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jaxtyping
+import pytest
+import uvicorn
+from fake_engine import SAID, FakeEngine, language_model, make_app, say, wait, wait_until
+
+from openmythos.cli.serve_command import KEY
+from openmythos.inference.playground.routes import STATIC, playground
+from openmythos.inference.server.run import Process, listen
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
+
+SECONDS = 60
+"""How long anything on the page may take, on a machine that may be busy."""
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@pytest.fixture(autouse=True)
+def _no_shape_checks():
+    jaxtyping.config.update("jaxtyping_disable", True)  # the lens' own tests have them
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    driver = pytest.importorskip("playwright.sync_api", reason="no playwright: say make soak")
+    found = [os.environ.get("CHROMIUM"), *map(shutil.which, BROWSERS)]
+    program = next(filter(None, found), None)
+    if program is None:
+        pytest.skip("no browser: install chromium, or set CHROMIUM to its program")
+    driver.expect.set_options(timeout=1000 * SECONDS)
+    with driver.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens the page of a server; fails if it asks anyone else or breaks its own policy."""
+    contexts, problems = [], []
+
+    def look_at(page, address):
+        def asked(request):
+            if not request.url.startswith(f"{address}/"):
+                problems.append(f"asked {request.url}")
+
+        def said(message):
+            if "Content Security Policy" in message.text or "Refused" in message.text:
+                problems.append(message.text)
+
+        page.on("request", asked)
+        page.on("console", said)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+
+    def open_page(address, *, ready=True, **how):
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **how})
+        contexts.append(context)
+        context.set_default_timeout(1000 * SECONDS)
+        page = context.new_page()
+        look_at(page, address)
+        page.goto(f"{address}/")
+        if ready:
+            expect(page.locator("#write")).to_be_enabled()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+def expect(what):
+    from playwright.sync_api import expect
+
+    return expect(what)
+
+
+@contextlib.contextmanager
+def process(*flags):
+    """`openmythos serve` with the models of the package; yields its address and the process."""
+    code = "from openmythos.cli import main; main()"
+    command = [sys.executable, "-c", code, "serve", "--port", "0", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as it:
+        try:
+            line = it.stdout.readline()
+            yield re.search(r"http://[\d.:]+", line)[0], it
+        finally:
+            it.kill()
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    with process() as (address, _):
+        yield address
+
+
+class Listening:
+    """A server in a thread, whose engine does what the script says."""
+
+    def __init__(self, script, *, room=1000, **how):
+        self.engine = FakeEngine(script, room, threads=True)
+        how = {"max_length": 64, "routers": [playground("nowhere")], **how}
+        app = make_app(self.engine, static=STATIC, **how)
+        self.serving, self.socket = app.state.serving, listen("127.0.0.1", 0)
+        self.address = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2)
+        self.process = Process(config, self.serving, lambda: None)
+        self.thread = threading.Thread(target=self.process.run, args=([self.socket],))
+
+    def signal(self):
+        self.process.handle_exit(signal.SIGTERM, None)
+
+
+@contextlib.contextmanager
+def listening(script=None, **how):
+    server = Listening(script or say(), **how)
+    server.thread.start()
+    try:
+        yield server
+    finally:
+        server.signal()
+        server.signal()
+        server.thread.join(60)
+        assert not server.thread.is_alive()
+
+
+def talk(run):
+    """A script: write until cancelled."""
+    token = language_model().tokenizer.encode("the")[0]
+    while not run.cancelled.is_set() and run.token(token):
+        time.sleep(0.01)
+    if 0 in run.open:
+        run.finish("cancelled")
+
+
+def write(page, columns=1):
+    """Press the button and wait until every text has been looked into."""
+    page.click("#write")
+    expect(page.locator("[data-part=experts] table")).to_have_count(columns)
+
+
+def loops_of(page, column=0):
+    """The numbers under the written tokens of a column."""
+    tokens = page.locator(".column").nth(column).locator(".token:not(.prompt)")
+    return [int(loops) for loops in tokens.evaluate_all("all => all.map(one => one.dataset.loops)")]
+
+
+def legend_of(page, column=0):
+    """How many tokens took how many loops, as the legend says."""
+    items = page.locator(".column").nth(column).locator("[data-part=legend] li").all_inner_texts()
+    return {int(loops): int(count) for loops, count, *_ in map(str.split, items)}
+
+
+def overflow(page):
+    """By how many pixels the page is wider than the screen."""
+    return page.evaluate("() => document.documentElement.scrollWidth - innerWidth")
+
+
+def test_a_text_streams_in_coloured_and_counted_by_its_loops(visit, shipped):
+    page = visit(shipped)
+    page.fill("#tokens", "60")
+    page.click("#write")
+    expect(page.locator(".token:not(.prompt)").nth(2)).to_be_visible()
+    assert page.locator(".token:not(.prompt)").count() < 60  # not all at once
+    expect(page.locator("[data-part=experts] table")).to_be_visible()
+    loops = loops_of(page)
+    counts = {number: loops.count(number) for number in sorted(set(loops))}
+    assert len(counts) > 1, "the page's first settings show that tokens differ"
+    assert legend_of(page) == counts
+    said = page.locator("[data-part=status]").inner_text()
+    assert said.startswith(f"{len(loops)} tokens in ")
+    assert f"{sum(loops) / len(loops):.2f} loops each on average" in said
+    told = page.locator("[data-part=histogram]").get_attribute("aria-label")
+    for number, count in counts.items():
+        assert f"{number} loops: {count} token" in told
+    colours = page.locator(".token:not(.prompt)").evaluate_all(
+        "all => all.map(one => [one.dataset.loops, getComputedStyle(one).backgroundColor])"
+    )
+    assert len({colour for _, colour in colours}) == len(set(map(tuple, colours))) == len(counts)
+
+
+def test_pointing_at_a_token_shows_what_the_lens_sees_there(visit, shipped):
+    page = visit(shipped)
+    page.fill("#tokens", "12")
+    with page.expect_response("**/v1/playground/lens") as answer:
+        write(page)
+    seen = answer.value.json()
+    for number in (1, 9):  # of the prompt, and written
+        page.locator(f'.token[data-number="{number}"]').hover()
+        place = seen["places"][number - 1 - seen["first"]]
+        rows = page.locator(".inside tbody tr")
+        expect(rows).to_have_count(place["loops"])
+        for row, wanted in zip(rows.all(), place["rows"], strict=True):
+            assert row.locator(".number").all_inner_texts() == [
+                f"{wanted['loss']:.2f}",
+                f"{wanted['entropy']:.2f}",
+            ]
+            names = row.locator(".chip > :first-child").all_inner_texts()
+            wanted_names = [seen["names"][str(token)] for token, _ in wanted["top"]]
+            assert [name.strip("·") for name in names] == [name.strip() for name in wanted_names]
+            chosen = re.findall(r"\d+", row.locator(".experts-of").inner_text())
+            assert sorted(map(int, chosen)) == sorted(
+                expert + 1 for layer in wanted["experts"] for expert in layer
+            )
+
+
+def test_the_page_is_used_by_keyboard_alone(visit, shipped):
+    page = visit(shipped, reduced_motion="reduce")
+    page.keyboard.press("Tab")
+    assert page.evaluate("() => document.activeElement.className") == "skip"
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")  # from the prompt that it led to, or to it
+    page.focus("#prompt")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("The President of")
+    page.fill("#tokens", "12")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("[data-part=experts] table")).to_be_visible()
+    held = "() => Number(document.activeElement.dataset.number)"
+    page.locator("summary").focus()
+    for _ in range(9):
+        page.keyboard.press("Tab")
+        if page.evaluate(held):
+            break
+    steps = [("ArrowRight", 2), ("ArrowRight", 3), ("ArrowLeft", 2), ("Home", 1)]
+    for key, number in steps:
+        page.keyboard.press(key)
+        assert page.evaluate(held) == number
+        expect(page.locator(".inside .facts")).to_contain_text(f"token {number} of ")
+    page.keyboard.press("End")
+    assert page.evaluate(held) == page.locator(".token").count()
+    page.keyboard.press("Escape")
+    expect(page.locator(".inside .facts")).to_have_count(0)
+    page.focus("#walk")
+    page.keyboard.press("Enter")
+    expect(page.locator("#verdict")).to_be_visible()
+    page.locator("#house td").first.focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#belief")).to_contain_text("Loop 2, place 2 (red door):")
+
+
+def test_two_settings_stand_side_by_side_on_one_scale(visit, shipped):
+    page = visit(shipped)
+    page.fill("#tokens", "15")
+    page.check("#compare")
+    write(page, columns=2)
+    assert set(loops_of(page, 1)) == {1}
+    assert min(loops_of(page, 0)) > 1
+    left, right = (page.locator(".paper").nth(column).bounding_box() for column in (0, 1))
+    assert left["y"] == right["y"]
+    assert left["x"] + left["width"] < right["x"]
+    pale = page.locator(".column >> nth=1").locator(".token:not(.prompt)").first
+    assert "level-0" in pale.get_attribute("class")  # one loop of the other's twelve
+    page.locator(".column >> nth=1").locator(".token").first.hover()
+    expect(page.locator(".column >> nth=1").locator(".inside tbody tr")).to_have_count(1)
+    page.uncheck("#compare")
+    expect(page.locator(".column")).to_have_count(1)
+
+
+def test_the_reasoner_solves_a_walk_loop_by_loop(visit, shipped):
+    page = visit(shipped)
+    with page.expect_response("**/v1/playground/walk") as answer:
+        page.click("#solve")
+    trace = answer.value.json()
+    loops, places = len(trace["beliefs"]), len(trace["walk"])
+    expect(page.locator("#verdict")).to_contain_text("Right: the walk of 5 doors ends in the ")
+    expect(page.locator("#play")).to_have_text("Pause")  # it plays by itself
+    expect(page.locator("#shown")).to_contain_text(f"{loops} loops of {loops}:")
+    expect(page.locator("#play")).to_have_text("Play")
+    assert page.locator("#house td").count() == loops * places
+    assert page.locator("#house td.later").count() == 0
+    right = sum(
+        said == true
+        for row in trace["beliefs"]
+        for said, true in zip(row, trace["truth"], strict=True)
+    )
+    assert page.locator("#house .cell.right").count() == right
+    page.locator("#loop").fill("1")
+    assert page.locator("#house td.later").count() == (loops - 1) * places
+    page.locator("#house td").nth(loops + 3).hover()
+    expect(page.locator("#belief")).to_have_text("Loop 4, place 2 (red door): not reached yet.")
+    page.fill("#walk-hops", "20")
+    page.click("#draw")
+    expect(page.locator("#house tbody tr")).to_have_count(21)
+    page.fill("#walk", "library puce")
+    page.click("#solve")
+    expect(page.locator("#walk-problem")).to_contain_text("walk has the word 'puce'")
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_phone_shows_everything_without_scrolling_sideways(visit, shipped, columns):
+    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+    page = visit(shipped, **phone, reduced_motion="reduce")
+    assert overflow(page) == 0
+    page.fill("#tokens", "30")
+    if columns == 2:
+        page.check("#compare")
+    page.click("#write")
+    expect(page.locator(".paper").first).to_be_in_viewport()  # it is brought into sight
+    expect(page.locator("[data-part=experts] table")).to_have_count(columns)
+    page.locator(".token").nth(10).tap()
+    expect(page.locator(".inside .facts").first).to_be_in_viewport(ratio=1)
+    assert overflow(page) == 0
+    page.locator(".inside .close").first.tap()
+    expect(page.locator(".inside .facts")).to_have_count(0)
+    page.fill("#walk-hops", "24")
+    page.tap("#draw")
+    expect(page.locator("#house tbody tr")).to_have_count(25)
+    assert overflow(page) == 0
+    house = page.locator("#house")
+    assert house.evaluate("box => box.scrollWidth <= box.clientWidth")  # all loops at once
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_ink_on_every_colour_can_be_read(visit, shipped, scheme):
+    page = visit(shipped, color_scheme=scheme)
+    page.fill("#tokens", "12")
+    write(page)
+    page.locator(".token").nth(9).hover()
+    page.click("#solve")
+    expect(page.locator("#house td").first).to_be_visible()
+    poor = page.evaluate(CONTRASTS)
+    assert poor == []
+
+
+CONTRASTS = """() => {
+  const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const linear = (x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+  const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const rgb = (colour) => parts(colour).slice(0, 3).map((x) => (/srgb/.test(colour) ? x : x / 255));
+  const clear = (colour) => colour.includes("rgba") && parts(colour)[3] === 0;
+  const ground = (node) => {
+    const { backgroundColor } = getComputedStyle(node);
+    const through = clear(backgroundColor) && node.parentElement;
+    return through ? ground(node.parentElement) : backgroundColor;
+  };
+  const levels = Array.from({ length: 16 }, (_, level) => {
+    const node = document.createElement("span");
+    node.className = `level-${level}`;
+    node.textContent = String(level);
+    document.querySelector("main").append(node);
+    return node;
+  });
+  const walk = document.createTreeWalker(document.querySelector("main"), NodeFilter.SHOW_TEXT);
+  const poor = [];
+  while (walk.nextNode()) {
+    const node = walk.currentNode.parentElement;
+    const text = walk.currentNode.data.trim();
+    const { visibility, color } = getComputedStyle(node);
+    if (!text || visibility === "hidden" || !node.getClientRects().length) continue;
+    if (node.closest(":disabled, option, .hidden")) continue;
+    const [a, b] = [light(rgb(color)), light(rgb(ground(node)))].sort((x, y) => y - x);
+    if ((a + 0.05) / (b + 0.05) < 4.5) poor.push(`${node.className}: ${text.slice(0, 20)}`);
+  }
+  levels.forEach((node) => node.remove());
+  return [...new Set(poor)];
+}"""
+
+
+def test_light_and_dark_follow_the_system_until_one_is_chosen(visit, shipped):
+    page = visit(shipped, color_scheme="dark")
+    ground = "() => getComputedStyle(document.body).backgroundColor"
+    dark = page.evaluate(ground)
+    page.emulate_media(color_scheme="light")
+    light = page.evaluate(ground)
+    assert dark != light
+    page.get_by_label("Dark").check()
+    assert page.evaluate(ground) == dark
+    page.reload()
+    assert page.evaluate(ground) == dark
+    page.get_by_label("System").check()
+    assert page.evaluate(ground) == light
+
+
+@pytest.mark.parametrize("button", ["#stop", "[data-part=stop]"])
+def test_stop_ends_the_request_on_the_server(visit, button):
+    with listening(talk, max_length=4096) as server:
+        page = visit(server.address)
+        page.fill("#tokens", "4000")
+        page.click("#write")
+        expect(page.locator(".token:not(.prompt)").nth(5)).to_be_visible()
+        (run,) = server.engine.runs
+        assert not run.cancelled.is_set()
+        page.click(button)
+        assert run.cancelled.wait(SECONDS)
+        expect(page.locator("[data-part=status]")).to_contain_text("Stopped.")
+        expect(page.locator("#write")).to_be_enabled()
+        wait_until(lambda: server.serving.idle)
+
+
+def test_leaving_the_page_ends_the_request_on_the_server(visit):
+    with listening(talk, max_length=4096) as server:
+        page = visit(server.address)
+        page.fill("#tokens", "4000")
+        page.click("#write")
+        expect(page.locator(".token:not(.prompt)").first).to_be_visible()
+        page.close()
+        assert server.engine.runs[0].cancelled.wait(SECONDS)
+
+
+def problem_after_writing(page):
+    page.click("#write")
+    problem = page.locator(".column [data-part=problem]")
+    expect(problem).to_be_visible()
+    expect(page.locator("#write")).to_be_enabled()
+    return problem.inner_text()
+
+
+def test_a_full_queue_is_told_and_one_may_try_again(visit):
+    with listening(room=0) as server:
+        page = visit(server.address)
+        told = problem_after_writing(page)
+        assert told == "max_waiting=0 requests wait already: try again later"
+        server.engine.room = 1000
+        write(page)
+        expect(page.locator(".column [data-part=problem]")).to_be_hidden()
+        assert page.locator("[data-part=tokens]").inner_text().startswith("The")
+
+
+def test_a_request_that_cannot_be_is_told_in_the_servers_words(visit):
+    with listening() as server:
+        page = visit(server.address)
+        page.fill("#prompt", "clock " * 99)
+        told = problem_after_writing(page)
+        assert "must be at most" in told
+        assert "max_length=64" in told
+
+
+def test_a_server_that_is_being_stopped_is_told(visit):
+    with listening(wait) as server:
+        page = visit(server.address)
+        page.click("#write")
+        wait_until(lambda: server.engine.runs)
+        server.signal()
+        other = visit(server.address, ready=False)
+        expect(other.locator("#problem")).to_contain_text("the server is being stopped")
+        server.engine.runs[0].finish("stop")
+        expect(page.locator("[data-part=status]")).to_contain_text("0 tokens")
+
+
+def test_an_engine_that_fails_is_told(visit):
+    def script(run):
+        run.token(language_model().tokenizer.encode("the")[0])
+        time.sleep(0.5)
+        run.finish("error", error="the disk is full")
+
+    with listening(script) as server:
+        page = visit(server.address)
+        assert "the disk is full" in problem_after_writing(page)
+        assert page.locator(".token:not(.prompt)").count() == 1  # what came stays
+
+
+def test_a_stream_that_breaks_off_is_told(visit):
+    with process() as (address, it):
+        page = visit(address)
+        page.fill("#tokens", "900")
+        page.fill("[data-field=loops]", "60")
+        page.select_option("[data-field=halting]", "none")
+        page.click("#write")
+        expect(page.locator(".token:not(.prompt)").first).to_be_visible()
+        it.kill()
+        problem = page.locator(".column [data-part=problem]")
+        expect(problem).to_have_text(
+            "The connection broke off before the text was finished: is the server still running?"
+        )
+        expect(page.locator("#write")).to_be_enabled()
+        told = problem_after_writing(page)
+        assert told == "The server cannot be reached: is it still running?"
+
+
+def test_a_model_that_is_being_loaded_is_waited_for(visit):
+    gate, whole = threading.Event(), Listening(say())
+
+    def load():
+        gate.wait(SECONDS)
+        return whole.serving._load()
+
+    with listening(load=load) as server:
+        page = visit(server.address, ready=False)
+        expect(page.locator("#model")).to_have_text("The model is being loaded…")
+        expect(page.locator("#write")).to_be_disabled()
+        gate.set()
+        expect(page.locator("#model")).to_have_text("mouse")
+        expect(page.locator("#write")).to_be_enabled()
+    whole.socket.close()
+
+
+def test_a_server_with_a_key_is_asked_with_it(visit, monkeypatch):
+    monkeypatch.delenv(KEY, raising=False)
+    with listening(api_key="mouse") as server:
+        page = visit(server.address, ready=False)
+        expect(page.locator("#key")).to_be_visible()
+        page.fill("#key-value", "rat")
+        page.keyboard.press("Enter")
+        expect(page.locator("#key-note")).to_have_text("The server refused that key. Try again.")
+        page.fill("#key-value", "mouse")
+        page.keyboard.press("Enter")
+        expect(page.locator("#model")).to_have_text("mouse")
+        page.fill("#tokens", "9")
+        write(page)
+        page.reload()  # the tab keeps it
+        expect(page.locator("#write")).to_be_enabled()
+        other = visit(server.address, ready=False)
+        other.click("#key-cancel")
+        expect(other.locator("#problem")).to_contain_text("answers only with its key")
+
+
+def test_what_a_model_writes_is_text_and_never_markup(visit):
+    evil = "<img src=x onerror=p()>&lt;"
+    with listening(say(evil)) as server:
+        page = visit(server.address)
+        page.fill("#prompt", evil)
+        page.fill("#tokens", "30")
+        write(page)
+        text = page.locator("[data-part=tokens]").evaluate("node => node.textContent")
+        assert text.startswith(evil + evil)
+        assert page.locator("main img").count() == 0
+
+
+def test_characters_of_several_tokens_and_line_breaks_come_out_whole(visit):
+    with listening(say(f"{SAID}\n\n  two — ☃"), max_length=200) as server:
+        page = visit(server.address)
+        page.fill("#prompt", "Mice: ")
+        write(page)
+        text = page.locator("[data-part=tokens]").evaluate("node => node.textContent")
+        assert text == f"Mice: {SAID}\n\n  two — ☃"
+
+
+def test_an_installation_without_a_reasoner_says_so(visit):
+    with listening() as server:
+        page = visit(server.address)
+        expect(page.locator("#rooms-missing")).to_contain_text("needs the model “nowhere”")
+        expect(page.locator("#rooms-panel")).to_be_hidden()
