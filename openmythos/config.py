@@ -6,11 +6,13 @@ This file imports no torch, so that every `--help` answers at once.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from openmythos.errors import CheckpointError, ConfigError
 
@@ -136,12 +138,16 @@ class MythosConfig:
     """Scale of the out-projections at start, relative to 1/sqrt(fan_in); 0 starts each layer as
     the identity, which leaves all loops collinear."""
 
+    _derived: ClassVar[set[str]]
+    """Fields of this one object that nobody set, whose values follow from others."""
+
     def __post_init__(self) -> None:
         """Fill derived defaults, then check every field.
 
         Raises:
             ConfigError: a field has an unknown name or a size that cannot be built.
         """
+        object.__setattr__(self, "_derived", set())
         self._check_types()
         self._check_kinds()
         self._fill()
@@ -168,7 +174,9 @@ class MythosConfig:
             self._set("logit_scale", min(1.0, (128 / self.hidden_size) ** 0.5))
 
     def _set(self, name: str, value: float) -> None:
+        """Derive a field that was left open; `replace` derives it anew."""
         object.__setattr__(self, name, value)
+        self._derived.add(name)
 
     def _check_types(self) -> None:
         """Refuse values of a wrong type before arithmetic on them fails obscurely."""
@@ -183,6 +191,8 @@ class MythosConfig:
                 raise ConfigError(f"{field.name}={value!r} must be true or false")
             if kind == "float" and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ConfigError(f"{field.name}={value!r} must be a number")
+            if kind == "float" and not math.isfinite(value):
+                raise ConfigError(f"{field.name}={value!r} must be a finite number")
 
     def _check_kinds(self) -> None:
         for name, kind in KINDS.items():
@@ -252,6 +262,8 @@ class MythosConfig:
     def replace(self, **changes: Any) -> MythosConfig:
         """Return a copy with some fields changed, validated again.
 
+        Fields that nobody set follow: another `hidden_size` is another default `head_dim`.
+
         Raises:
             ConfigError: a name is not a field, or the new values do not fit.
         """
@@ -259,12 +271,15 @@ class MythosConfig:
         for name in changes:
             if name not in names:
                 raise ConfigError(f"{name}={changes[name]!r} is not a field: {', '.join(names)}")
-        return dataclasses.replace(self, **changes)
+        opened: dict[str, Any] = dict.fromkeys(self._derived)
+        return dataclasses.replace(self, **{**opened, **changes})
 
-    @property
-    def max_loops(self) -> int:
-        """Loops up to which training draws depth: three times the mean."""
-        return 3 * self.mean_loops
+    def open(self) -> MythosConfig:
+        """Return a copy whose derived fields are None again: a form to fill in, not a model."""
+        copied = copy.copy(self)
+        for name in self._derived:
+            object.__setattr__(copied, name, None)
+        return copied
 
     @property
     def layers(self) -> int:

@@ -221,7 +221,7 @@ def _decode(model: OpenMythos, batch: int, length: int, loops: int, new: int = 1
         cache.rollback(new)
 
     tokens = batch * new
-    flops = float(tokens * model.flops(length + new // 2, loops))
+    flops = float(tokens * model.flops(length + new // 2, loops, decoding=True))
     return Task("decode", batch, length, loops, call, tokens, flops)
 
 

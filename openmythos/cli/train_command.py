@@ -70,14 +70,17 @@ class Settings:
 
 
 def defaults(arguments: list[str]) -> Settings:
-    """Settings whose model is the preset that the flags name, so that --help shows its sizes."""
-    for at, argument in enumerate(arguments):
+    """Settings whose model is the preset that the flags name, so that --help shows its sizes.
+
+    Sizes that follow from others are left open: they follow the flags, too.
+    """
+    name = Settings.preset
+    for at, argument in enumerate(arguments):  # the last one counts, as with every flag
         if argument == PRESET and at + 1 < len(arguments):
-            return Settings(preset=arguments[at + 1], model=MythosConfig.preset(arguments[at + 1]))
+            name = arguments[at + 1]
         if argument.startswith(f"{PRESET}="):
             name = argument.removeprefix(f"{PRESET}=")
-            return Settings(preset=name, model=MythosConfig.preset(name))
-    return Settings()
+    return Settings(preset=name, model=MythosConfig.preset(name).open())
 
 
 def run(settings: Settings) -> None:
@@ -87,7 +90,7 @@ def run(settings: Settings) -> None:
     from openmythos.training.trainer import Stopped
 
     if settings.resume is not None:
-        if dataclasses.replace(settings, resume=None, until=None) != defaults([]):
+        if dataclasses.replace(settings, resume=None, until=None) != Settings():
             raise CheckpointError(
                 f"resume={settings.resume} must stand alone: a run goes on with the settings it "
                 "was started with"

@@ -14,6 +14,7 @@ from openmythos.inference.sampling import Sampling, draw
 from openmythos.inference.thinking import Thinking
 from openmythos.model.call import check_loops
 from openmythos.model.transformer import OpenMythos
+from openmythos.whole import at_least
 
 
 class NewToken(NamedTuple):
@@ -83,11 +84,7 @@ def _last_places(lengths: Sequence[int], sequence: int, mask: Tensor | None) -> 
 
 def check_length(prompt: int, max_new_tokens: int, max_length: int) -> None:
     """Raise `InputError` unless prompt and new tokens fit into `max_length`."""
-    if (
-        isinstance(max_new_tokens, bool)
-        or not isinstance(max_new_tokens, int)
-        or max_new_tokens < 1
-    ):
+    if not at_least(max_new_tokens, 1):
         raise InputError(f"max_new_tokens={max_new_tokens!r} must be an integer of 1 or more")
     if prompt + max_new_tokens > max_length:
         raise InputError(

@@ -71,7 +71,7 @@ class GroupedQueryAttention(nn.Module):
         width, kv = self.head_dim, self.kv_heads
         return {"qkv.weight": (0, (self.num_heads * width, kv * width, kv * width))}
 
-    def flops(self, keys: int) -> int:
+    def flops(self, keys: int, *, decoding: bool = False) -> int:
         """Floating-point operations per token that sees `keys` keys, forward."""
         return self.qkv.flops() + self.out.flops() + 4 * self.num_heads * self.head_dim * keys
 
@@ -193,12 +193,17 @@ class LatentAttention(nn.Module):
         """Parameters that hold several matrices: the axis and the pieces' sizes."""
         return {"kv_down.weight": (0, (self.latent, self.rope))}
 
-    def flops(self, keys: int) -> int:
-        """Floating-point operations per token that sees `keys` keys, forward, expanded."""
+    def flops(self, keys: int, *, decoding: bool = False) -> int:
+        """Floating-point operations per token that sees `keys` keys, forward.
+
+        Of a text read at once, expanded; `decoding`: of one token behind a cache, absorbed.
+        """
         maps = [self.q_up, self.kv_down, self.kv_up, self.out]
         if self.q_down is not None:
             maps.append(self.q_down)
         widths = self.nope + self.rope + self.value
+        if decoding:
+            widths = 2 * self.latent + self.rope
         return sum(m.flops() for m in maps) + 2 * self.num_heads * widths * keys
 
 

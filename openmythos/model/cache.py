@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from openmythos.config import CachePolicy
 from openmythos.errors import CacheError
+from openmythos.whole import whole
 
 Declaration = dict[str, tuple[int, ...]]
 """What one attention keeps per token: names and shapes."""
@@ -399,10 +400,13 @@ class Cache:
         counts = list(count) if isinstance(count, Sequence) else [count] * self.batch_size
         if len(counts) != self.batch_size:
             raise CacheError(f"count has {len(counts)} values, must have {self.batch_size}")
-        for length, forgotten in zip(self.lengths, counts, strict=True):
-            if not isinstance(forgotten, int) or not 0 <= forgotten <= length:
-                raise CacheError(f"count={forgotten} must be from 0 to the {length} tokens cached")
-        self.lengths = [n - k for n, k in zip(self.lengths, counts, strict=True)]
+        kept = []
+        for length, value in zip(self.lengths, counts, strict=True):
+            forgotten = whole(value)
+            if forgotten is None or not 0 <= forgotten <= length:
+                raise CacheError(f"count={value} must be from 0 to the {length} tokens cached")
+            kept.append(length - forgotten)
+        self.lengths = kept
 
     def begin(self, sequence: int, mask: Tensor | None, loops: int) -> Span:
         """Make room for a call of `sequence` tokens at up to `loops` loops.

@@ -10,6 +10,7 @@ from torch import Tensor
 from openmythos.config import CachePolicy, MythosConfig
 from openmythos.errors import CacheError, InputError
 from openmythos.model.cache import Cache
+from openmythos.whole import at_least, whole
 
 if TYPE_CHECKING:
     from openmythos.model.transformer import OpenMythos
@@ -27,6 +28,7 @@ def check_call(
 ) -> None:
     """Raise `InputError` or `CacheError` where an argument of `OpenMythos.forward` does not fit."""
     config = model.config
+    _check_tensors(mask=mask, positions=positions, h0=h0, routing=routing)
     check_token_ids(token_ids, config)
     batch, sequence = token_ids.shape
     check_loops(loops, batch, sequence)
@@ -61,6 +63,8 @@ def check_call(
 
 def check_token_ids(token_ids: Tensor, config: MythosConfig) -> None:
     """Raise `InputError` unless `token_ids` is a non-empty int64 (batch, sequence) in range."""
+    if not isinstance(token_ids, Tensor):
+        raise InputError(f"token_ids is {type(token_ids).__name__}, must be a torch.Tensor")
     if token_ids.dtype != torch.int64:
         raise InputError(f"token_ids has dtype {token_ids.dtype}, must be torch.int64")
     if token_ids.ndim != 2:
@@ -85,7 +89,7 @@ def check_token_ids(token_ids: Tensor, config: MythosConfig) -> None:
 
 def check_loops(loops: int | Tensor, batch: int, sequence: int) -> None:
     """Raise `InputError` unless `loops` is 1 or more: an int, (batch,) or (batch, sequence)."""
-    if isinstance(loops, Tensor):
+    if isinstance(loops, Tensor) and loops.ndim:
         if loops.dtype not in (torch.int64, torch.int32):
             raise InputError(f"loops has dtype {loops.dtype}, must be torch.int64")
         if tuple(loops.shape) not in ((batch,), (batch, sequence)):
@@ -94,9 +98,9 @@ def check_loops(loops: int | Tensor, batch: int, sequence: int) -> None:
             )
         if int(loops.min()) < 1:
             raise InputError(f"loops holds {int(loops.min())}, must be 1 or more")
-    elif isinstance(loops, bool) or not isinstance(loops, int):
+    elif whole(loops) is None:
         raise InputError(f"loops={loops!r} must be an integer, or a tensor of them")
-    elif loops < 1:
+    elif not at_least(loops, 1):
         raise InputError(f"loops={loops} must be 1 or more")
 
 
@@ -110,8 +114,7 @@ def check_window(
     """
     if backprop_loops is None:
         return
-    whole = isinstance(backprop_loops, int) and not isinstance(backprop_loops, bool)
-    if not whole or backprop_loops < 1:
+    if not at_least(backprop_loops, 1):
         raise InputError(f"backprop_loops={backprop_loops!r} must be an integer of 1 or more")
     if halting != "none":
         raise InputError(f"backprop_loops={backprop_loops} must be left out with {halting=}")
@@ -129,7 +132,7 @@ def check_cache_sizes(
 ) -> None:
     """Raise `InputError` where `OpenMythos.new_cache` cannot make such a cache."""
     for name, value in {"batch_size": batch_size, "max_length": max_length, "loops": loops}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not at_least(value, 1):
             raise InputError(f"{name}={value!r} must be an integer of 1 or more")
     if max_length > config.max_length:
         raise InputError(
@@ -140,6 +143,8 @@ def check_cache_sizes(
 
 
 def _check_cache(model: OpenMythos, cache: Cache, batch: int) -> None:
+    if not isinstance(cache, Cache):
+        raise CacheError(f"cache={cache!r} must be made by the model's new_cache")
     if cache.owner is not model.identity:
         raise CacheError("cache was made by another model: call new_cache of this one")
     if cache.batch_size != batch:
@@ -150,6 +155,12 @@ def _check_cache(model: OpenMythos, cache: Cache, batch: int) -> None:
             f"cache is {cache.dtype} on {cache.device}, the model is {weight.dtype} on "
             f"{weight.device}: make the cache after moving the model"
         )
+
+
+def _check_tensors(**given: object) -> None:
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise InputError(f"{name} is {type(value).__name__}, must be a torch.Tensor")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

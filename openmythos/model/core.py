@@ -384,10 +384,11 @@ class Core(nn.Module):
         for layer, counts in zip(self.experts_layers(), loads.sum(0), strict=True):
             layer.router.rebalance(counts)
 
-    def flops(self, keys: int) -> int:
+    def flops(self, keys: int, *, decoding: bool = False) -> int:
         """Floating-point operations of one loop per token that sees `keys` keys, forward."""
         width = self.config.hidden_size
         injected = 2 * width if self.config.injection in ("lti", "free") else width
         if self.config.injection == "linear":
             injected = 2 * width * width
-        return injected + sum(layer.flops(keys) for layer in self.layers)  # type: ignore[operator]
+        layers = [layer.flops(keys, decoding=decoding) for layer in self.layers]  # type: ignore[operator]
+        return injected + sum(layers)

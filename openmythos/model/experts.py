@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from openmythos.config import MythosConfig
 from openmythos.model.feed_forward import FEED_FORWARD, FeedForward
 from openmythos.model.grouped import grouped_linear
+from openmythos.model.wide import autocast_dtype
 
 # Up to so many (token, expert) pairs, multiplying by views of the chosen experts' matrices is
 # quicker than the grouped product: 105 against 340 us for 4 pairs of 32 experts of 256 x 96, but
@@ -56,7 +57,7 @@ class Router(nn.Module):
 
     def _scores(self, x: Tensor) -> Tensor:
         """Affinities before the sigmoid, in fp32 or wider."""
-        if torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x.device) is not None:
             with torch.autocast(x.device.type, enabled=False):
                 return self._scores(x)
         wide = x.float() if x.itemsize < 4 else x

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from openmythos.model.wide import autocast_dtype
+
 
 @torch.library.custom_op("openmythos::grouped_mm", mutates_args=())
 def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
@@ -128,9 +130,8 @@ gathered_mm.register_autograd(_backward_gathered, setup_context=_remember_gather
 
 def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor, token: Tensor | None = None) -> Tensor:
     """`grouped_mm`, or `gathered_mm` of rows `token`, in the autocast dtype where it is on."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x.device)
+    if dtype is not None:
         x, weights = x.to(dtype), weights.to(dtype)
     if token is None:
         return grouped_mm(x, weights, ends)

@@ -74,6 +74,6 @@ class Layer(nn.Module):
             return h + y
         return h + norm(y) if self.placement == "peri" else norm(h + y).to(h.dtype)
 
-    def flops(self, keys: int) -> int:
+    def flops(self, keys: int, *, decoding: bool = False) -> int:
         """Floating-point operations per token that sees `keys` keys, forward."""
-        return int(self.attention.flops(keys) + self.feed_forward.flops())
+        return int(self.attention.flops(keys, decoding=decoding) + self.feed_forward.flops())

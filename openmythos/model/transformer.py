@@ -26,6 +26,7 @@ from openmythos.model.native.run import FewRowsLinear
 from openmythos.model.norm import RMSNorm
 from openmythos.model.notes import CoreOutput, Notes
 from openmythos.model.rope import Rope, rope_table
+from openmythos.whole import whole
 
 
 @dataclass
@@ -118,6 +119,8 @@ class OpenMythos(nn.Module):
             CacheError: the cache is another model's, or of another batch size, or too short.
         """
         loops = self.config.mean_loops if loops is None else loops
+        number = whole(loops)
+        loops = loops if number is None else number
         check_call(self, token_ids, loops, cache, mask, positions, h0, routing)
         check_window(backprop_loops, loops, halting, return_states or return_routing)
         rule = self._rule(halting, threshold)
@@ -333,13 +336,18 @@ class OpenMythos(nn.Module):
         """The depth-wise LoRA's parameters by name, for fine-tuning them alone."""
         return {name: p for name, p in self.named_parameters() if ".lora." in name}
 
-    def flops(self, keys: int, loops: int) -> int:
-        """Floating-point operations per token that sees `keys` keys, forward at `loops` loops."""
-        outer = sum(layer.flops(keys) for layer in [*self.prelude, *self.coda])
-        linear = [self.core_output, getattr(self.core.injection, "weight", None)]
+    def flops(self, keys: int, loops: int, *, decoding: bool = False) -> int:
+        """Floating-point operations per token that sees `keys` keys, forward at `loops` loops.
+
+        Of a text read at once; `decoding`: of one token behind a cache.
+        """
+        layers = [*self.prelude, *self.coda]
+        outer = sum(layer.flops(keys, decoding=decoding) for layer in layers)
+        output = self.core_output if self.config.core_output == "linear" else None
+        linear = [output, getattr(self.core.injection, "weight", None)]
         once = sum(2 * self.config.hidden_size**2 for part in linear if part is not None)
         head = 2 * self.head.weight.numel()
-        return int(outer + once + head + loops * self.core.flops(keys))
+        return int(outer + once + head + loops * self.core.flops(keys, decoding=decoding))
 
     def save_pretrained(
         self,

@@ -1,9 +1,10 @@
-"""Tensors that stay in fp32 or wider whatever their model is cast to."""
+"""Tensors that stay in fp32 or wider whatever their model or autocast is set to."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
@@ -16,3 +17,10 @@ def keep_wide(cast: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return tensor.to(moved.device) if narrow else moved
 
     return widely
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast asks of products on a device, None where it asks for none."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None  # torch raises when it is asked about `meta`
+    return torch.get_autocast_dtype(device.type)

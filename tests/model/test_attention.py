@@ -116,3 +116,12 @@ def test_pieces_of_fused_matrices_fill_them(attention):
     assert splits
     for name, (axis, sizes) in splits.items():
         assert sum(sizes) == model.get_parameter(name).shape[axis], name
+
+
+def test_decoding_states_the_operations_of_the_absorbed_form():
+    model = tiny(attention="mla", experts=0, coda_layers=0)
+    keys, latent = 100, model.core.layers[0].attention
+    longer, shorter = (model.flops(n, 3, decoding=True) for n in (keys + 1, keys))
+    assert longer - shorter == (1 + 2 * 3) * 2 * 6 * (2 * latent.latent + latent.rope)
+    assert model.flops(0, 3) == model.flops(0, 3, decoding=True)
+    assert tiny().flops(keys, 3) == tiny().flops(keys, 3, decoding=True)

@@ -2,6 +2,8 @@
 
 import re
 
+import jaxtyping
+import numpy as np
 import pytest
 import torch
 
@@ -214,3 +216,29 @@ def test_an_unknown_preset_or_field_is_refused_with_those_there_are():
         MythosConfig.preset("2b")
     with pytest.raises(ConfigError, match="n_heads=4 is not a field: vocab_size, hidden_size"):
         MythosConfig().replace(n_heads=4)
+
+
+@pytest.mark.parametrize("three", [np.int64(3), torch.tensor(3)], ids=["numpy", "tensor"])
+def test_whole_numbers_are_taken_in_every_form(three):
+    model, token_ids = tiny(), some_ids()
+    cache = model.new_cache(batch_size=2, max_length=three * 3, loops=three)
+    assert model(token_ids, three, cache=cache).logits.equal(
+        model(token_ids, 3, cache=model.new_cache(batch_size=2)).logits
+    )
+    cache.rollback(three)
+    assert cache.length == 4
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"token_ids": [[1, 2]]}, {"mask": [[True] * 7] * 2}, {"h0": "e"}, {"routing": 1}],
+    ids=str,
+)
+def test_what_is_no_tensor_is_refused(wrong):
+    (name,) = wrong
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(InputError, match=rf"{name} is \w+, must be a torch.Tensor"):
+            tiny()(**{"token_ids": some_ids(), "loops": 2, **wrong})
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from openmythos.config import MythosConfig
+from openmythos.errors import ConfigError
 from openmythos.model.transformer import OpenMythos
 from openmythos.scales import SCALES
 
@@ -49,3 +50,26 @@ def test_operations_per_loop_are_those_of_active_parameters(name):
         if "layers" in part and parameter.ndim > 1 and "scale" not in part:
             active += share * parameter.numel()
     assert model.core.flops(keys=0) == pytest.approx(2 * active, rel=1e-3)
+
+
+def test_sizes_that_nobody_set_follow_the_others():
+    nano = MythosConfig.preset("nano")
+    wide = nano.replace(hidden_size=2048, num_heads=16, kv_heads=None)
+    fresh = MythosConfig(**{**SCALES["nano"], "hidden_size": 2048, "num_heads": 16, "kv_heads": 16})
+    assert wide == fresh
+    assert wide.replace(hidden_size=128).logit_scale == 1
+    assert nano.replace(head_dim=48, hidden_size=256).replace(hidden_size=128).head_dim == 48
+    with pytest.raises(ConfigError, match="num_heads=3 must divide hidden_size=32"):
+        nano.replace(hidden_size=32, num_heads=3)
+    with pytest.raises(ConfigError, match=r"routed_scale=nan must be a finite number"):
+        nano.replace(routed_scale=float("nan"))
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_a_pass_on_meta_has_its_shape(name):
+    with torch.device("meta"):
+        model = OpenMythos(MythosConfig.preset(name))
+        token_ids = torch.zeros(2, 5, dtype=torch.int64)
+        cache = model.new_cache(batch_size=2, max_length=8)
+        assert model(token_ids, 3, cache=cache).logits.shape == (2, 5, model.config.vocab_size)
+    assert cache.length == 5

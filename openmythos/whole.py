@@ -1,0 +1,23 @@
+"""Whole numbers as callers give them: Python's, NumPy's, or a tensor that holds one."""
+
+from __future__ import annotations
+
+import operator
+
+
+def whole(value: object) -> int | None:
+    """Return an integer as Python's own; None where the value is none, as a bool or 2.0 is not."""
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    if getattr(value, "ndim", 0):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):  # no number, or a tensor without data
+        return None
+
+
+def at_least(value: object, least: int) -> bool:
+    """Whether a value is an integer of `least` or more."""
+    number = whole(value)
+    return number is not None and number >= least

@@ -1,0 +1,28 @@
+"""Whole numbers in every form that callers have them in."""
+
+import numpy as np
+import pytest
+import torch
+
+from openmythos.whole import at_least, whole
+
+
+@pytest.mark.parametrize("three", [3, np.int64(3), np.uint8(3), np.array(3), torch.tensor(3)])
+def test_integers_are_taken_in_every_form(three):
+    assert whole(three) == 3
+    assert type(whole(three)) is int
+    assert at_least(three, 3)
+    assert not at_least(three, 4)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        *(True, np.True_, torch.tensor(True), 3.0, np.float32(3), torch.tensor(3.0), "3", None),
+        *(torch.tensor([3]), np.array([3]), torch.zeros((), dtype=torch.int64, device="meta")),
+    ],
+    ids=str,
+)
+def test_nothing_else_is_taken_for_one(other):
+    assert whole(other) is None
+    assert not at_least(other, 0)
