@@ -38,7 +38,7 @@ PAGES += sorted((ROOT / "docs").glob("*.md"))
 # Commands are run as they are written, in a folder that has what they name, but for these changes.
 SMALL_TRAINING = (
     "--steps 2 --batch-size 2 --length 16 --gate-steps 1 --evaluate-tokens 64 --precision fp32 "
-    "--threads 1 --model.hidden-size 32"
+    "--threads 1 --model.hidden-size 32 --model.num-heads 4 --model.kv-heads 2"
 )
 REPLACED = {  # by command: what is written, and what is run instead
     "train": {"--corpus embedded": "--text my_books", "--corpus sotu": "--text my_books"},
