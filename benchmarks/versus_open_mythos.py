@@ -13,6 +13,7 @@ loops. Every figure is the best of one and two threads for each side; ratios are
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 import re
@@ -32,6 +33,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from openmythos import MythosConfig, OpenMythos
+from openmythos.model.quantised import quantise
 from openmythos.training.depth import sample_loops
 from openmythos.training.machine import matmul_peak, measure
 from openmythos.training.optimizer import build_optimizers
@@ -241,6 +243,12 @@ def measure_all(attention: str, repeats: int) -> dict[str, dict[str, float]]:
         results[f"decode, batch {batch}"] = row(
             batch * decoded,
             *best_medians(decode_ours(ours, batch), decode_theirs(theirs, batch), repeats),
+        )
+    eighth = quantise(copy.deepcopy(ours))
+    for batch in (1, 8):
+        results[f"decode, batch {batch}, our weights in int8"] = row(
+            batch * decoded,
+            *best_medians(decode_ours(eighth, batch), decode_theirs(theirs, batch), repeats),
         )
     return results
 
