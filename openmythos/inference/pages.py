@@ -230,6 +230,8 @@ class Table:
     def __init__(self, pages: Pages, layout: Layout, capacity: int, promised: int) -> None:
         self.pages, self.layout, self.promised = pages, layout, promised
         self.addresses: Addresses = np.zeros((layout.slots, capacity), dtype=np.int64)
+        self.base: int = self.addresses.__array_interface__["data"][0]
+        """Where `addresses` lies in memory."""
         self.exits = np.full(capacity, -1, dtype=np.int64)
         """Last loop of each position; -1 while it is in the core."""
         self.columns: list[Column] = []

@@ -407,8 +407,7 @@ class Passes:
 
 def _list_of(table: Table, slot: int) -> int:
     """Address in memory of the places that a reader of a slot reads."""
-    addresses = table.addresses
-    return int(addresses.ctypes.data) + slot * int(addresses.strides[0])
+    return table.base + slot * table.addresses.strides[0]
 
 
 def declaration(model: OpenMythos) -> Declaration:

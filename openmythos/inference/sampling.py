@@ -61,6 +61,10 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     # Less their maximum before the division, or a low temperature makes them infinite.
     below = wide - wide.amax(-1, keepdim=True)
     probabilities = (below / max(sampling.temperature, COLDEST)).softmax(-1)
+    if not sampling.top_k and sampling.top_p == 1:  # nothing asks for an order
+        least = sampling.min_p * probabilities.amax(-1, keepdim=True)
+        filtered = probabilities * (probabilities >= least)
+        return filtered / filtered.sum(-1, keepdim=True)
     # Ties are ordered by id, so that a filter never depends on the sort.
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     kept = ordered >= sampling.min_p * ordered[..., :1]
