@@ -20,13 +20,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from openmythos.inference.pages import PAGE, Layout, Table
+from openmythos.inference.pages import PAGE, Layout
 from openmythos.inference.scheduler import Row, Track
 from openmythos.model.attention import ATTENTION
 from openmythos.model.cache import Declaration, Entries, Place, Span
 from openmythos.model.core import Rows
 from openmythos.model.halting import Memory, Rule
-from openmythos.model.native.run import MOST_ROWS, takes_all
+from openmythos.model.native.run import MOST_ROWS, run_pages, takes_all
 from openmythos.model.rope import Rope, rope_table
 from openmythos.model.transformer import OpenMythos
 
@@ -37,8 +37,10 @@ row does, because a product of few rows takes the time of reading its weights.""
 RULES = 16
 """Halting rules kept for requests to come, each with its own threshold and its memory of rows."""
 
-Choose = Callable[[Track, Row], int]
-"""The slot that a row writes and reads."""
+CHANGED = "the model was changed after its engine was made: make a new engine"
+
+Choose = Callable[..., int]
+"""The slot that a row `(track, row)` writes and reads, or `(track, row, ahead)` loops later."""
 Also = Callable[[Track, Row], int | None]
 """Another slot that it writes."""
 
@@ -71,7 +73,7 @@ class Lane:
         """Write this call's entries `(rows, ...)`; return what it sees, `(sequences, keys, ..)`."""
         view, seen = self.view, {}
         if view.read is None:
-            raise RuntimeError("the model was changed after its engine was made: make a new engine")
+            raise RuntimeError(CHANGED)
         for name, x in kept.items():
             data = self.data[name]
             x = x.to(data.dtype)
@@ -190,6 +192,9 @@ class Passes:
 
     def _view(self, rows: Sequence[Row], slot: Choose, also: Also | None = None) -> View:
         """Let rows write `slot` and read all positions up to their own there."""
+        if self.native:
+            entries = self._entries(rows, slot, also)
+            return View(self._span(rows, entries.most), entries.write, entries=entries)
         write = [row.track.table.write(slot(row.track, row), row.position) for row in rows]
         second = []
         if also is not None:
@@ -197,8 +202,6 @@ class Passes:
                 place = also(row.track, row)
                 if place is not None:
                     second.append((number, row.track.table.write(place, row.position)))
-        if self.native:
-            return self._native(rows, write, second, slot)
         build = self._alone if self.alone else self._together
         span, read = build(rows, slot)
         return View(
@@ -209,22 +212,28 @@ class Passes:
             None if not second else tuple(torch.tensor(second, device=self.device).t()),
         )
 
-    def _native(
-        self, rows: Sequence[Row], write: list[int], second: list[tuple[int, int]], slot: Choose
-    ) -> View:
-        """Let the native code read the tables' own lists of places."""
-        also = None
-        if second:
-            also = torch.full((len(rows),), -1)
-            for number, place in second:
-                also[number] = place
+    def _entries(
+        self, rows: Sequence[Row], slot: Choose, also: Also | None = None, ahead: int = 0
+    ) -> Entries:
+        """What the native code needs of a view: it reads the tables' own lists of places.
+
+        With `ahead`, of the slots of so many loops later.
+        """
+        write, read, second = [], [], []
+        for row in rows:
+            table, place = row.track.table, slot(row.track, row, ahead)
+            write.append(table.write(place, row.position))
+            read.append(table.base + place * table.addresses.strides[0])
+            other = None if also is None else also(row.track, row)
+            second.append(-1 if other is None else table.write(other, row.position))
         counts = [row.position + 1 for row in rows]
-        read = [_list_of(row.track.table, slot(row.track, row)) for row in rows]
-        written = torch.tensor(write)
-        entries = Entries(
-            written, torch.tensor(counts), max(counts), read=torch.tensor(read), also=also
+        return Entries(
+            torch.tensor(write),
+            torch.tensor(counts),
+            max(counts),
+            read=torch.tensor(read),
+            also=torch.tensor(second) if max(second) >= 0 else None,
         )
-        return View(self._span(rows, max(counts)), written, entries=entries)
 
     def _alone(self, rows: Sequence[Row], slot: Choose) -> tuple[Span, np.ndarray]:
         lengths = tuple(row.position + 1 for row in rows)
@@ -297,9 +306,19 @@ class Passes:
             lane = Lane(self.storage[number % self.lanes], view)
             yield Place(view.span, lane)
 
-    def loop(self, rows: Sequence[Row]) -> list[bool]:
-        """Run one loop of the core on each row; return where its halting rule fires."""
+    def may_run_ahead(self, rows: Sequence[Row]) -> bool:
+        """Whether rows can run several loops in one call: natively, with no rule to ask."""
+        return self.native and all(self.rules[row.track.job.halting] is None for row in rows)
+
+    def loop(self, rows: Sequence[Row], loops: int = 1) -> list[bool]:
+        """Run a loop of the core, or some, on each row; return where its halting rule fires."""
         before, after = [], []
+        if self.native:
+            for tile in self._tiles(rows):
+                h, new = self._loops(tile, loops)
+                before.append(h)
+                after.append(new)
+            return self._seat(rows, torch.cat(before), torch.cat(after))
         for tile in self._tiles(rows):
             view = self._view(tile, Track.slot, Track.also)
             seats = self._padded([row.seat for row in tile])
@@ -310,16 +329,44 @@ class Passes:
                 self.drive.index_select(0, seats),
                 self.carry,
             )
-            loops = self._padded([row.loop for row in tile])
+            at = self._padded([row.loop for row in tile])
             new, _ = self.model.core.one_loop(
-                h, fixed, loops, [Lane(data, view) for data in self.storage]
+                h, fixed, at, [Lane(data, view) for data in self.storage]
             )
             before.append(h[: len(tile)])
             after.append(new[: len(tile)])
-        whole = torch.cat(after)
+        return self._seat(rows, torch.cat(before), torch.cat(after))
+
+    def _loops(self, rows: Sequence[Row], loops: int) -> tuple[Tensor, Tensor]:
+        """Run loops natively; return the states before and after."""
+        steps = [self._entries(rows, Track.slot, Track.also, ahead) for ahead in range(loops)]
+        also = [step.also for step in steps if step.also is not None]
+        entries = Entries(
+            torch.stack([step.write for step in steps]),
+            steps[0].counts,
+            steps[0].most,
+            read=torch.stack([step.read for step in steps if step.read is not None]),
+            also=torch.stack(also) if also else None,
+        )
+        seats = torch.tensor([row.seat for row in rows])
+        h = self.h.index_select(0, seats)
+        fixed = Rows(
+            self._span(rows, entries.most),
+            self.rope.select(torch.tensor([row.position for row in rows])),
+            self.drive.index_select(0, seats),
+            self.carry,
+        )
+        first = torch.tensor([row.loop for row in rows])
+        new = run_pages(self.model.core, h, fixed, first, self.storage, entries)
+        if new is None:
+            raise RuntimeError(CHANGED)
+        return h, new
+
+    def _seat(self, rows: Sequence[Row], before: Tensor, after: Tensor) -> list[bool]:
+        """Put new states into the rows' seats; return where the halting rule fires."""
         seats = torch.tensor([row.seat for row in rows], device=self.device)
-        self.h.index_copy_(0, seats, whole)
-        return self._decide(rows, torch.cat(before), whole)
+        self.h.index_copy_(0, seats, after)
+        return self._decide(rows, before, after)
 
     def _decide(self, rows: Sequence[Row], before: Tensor, after: Tensor) -> list[bool]:
         exits = [False] * len(rows)
@@ -403,11 +450,6 @@ class Passes:
                 y = _longer(y, TILE - len(tile))
             logits.append(self.model.readout(y)[: len(tile)])
         return torch.cat(logits) if logits else None
-
-
-def _list_of(table: Table, slot: int) -> int:
-    """Address in memory of the places that a reader of a slot reads."""
-    return table.base + slot * table.addresses.strides[0]
 
 
 def declaration(model: OpenMythos) -> Declaration:

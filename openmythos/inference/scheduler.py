@@ -100,12 +100,12 @@ class Track:
             rows.append(self.done.pop(self.passed + len(rows)))
         return rows
 
-    def slot(self, row: Row) -> int:
-        """The slot that a row reads and writes at its loop."""
+    def slot(self, row: Row, ahead: int = 0) -> int:
+        """The slot that a row reads and writes at its loop, or so many loops ahead."""
         layout = self.job.layout
         if layout.latest and row.position >= len(self.job.token_ids):
             return layout.outer
-        return layout.first + row.loop
+        return layout.first + row.loop + ahead
 
     def also(self, row: Row) -> int | None:
         """Another slot that it writes."""
@@ -219,9 +219,28 @@ class Scheduler:
         track.entered += entering
         return planned
 
+    def steady(self, rows: Sequence[Row]) -> int:
+        """Return how many loops these rows of a plan can run before another plan is needed.
+
+        Until a row leaves or drafts by the number of its loops, if no other row can join and no
+        job waits. The rows' loops together stay within a tick's budget, so that a request that
+        comes in between does not wait longer than in other ticks.
+        """
+        count = max(1, self.budget // len(rows))
+        if count == 1 or self.waiting or sum(len(track.rows) for track in self.tracks) > len(rows):
+            return 1
+        if any(track.entered < len(track.token_ids) for track in self.tracks):
+            return 1
+        for row in rows:
+            count = min(count, row.track.job.loops - row.loop)
+            drafts = row.track.job.draft_loops
+            if drafts is not None and row.loop < drafts:
+                count = min(count, drafts - row.loop)
+        return count
+
     @staticmethod
-    def ran(rows: Sequence[Row], exits: Iterable[bool]) -> list[Row]:
-        """Count a loop for each row; return those that have left the core.
+    def ran(rows: Sequence[Row], exits: Iterable[bool], loops: int = 1) -> list[Row]:
+        """Count loops for each row; return those that have left the core.
 
         `exits` says on which rows the halting rule fired. A row that it fired on runs one loop
         more, so that its last slot shows the state the rule decided on.
@@ -229,7 +248,7 @@ class Scheduler:
         left: list[Row] = []
         for row, fires in zip(rows, exits, strict=True):
             track = row.track
-            row.loop += 1
+            row.loop += loops
             leaves = row.fired or row.loop == track.job.loops
             row.fired = fires
             if leaves:

@@ -239,7 +239,10 @@ class Ticker:
     # A tick
 
     def tick(self) -> None:
-        """Admit what fits, run one loop of every row planned, and carry on what leaves."""
+        """Admit what fits, run every row planned for a loop, and carry on what leaves.
+
+        For some loops where nothing can change in between.
+        """
         for track in self.scheduler.admit():
             self.works[track.job].cached_tokens = track.found
             self.counts.prompt_tokens += len(track.job.token_ids)
@@ -248,10 +251,11 @@ class Ticker:
         if not rows:
             return
         self.passes.enter([row for row in rows if row.seat < 0])
-        left = self.scheduler.ran(rows, self.passes.loop(rows))
+        loops = self.scheduler.steady(rows) if self.passes.may_run_ahead(rows) else 1
+        left = self.scheduler.ran(rows, self.passes.loop(rows, loops), loops)
         self.passes.leave(left)
         self.counts.ticks += 1
-        self.counts.row_loops += len(rows)
+        self.counts.row_loops += len(rows) * loops
         self._carry_on(drafting(rows))
 
     def _carry_on(self, drafts: list[Row]) -> None:

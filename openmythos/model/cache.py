@@ -30,7 +30,7 @@ Declaration = dict[str, tuple[int, ...]]
 class Entries:
     """Numbers of the places where each row of a call writes, and of those it sees."""
 
-    write: Int[Tensor, " rows"]
+    write: Int[Tensor, "*loops rows"]
     """Where a row's own entry goes, before any is read."""
     counts: Int[Tensor, " rows"]
     """How many entries each row sees."""
@@ -38,9 +38,9 @@ class Entries:
     """At least the largest count."""
     first: Int[Tensor, " rows"] | None = None
     """The first entry that a row sees, where the others follow it."""
-    read: Int[Tensor, " rows"] | None = None
+    read: Int[Tensor, "*loops rows"] | None = None
     """Addresses in memory of lists of int64, one for each row, where they do not."""
-    also: Int[Tensor, " rows"] | None = None
+    also: Int[Tensor, "*loops rows"] | None = None
     """A second place for a row's own entry; -1: none."""
 
 

@@ -14,6 +14,7 @@ from openmythos.errors import EngineStopped, InputError, QueueFull
 from openmythos.inference.engine import Engine, EngineSettings
 from openmythos.inference.generate import generate
 from openmythos.inference.language_model import LanguageModel
+from openmythos.inference.passes import Passes
 from openmythos.inference.request import (
     FinishEvent,
     PromptEvent,
@@ -305,7 +306,8 @@ def test_drafts_change_no_bit_of_what_is_written(lm, draft_loops, thinking, samp
     assert 0 < counts.accepted_tokens < counts.drafted_tokens
 
 
-def test_right_drafts_take_fewer_ticks_and_no_more_loops():
+def test_right_drafts_take_fewer_ticks_and_no_more_loops(monkeypatch):
+    monkeypatch.setattr(Passes, "may_run_ahead", lambda *_: False)  # a loop in each tick
     lm = model_of(core_layers=1, injection="none", h0="e", experts=0, out_init=0.0)
     with torch.no_grad():  # a core that changes nothing: every draft is right
         for layer in lm.model.core.layers:
@@ -525,11 +527,11 @@ def test_a_tick_that_fails_ends_those_in_flight_and_the_engine_goes_on(lm, monke
     with Engine(lm, EngineSettings(cache_bytes=1 << 22, budget=2)) as engine:
         real, at = engine._ticker.passes.loop, []
 
-        def loop(rows):
+        def loop(rows, loops):
             at.append(len(rows))
             if len(at) == 4:
                 raise RuntimeError("out of memory")
-            return real(rows)
+            return real(rows, loops)
 
         monkeypatch.setattr(engine._ticker.passes, "loop", loop)
         one = request(9, thinking=Thinking(loops=3))
@@ -828,3 +830,25 @@ def test_callers_on_many_threads_get_what_they_would_alone(lm):
 @pytest.mark.soak
 def test_many_callers_on_many_threads_get_what_they_would_alone(lm):
     callers(lm, 40, threads=8)
+
+
+@pytest.mark.parametrize("draft_loops", [None, 2])
+@pytest.mark.parametrize("cache_policy", ["per_loop", "last"])
+def test_loops_run_at_once_are_those_run_tick_by_tick(lm, draft_loops, cache_policy, monkeypatch):
+    if draft_loops and cache_policy == "last":
+        pytest.skip("refused: drafts need every loop's slot")
+    thinking = Thinking(loops=7, cache_policy=cache_policy)
+    asked = [
+        request(9, max_new_tokens=12, thinking=thinking, draft_loops=draft_loops),
+        request(4, seed=2, max_new_tokens=5, thinking=replace(thinking, loops=3)),
+    ]
+    quick, slow = ticker_of(lm), ticker_of(lm)
+    expected = run(quick, asked)
+    if quick.passes.native:
+        assert quick.counts.ticks < quick.counts.row_loops / 2
+    monkeypatch.setattr(Passes, "may_run_ahead", lambda *_: False)
+    found = run(slow, asked)
+    for one, other in zip(found, expected, strict=True):
+        assert written(one) == written(other)
+    assert slow.counts.row_loops == quick.counts.row_loops
+    assert slow.counts.ticks > quick.counts.ticks or not quick.passes.native

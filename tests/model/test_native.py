@@ -30,6 +30,7 @@ KINDS = [
     {"experts_per_token": 3, "shared_experts": 0, "routed_scale": 1.7, "lora_rank": 3},
     {"injection": "none", "h0": "e", "kv_heads": 4},
     {"attention": "mla", "experts": 0, "lora_rank": 2},
+    {"hidden_size": 40, "head_dim": 8, "expert_size": 24, "feed_forward_size": 72},
     {"attention": "mla", "q_latent": 16, "qk_norm": False, "rope_pairing": "interleaved"},
 ]
 SHAPES = pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -24,7 +24,15 @@ from openmythos.model.native.structures import (
 )
 
 SOURCE = Path(__file__).with_name("layer.c")
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-shared", "-fPIC")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=gnu11",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-shared",
+    "-fPIC",
+)
 SECONDS = 120
 """A compiler that takes longer is given up."""
 

@@ -78,6 +78,7 @@ typedef struct {
     const Layer *const *layer;     /* (layers) */
     float *const *keys, *const *values;  /* (layers), their slot 0 */
     int64_t keys_step, values_step;      /* from slot to slot */
+    int64_t places_step;  /* from loop to loop in the call's `write`, `also` and `read` */
     const float *carry;  /* (hidden), times h, before each loop; null: 1 */
     const float *drive;  /* (rows, hidden), added then; null: 0 */
     const float *norm;   /* (hidden), after each loop; null: none */
@@ -97,12 +98,24 @@ INLINE wide widen(const int8_t *x) {
     return __builtin_convertvector(*(const bytes_anywhere *)x, wide);
 #endif
 }
+/* z + x y, rounded once where the processor can. Compilers choose by themselves where they fuse, and
+   not alike in every copy of a loop, so they are told not to, and this says where. */
+INLINE wide fuse(wide x, wide y, wide z) {
+#if defined(__FMA__) && defined(__AVX2__)
+    return (wide)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z);
+#elif defined(__ARM_FEATURE_FMA)
+    for (int lane = 0; lane < LANES; lane++) z[lane] = __builtin_fmaf(x[lane], y[lane], z[lane]);
+    return z;
+#else
+    return z + x * y;
+#endif
+}
 INLINE float sum(wide v) {
     return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 INLINE float dot(const float *x, const float *y, int64_t n) {
     wide total = all(0);
-    for (int64_t i = 0; i < n; i += LANES) total += load(x + i) * load(y + i);
+    for (int64_t i = 0; i < n; i += LANES) total = fuse(load(x + i), load(y + i), total);
     return sum(total);
 }
 INLINE wide smaller(wide x, wide y) {
@@ -143,7 +156,7 @@ INLINE wide exponential(wide x) {
             for (int r = 0; r < rows; r++) column[r] = load(x + r * x_row + i);                 \
             for (int o = 0; o < outputs; o++) {                                                 \
                 wide weight = LOAD(w + o * inputs + i);                                         \
-                for (int r = 0; r < rows; r++) total[r][o] += column[r] * weight;               \
+                for (int r = 0; r < rows; r++) total[r][o] = fuse(column[r], weight, total[r][o]); \
             }                                                                                   \
         }                                                                                       \
         for (int r = 0; r < rows; r++)                                                          \
@@ -191,7 +204,8 @@ INLINE void columns_tile(int rows, int vectors, const float *x, int64_t x_row, c
     for (int64_t i = 0; i < inputs; i++)
         for (int v = 0; v < vectors; v++) {
             wide weight = load(w + i * w_row + v * LANES);
-            for (int r = 0; r < rows; r++) total[r][v] += all(x[r * x_row + i]) * weight;
+            for (int r = 0; r < rows; r++)
+                total[r][v] = fuse(all(x[r * x_row + i]), weight, total[r][v]);
         }
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) store(y + r * y_row + v * LANES, total[r][v]);
@@ -353,9 +367,11 @@ static void weigh(const Call *call, int64_t row, const float *scores, float scal
             const float *entry = entries + place_of(call, row, key) * kept + offset + i;
             wide weight = all(scores[key]);
             if (vectors == 4)
-                for (int v = 0; v < 4; v++) total[v] += weight * load(entry + v * LANES);
+                for (int v = 0; v < 4; v++)
+                    total[v] = fuse(weight, load(entry + v * LANES), total[v]);
             else
-                for (int v = 0; v < vectors; v++) total[v] += weight * load(entry + v * LANES);
+                for (int v = 0; v < vectors; v++)
+                    total[v] = fuse(weight, load(entry + v * LANES), total[v]);
         }
         for (int v = 0; v < vectors; v++) store(y + i + v * LANES, total[v] * all(scale));
     }
@@ -625,6 +641,9 @@ static void run_loops(const Core *core, Call call, Thread t) {
             run(l, &call, t);
             if (call.choice) call.choice += call.rows * l->chosen;
         }
+        call.write += core->places_step;
+        if (call.also) call.also += core->places_step;
+        if (call.read) call.read += core->places_step;
         if (core->norm)
             for (int64_t row = from; row < to; row++)
                 normalise(call.h + row * hidden, core->norm, core->eps, hidden,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -109,41 +110,80 @@ def run_layer(
 def run_loops(
     core: Core, h: Float[Tensor, "batch sequence hidden"], rows: Rows, loops: int, cache: Cache
 ) -> tuple[Float[Tensor, "batch sequence hidden"], list[list[Tensor]]] | None:
-    """Run all loops of a core for rows that take the same number.
+    """Run all loops of a core for rows that take the same number, each in its slot of a cache.
 
     Returns:
         The last state and, loop by loop, each layer's chosen experts; None where torch must do it.
     """
+    found = cache.core[0].entries(rows.span, 0)
+    if found is None:
+        return None
+    data = [store.data for store in cache.core]
+    return _run_core(core, h, rows, loops, data, found[1], slots=cache.slots)
+
+
+def run_pages(
+    core: Core,
+    h: Float[Tensor, "rows hidden"],
+    rows: Rows,
+    first: Int[Tensor, " rows"],
+    pages: Sequence[dict[str, Tensor]],
+    entries: Entries,
+) -> Float[Tensor, "rows hidden"] | None:
+    """Run some loops of a core for rows whose entries lie in pages; return the last state.
+
+    Args:
+        core: the core.
+        h: their states.
+        rows: their angles and what enters each loop.
+        first: the loop that each row runs first, from 0.
+        pages: each layer's storage, `(places, ...)` by name.
+        entries: places with a first axis for the loops, all but `counts`.
+    """
+    found = _run_core(core, h, rows, len(entries.write), pages, entries, first=first)
+    return None if found is None else found[0]
+
+
+def _run_core(
+    core: Core,
+    h: Tensor,
+    rows: Rows,
+    loops: int,
+    data: Sequence[dict[str, Tensor]],
+    entries: Entries,
+    *,
+    slots: int = 0,
+    first: Tensor | None = None,
+) -> tuple[Tensor, list[list[Tensor]]] | None:
+    """Run loops in so many slots of a cache; without `slots`, at places given for each loop."""
     kind = core.config.injection
     if kind == "linear" or not takes(h) or core.injection._forward_hooks:
         return None
-    structures = [layer_here(layer, rows.span) for layer in core.layers]  # type: ignore[arg-type]
-    found = [store.entries(rows.span, 0) for store in cache.core]
-    entries = None if found[0] is None else found[0][1]
+    found = [layer_here(layer, rows.span) for layer in core.layers]  # type: ignore[arg-type]
+    structures = [part for part in found if part is not None]
     norm = None if core.norm is None else core.norm.weight
-    if entries is None or None in structures or not _plain(norm):
+    if len(structures) < len(found) or not _plain(norm):
         return None
     new = h.clone(memory_format=torch.contiguous_format)
-    first = structures[0]
-    assert first is not None
-    choice = _choice(first, loops, len(structures), *h.shape[:-1])
-    call = _call(structures, new, rows.rope, entries)  # type: ignore[arg-type]
-    call.choice = _at(choice)
-    kept = [list(store.data.values()) for store in cache.core]
+    choice = _choice(structures[0], loops, len(structures), *h.shape[:-1])
+    call = _call(structures, new, rows.rope, entries)
+    call.choice, call.loops = _at(choice), _at(first)
+    kept = [list(part.values()) for part in data]
     drive = rows.drive.contiguous() if kind != "none" else None
     carry = rows.carry.contiguous() if kind in ("lti", "free") else None
-    layers = _pointers([ctypes.addressof(part) for part in structures if part is not None])
+    layers = _pointers([ctypes.addressof(part) for part in structures])
     keys = _pointers([part[0].data_ptr() for part in kept])
     values = _pointers([part[-1].data_ptr() for part in kept])
     run = CoreStructure(
         loops=loops,
         layers=len(structures),
-        slots=cache.slots,
+        slots=max(1, slots),
         layer=ctypes.addressof(layers),
         keys=ctypes.addressof(keys),
         values=ctypes.addressof(values),
         keys_step=kept[0][0].stride(0),
         values_step=kept[0][-1].stride(0),
+        places_step=0 if slots else call.rows,
         carry=_at(carry),
         drive=_at(drive),
         norm=_at(norm),

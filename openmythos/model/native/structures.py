@@ -61,7 +61,7 @@ class CoreStructure(ctypes.Structure):
     _fields_ = [
         *_fields(_number, "loops layers slots"),
         *_fields(_pointer, "layer keys values"),
-        *_fields(_number, "keys_step values_step"),
+        *_fields(_number, "keys_step values_step places_step"),
         *_fields(_pointer, "carry drive norm"),
         *_fields(_real, "eps"),
     ]
