@@ -195,7 +195,8 @@ INLINE wide exponential(wide x) {
 PRODUCT(product, float, load)
 PRODUCT(product_int8, int8_t, widen)
 
-/* x (rows, inputs) times w (inputs, outputs). */
+/* x (rows, inputs) times w (inputs, outputs). What comes next is in the same rows of w, to the right:
+   no processor guesses that, so it is told. */
 INLINE void columns_tile(int rows, int vectors, const float *x, int64_t x_row, const float *w,
                          int64_t w_row, int64_t inputs, float *y, int64_t y_row) {
     wide total[4][8];
@@ -203,7 +204,9 @@ INLINE void columns_tile(int rows, int vectors, const float *x, int64_t x_row, c
         for (int v = 0; v < vectors; v++) total[r][v] = all(0);
     for (int64_t i = 0; i < inputs; i++)
         for (int v = 0; v < vectors; v++) {
-            wide weight = load(w + i * w_row + v * LANES);
+            const float *at = w + i * w_row + v * LANES;
+            wide weight = load(at);
+            if (v % 2 == 0) __builtin_prefetch(at + vectors * LANES);
             for (int r = 0; r < rows; r++)
                 total[r][v] = fuse(all(x[r * x_row + i]), weight, total[r][v]);
         }
@@ -218,7 +221,7 @@ INLINE void columns_panel(int vectors, const float *x, int64_t rows, int64_t x_r
 #define COLUMNS(ROWS)                                                                            \
     for (; r + ROWS <= rows; r += ROWS)                                                          \
     columns_tile(ROWS, vectors, x + r * x_row, x_row, w, w_row, inputs, y + r * y_row, y_row)
-    if (vectors <= 2) COLUMNS(4);
+    if (vectors <= 3) COLUMNS(4);
     if (vectors <= 4) COLUMNS(2);
     COLUMNS(1);
 #undef COLUMNS
@@ -232,6 +235,7 @@ static void columns(const float *x, int64_t rows, int64_t x_row, const float *w,
     int64_t o = 0;
     if (rows == 1) COLUMNS(8);
     if (rows <= 3) COLUMNS(4);
+    COLUMNS(3);
     COLUMNS(2);
     COLUMNS(1);
 #undef COLUMNS
