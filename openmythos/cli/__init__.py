@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from importlib import import_module
 from typing import Any
 
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     from openmythos.errors import MythosError
 
     command = command_of(name)
+    warnings.showwarning = _warn
     try:
         command.run(parse(command, name, arguments[1:]))
     except MythosError as error:
@@ -62,6 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader has seen enough, as with `| head`
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:  # a path that the system refuses
+        _fail(f"{error.filename or name}: {error.strerror or error}")
 
 
 def command_of(name: str) -> Any:
@@ -70,20 +74,30 @@ def command_of(name: str) -> Any:
 
 
 def parse(command: Any, name: str, arguments: list[str]) -> Any:
-    """Build a command's `Settings` from its flags; exits with 2 on flags that do not fit."""
+    """Build a command's `Settings` from its flags.
+
+    Raises:
+        ConfigError: a flag does not exist, or its value does not fit.
+    """
     import tyro
+
+    from openmythos.cli.refusals import in_one_sentence
 
     if getattr(command, "HANDS_ON", False) and arguments[:1] not in ([], ["-h"], ["--help"]):
         arguments = ["--", *arguments]  # flags of another program, which are not ours to read
     defaults = command.defaults(arguments) if hasattr(command, "defaults") else None
     extra = {} if defaults is None else {"default": defaults}
-    return tyro.cli(
-        command.Settings,
-        prog=f"openmythos {name}",
-        description=command.__doc__,
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),  # --json, without a --no-json
-        **extra,
+    return in_one_sentence(
+        name,
+        arguments,
+        lambda: tyro.cli(
+            command.Settings,
+            prog=f"openmythos {name}",
+            description=command.__doc__,
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),  # --json, without a --no-json
+            **extra,
+        ),
     )
 
 
@@ -95,6 +109,10 @@ def _overview() -> str:
         "openmythos COMMAND --help shows a command's flags and an example.\n"
         "First steps: openmythos demo"
     )
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"openmythos: {message}", file=sys.stderr)
 
 
 def _fail(sentence: str) -> None:

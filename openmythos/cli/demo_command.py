@@ -78,6 +78,9 @@ def run(settings: Settings) -> None:
     """Show the shipped models; train, or take the finished run; then show what it does."""
     from openmythos.cli.shipped_demo import show
 
+    dataclasses.replace(RECIPE, steps=settings.steps)  # refused before anything is shown
+    if settings.fresh:
+        _check_deletable(settings.run)
     show(settings.run / "plots", OPENING, settings.max_new_tokens)
     if not _training_wanted(settings):
         return
@@ -106,11 +109,14 @@ def finished(run: Path) -> bool:
 
 def _delete(run: Path) -> None:
     """Delete a run, and nothing that is not one."""
-    if not run.exists():
-        return
-    if not (run / "settings.json").is_file():
+    _check_deletable(run)
+    if run.exists():
+        shutil.rmtree(run)
+
+
+def _check_deletable(run: Path) -> None:
+    if run.exists() and not (run / "settings.json").is_file():
         raise ConfigError(f"run={run} must be a training run to be deleted: choose another folder")
-    shutil.rmtree(run)
 
 
 def _train(settings: Settings) -> None:

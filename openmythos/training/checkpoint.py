@@ -99,6 +99,24 @@ def load(path: str | Path) -> Checkpoint:
     return Checkpoint(step=header["step"], tensors=parts, state=header["state"])
 
 
+def state_of(path: str | Path) -> dict[str, Any]:
+    """Reads what `save` was given as `state`, without the tensors. Raises as `load`."""
+    state: dict[str, Any] = _read_header(Path(path))["state"]
+    return state
+
+
+def exists(run: str | Path) -> bool:
+    """Whether a run has a checkpoint, whole or damaged."""
+    return bool(_folders(Path(run)))
+
+
+def best_score(run: str | Path) -> float:
+    """Returns the lowest recorded validation bits per byte, infinite where there is none."""
+    found = best(run)
+    score = None if found is None else _bits_per_byte(found)
+    return math.inf if score is None else score
+
+
 def latest(run: str | Path, *, warn: Callable[[str], object] = warnings.warn) -> Path | None:
     """Returns the newest checkpoint of a run that is whole, or None.
 

@@ -127,12 +127,7 @@ def prepare(
     usually one batch. Raises DataError when there are fewer, and when an existing file is damaged.
     """
     folder = Path(folder)
-    training = corpus.training
-    if training.bytes + training.documents < least_tokens:  # no token has less than a byte
-        raise DataError(
-            f"text={corpus.name!r} has {training.bytes} bytes to train on and must have at least "
-            f"{least_tokens} tokens, which is one batch: give more text, or a smaller batch"
-        )
+    check_size(corpus, least_tokens)
 
     def tokenised(name: str, documents: Iterable[str], least_tokens: int) -> TokenFile:
         path = folder / name
@@ -150,6 +145,16 @@ def prepare(
         tokenised("train.bin", corpus.training_documents(), least_tokens),
         tokenised("validation.bin", corpus.validation_documents(), 1),
     )
+
+
+def check_size(corpus: Corpus, least_tokens: int) -> None:
+    """Raises DataError when a corpus cannot have so many tokens to train on."""
+    training = corpus.training
+    if training.bytes + training.documents < least_tokens:  # no token has less than a byte
+        raise DataError(
+            f"text={corpus.name!r} has {training.bytes} bytes to train on and must have at least "
+            f"{least_tokens} tokens, which is one batch: give more text, or a smaller batch"
+        )
 
 
 def _digest(text: str) -> bytes:

@@ -5,6 +5,7 @@ Matplotlib takes a second to import, so it is imported when something is drawn.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,6 +62,12 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def check_picture(path: Path) -> None:
-    """Raise `InputError` unless the path's suffix names a format that is drawn here."""
+    """Raise `InputError` unless a picture can be put there: known suffix, place in a folder.
+
+    Folders that do not exist are made; what stands in their place must not be a file.
+    """
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"picture={str(path)!r} must end in one of {', '.join(SUFFIXES)}")
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(f"picture={str(path)!r} must lie in a folder that can be written to")

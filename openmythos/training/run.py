@@ -2,7 +2,7 @@
 
 run/settings.json       model, training, corpus and tokenizer, as they were at the start
 run/tokenizer.json
-run/train.bin           tokenised text, rebuilt when missing
+run/train.bin           tokenised text, made anew where it is missing or of other text
 run/validation.bin
 run/metrics.jsonl       one line a step, and one a measurement
 run/step-00000120/      checkpoints
@@ -60,9 +60,12 @@ class Settings:
         if not path.is_file():
             raise CheckpointError(f"run={run} must hold {SETTINGS}: it is not a training run")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_bytes().decode())
             model = MythosConfig.from_json(json.dumps(content["model"]), str(path))
-            return cls(model, train_config(content["train"]), content["source"])
+            source = content["source"]
+            if not ("corpus" in source or {"text", "field", "held_out"} <= set(source)):
+                raise ValueError("source must name a corpus or a text")
+            return cls(model, train_config(content["train"]), source)
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} must be a whole settings file, but: {error}") from error
 
@@ -73,21 +76,27 @@ def train_config(fields: dict[str, Any]) -> TrainConfig:
 
 
 def metrics(run: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of `metrics.jsonl`; a torn last line is passed over."""
+    """Yield the lines of `metrics.jsonl`; a torn one is passed over."""
     path = run / METRICS
     if not path.is_file():
         raise CheckpointError(f"run={run} must hold {METRICS}: it is not a training run")
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            yield json.loads(line)
+            found = json.loads(line)
         except ValueError:
             continue
+        if isinstance(found, dict) and "step" in found:
+            yield found
 
 
 def cut_metrics(run: Path, step: int) -> None:
     """Forget the metrics of steps that a resumed run will make again."""
     if (run / METRICS).is_file():
-        kept = [json.dumps(line) + "\n" for line in metrics(run) if line["step"] < step]
+        kept = [
+            json.dumps(line) + "\n"
+            for line in metrics(run)
+            if line["step"] < step and not {"final", "gate"} & set(line)
+        ]
         write_atomically(run / METRICS, "".join(kept).encode())
 
 
@@ -110,5 +119,10 @@ def load_from_run(run: Path) -> tuple[OpenMythos, Tokenizer]:
         raise CheckpointError(f"run={run} must have a checkpoint: train it further")
     with torch.device("meta"):
         model = OpenMythos(settings.model)
-    fill(model, checkpoint.load(newest).tensors["model"], str(newest))
-    return model.eval(), Tokenizer.load(run)
+    found, tokenizer = checkpoint.load(newest), Tokenizer.load(run)
+    if found.state["tokenizer"] != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{run / 'tokenizer.json'} must be the one that {newest} was trained with: put it back"
+        )
+    fill(model, found.tensors["model"], str(newest))
+    return model.eval(), tokenizer

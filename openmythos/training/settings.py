@@ -5,6 +5,7 @@ torch could be imported.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -51,6 +52,7 @@ class OptimizerConfig:
     """Share of all steps, at the end, over which the learning rates fall in a line to 0."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         kinds = get_args(MatrixOptimizer)
         self._require("matrices", f"be one of {', '.join(kinds)}", self.matrices in kinds)
         for name in ("muon_lr", "adam_lr"):
@@ -66,6 +68,12 @@ class OptimizerConfig:
             default = type(self).__dataclass_fields__[name].default
             value = getattr(self, name)
             raise ConfigError(f"{name}={value} must {rule}: the default is {default}")
+
+
+def _require_finite(config: object) -> None:
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name}={value} must be a finite number")
 
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -138,6 +146,7 @@ class TrainConfig:
     """Learning rates and their schedule."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         for name in ("steps", "batch_size", "length", "accumulation", "save_every", "keep"):
             self._require(name, 1)
         for name in ("evaluate_every", "evaluate_tokens"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ from openmythos.config import MythosConfig
 from openmythos.errors import CheckpointError, ConfigError
 from openmythos.model.transformer import OpenMythos
 from openmythos.training import checkpoint
-from openmythos.training.corpus import Corpus, open_corpus, open_text, prepare
+from openmythos.training.corpus import Corpus, check_size, open_corpus, open_text, prepare
 from openmythos.training.run import SETTINGS, Settings
 from openmythos.training.settings import TrainConfig
 from openmythos.training.tokenizer import Tokenizer
-from openmythos.training.trainer import Trainer
+from openmythos.training.trainer import Trainer, check_tensorboard, check_unchanged
 
 
 def start_run(
@@ -39,33 +40,48 @@ def start_run(
     Raises:
         MythosError: something does not fit; nothing was written into `run`.
     """
+    if run.exists() and not run.is_dir():
+        raise ConfigError(f"run={run} must be a folder, and is a file: choose another path")
     if (run / SETTINGS).exists():
         raise ConfigError(
             f"run={run} holds a run already: resume it with --resume {run}, or choose another "
             "folder"
         )
+    if train.log == "tensorboard":
+        check_tensorboard()
     corpus = _open(source)
+    least = max(train.tokens_per_step, train.length + 1)
+    check_size(corpus, least)
     tokens = _tokenizer(corpus, model, tokenizer, start_from)
-    if start_from is not None:
-        given = MythosConfig.load(start_from)
-        model = given.replace(lora_rank=model.lora_rank, lora_loops=model.lora_loops)
-    model = model if start_from is not None else model.replace(vocab_size=tokens.vocab_size)
+    start = None
+    if start_from is None:
+        model = model.replace(vocab_size=tokens.vocab_size)
+    else:
+        start = OpenMythos.from_pretrained(start_from)
+        model = _extended(start.config, model, tokens, start_from)
+    if train.train == "adapters" and not model.lora_rank:
+        raise ConfigError("train='adapters' must go with lora_rank of 1 or more: there are none")
     if train.length > model.max_length:
         raise ConfigError(
             f"length={train.length} must be at most the model's max_length={model.max_length}"
         )
-    least = max(train.tokens_per_step, train.length + 1)
-    run.mkdir(parents=True, exist_ok=True)
-    training, validation = prepare(corpus, tokens, run, least_tokens=least)
-    tokens.save(run / "tokenizer.json")
-    settings = Settings(model, train, _remembered(source))
-    trainer = Trainer(run, settings, tokens, training, validation)
-    if start_from is not None:
-        _take_weights(trainer, start_from)
-    settings.save(run)
-    checkpoint.remove_leftovers(run)
-    if start_from is not None:
-        trainer.save()  # a resume must not start from fresh weights
+    made = not run.exists()
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        training, validation = prepare(corpus, tokens, run, least_tokens=least)
+        tokens.save(run / "tokenizer.json")
+        settings = Settings(model, train, _remembered(source))
+        trainer = Trainer(run, settings, tokens, training, validation)
+        if start is not None:
+            _take_weights(trainer, start)
+        settings.save(run)
+        checkpoint.remove_leftovers(run)
+        if start is not None:
+            trainer.save()  # a resume must not start from fresh weights
+    except BaseException:
+        if made:  # nothing is left of a run that did not start
+            shutil.rmtree(run, ignore_errors=True)
+        raise
     return trainer
 
 
@@ -86,7 +102,12 @@ def open_run(run: Path, *, steps: int | None = None) -> Trainer:
         settings = dataclasses.replace(settings, train=train)
     tokens = Tokenizer.load(run)
     least = max(settings.train.tokens_per_step, settings.train.length + 1)
-    training, validation = prepare(_open(settings.source), tokens, run, least_tokens=least)
+    corpus = _open(settings.source)
+    newest = checkpoint.latest(run)
+    if newest is not None:  # before anything is tokenised anew
+        state = checkpoint.state_of(newest)
+        check_unchanged(state, newest, tokenizer=tokens.fingerprint, text=corpus.fingerprint)
+    training, validation = prepare(corpus, tokens, run, least_tokens=least)
     trainer = Trainer(run, settings, tokens, training, validation)
     trainer.resume()
     if steps is not None:
@@ -112,23 +133,31 @@ def _tokenizer(
 ) -> Tokenizer:
     if start_from is not None and given is not None:
         raise ConfigError("tokenizer must be left out with start_from, which brings its own")
-    if given is not None or start_from is not None:
-        return Tokenizer.load(given or start_from)  # type: ignore[arg-type]
+    if start_from is not None:
+        if not start_from.is_dir():
+            raise ConfigError(f"start_from={start_from} must be the folder of a model")
+        return Tokenizer.load(start_from)
+    if given is not None:
+        return Tokenizer.load(given)
     return Tokenizer.train(corpus.training_documents(), vocab_size=model.vocab_size)
 
 
-def _take_weights(trainer: Trainer, folder: Path) -> None:
-    """Start from a model's weights; adapters it does not have stay as initialised."""
-    given = OpenMythos.from_pretrained(folder).to(trainer.device)
-    if trainer.tokenizer.vocab_size > given.config.vocab_size:
+def _extended(
+    start: MythosConfig, wanted: MythosConfig, tokens: Tokenizer, folder: Path
+) -> MythosConfig:
+    """The shape of a model to start from, with the adapters that are wanted."""
+    if tokens.vocab_size > start.vocab_size:
         raise CheckpointError(f"{folder}: its tokenizer does not fit its model")
-    own = dict(trainer.model.state_dict())
-    same = dataclasses.asdict(given.config)
-    added = {name: t for name, t in own.items() if ".lora." in name}
-    if same["lora_rank"] not in (0, trainer.model_config.lora_rank):
+    if start.lora_rank not in (0, wanted.lora_rank):
         raise ConfigError(
-            f"lora_rank={trainer.model_config.lora_rank} must be the start_from model's "
-            f"{same['lora_rank']}"
+            f"lora_rank={wanted.lora_rank} must be the start_from model's {start.lora_rank}"
         )
-    tensors = {**added, **given.state_dict()}
+    return start.replace(lora_rank=wanted.lora_rank, lora_loops=wanted.lora_loops)
+
+
+def _take_weights(trainer: Trainer, start: OpenMythos) -> None:
+    """Start from a model's weights; adapters it does not have stay as initialised."""
+    own = dict(trainer.model.state_dict())
+    added = {name: t for name, t in own.items() if ".lora." in name}
+    tensors = {**added, **start.to(trainer.device).state_dict()}
     trainer.model.load_state_dict(tensors)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,10 +91,6 @@ class Trainer:
 
     def _choose_parameters(self) -> None:
         adapters = self.model.adapter_parameters()
-        if self.config.train == "adapters" and not adapters:
-            raise ConfigError(
-                "train='adapters' must go with lora_rank of 1 or more: there are none"
-            )
         for name, parameter in self.model.named_parameters():
             wanted = name in adapters if self.config.train == "adapters" else True
             parameter.requires_grad_(wanted and not name.startswith("core.gate."))
@@ -129,14 +127,16 @@ class Trainer:
             result = self._evaluate(self.config.evaluate_tokens)
             score = self._score(result)
             write(self._measurement(result))
-        if self.step % self.config.save_every == 0 or done or self._stop:
+        best = score is not None and score < checkpoint.best_score(self.run)
+        if best or self.step % self.config.save_every == 0 or done or self._stop:
             self.save(score)
         if self._stop:
             raise Stopped
 
     def _finish(self, write: Report) -> None:
+        # Scored on the text of the scores before, or the best could not be told.
+        self.save(self._score(self._evaluate(self.config.evaluate_tokens)))
         result = self._evaluate(None)
-        self.save(self._score(result))
         write(self._measurement(result) | {"final": True})
         if self.config.gate_steps and self.model_config.mean_loops > 1:
             gate = self._train_gate()
@@ -173,9 +173,8 @@ class Trainer:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 if board is not None:
-                    for name, value in line.items():
-                        if isinstance(value, int | float):
-                            board.add_scalar(name, value, line["step"])
+                    for name, value in scalars(line):
+                        board.add_scalar(name, value, line["step"])
                 report(line)
 
             yield write
@@ -381,6 +380,11 @@ class Trainer:
         checkpoint.remove_leftovers(self.run)
         newest = checkpoint.latest(self.run)
         if newest is None:
+            if checkpoint.exists(self.run):
+                raise CheckpointError(
+                    f"run={self.run} must have a whole checkpoint, and all of its are damaged: "
+                    "delete its step-* folders to begin anew"
+                )
             cut_metrics(self.run, 0)
             return False
         found = checkpoint.load(newest)
@@ -389,9 +393,10 @@ class Trainer:
         self.optimizers.load_state_tensors(found.tensors["optimizer"])
         self.step = found.step
         torch.set_num_threads(found.state["threads"])
-        precision = found.state["precision"] or "fp32"
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.machine = Machine(precision, "as before", matmul_peak(dtype, self.device))
+        precision = found.state["precision"]  # None before the first step: still to be decided
+        if precision is not None:
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            self.machine = Machine(precision, "as before", matmul_peak(dtype, self.device))
         cut_metrics(self.run, self.step)
         return True
 
@@ -399,8 +404,6 @@ class Trainer:
         mine = {
             "model": json.loads(self.model_config.to_json()),
             "train": json.loads(json.dumps(dataclasses.asdict(self.config))),
-            "tokenizer": self.tokenizer.fingerprint,
-            "text": self.training.source_fingerprint,
         }
         before = train_config(state["train"])
         if same_until(step, before, self.config):
@@ -412,12 +415,14 @@ class Trainer:
                         f"{name}={value!r} must be {state[what].get(name)!r}, as in {where}: "
                         "resume with the settings that the run was started with"
                     )
-        for what in ("tokenizer", "text"):
-            if state[what] != mine[what]:
-                raise CheckpointError(
-                    f"{what}={mine[what][:12]} must be {state[what][:12]}, as in {where}: "
-                    f"the {what} has changed since; put the old one back, or start a new run"
-                )
+        text = self.training.source_fingerprint
+        check_unchanged(state, where, tokenizer=self.tokenizer.fingerprint, text=text)
+        if state["torch"] != torch.__version__:
+            warnings.warn(
+                f"{where} was written with torch {state['torch']}, and this is "
+                f"{torch.__version__}: the run goes on, but not to the bit as it would have",
+                stacklevel=2,
+            )
 
 
 def default_device() -> torch.device:
@@ -437,11 +442,38 @@ def _add(total: Tensor | None, loads: Tensor) -> Tensor:
     return longer
 
 
+def check_unchanged(state: dict[str, Any], where: Path, **now: str) -> None:
+    """Raise `CheckpointError` where text or tokenizer are not those of a checkpoint's state."""
+    for what, fingerprint in now.items():
+        if state[what] != fingerprint:
+            raise CheckpointError(
+                f"{what}={fingerprint[:12]} must be {state[what][:12]}, as in {where}: "
+                f"the {what} has changed since; put the old one back, or start a new run"
+            )
+
+
+def scalars(line: dict[str, Any], under: str = "") -> Iterator[tuple[str, float]]:
+    """Yield a line's numbers by path, as `validation/4`, but for the step and the last line's mark.
+
+    A list's numbers are named by their places.
+    """
+    for name, value in line.items():
+        if isinstance(value, list):
+            value = {str(place): part for place, part in enumerate(value)}
+        if isinstance(value, dict):
+            yield from scalars(value, f"{under}{name}/")
+        elif isinstance(value, int | float) and name not in ("step", "final"):
+            yield f"{under}{name}", value
+
+
+def check_tensorboard() -> None:
+    """Raise `ConfigError` where tensorboard is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("log='tensorboard' needs the package: pip install 'openmythos[log]'")
+
+
 def _tensorboard(run: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            "log='tensorboard' needs the package: pip install 'openmythos[log]'"
-        ) from error
+    check_tensorboard()
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(run / "tensorboard"))

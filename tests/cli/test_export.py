@@ -69,7 +69,7 @@ def test_a_run_without_a_finished_model_is_taken_from_its_last_checkpoint(run, t
     [
         ("nowhere small", "model='nowhere' must be the folder of a model or of a run"),
         ("RUN RUN/model", "holds a model already, must be new: choose another, or delete it"),
-        ("RUN small --weights int4", "invalid choice"),
+        ("RUN small --weights int4", "must be one of"),
         ("RUN small --text TEXT --corpus embedded", "one of --corpus and --text may be given"),
         ("RUN small --text none.txt", "text='none.txt' must exist"),
         ("RUN small --text TEXT --loops 0", "loops=(0,) must hold depths of 1 or more"),

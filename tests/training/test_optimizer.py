@@ -397,7 +397,11 @@ BAD = {
         ConfigError,
         r"muon_lr=0.0 must be above 0: the default is 0.02",
     ),
-    "a NaN": (lambda: OptimizerConfig(adam_lr=math.nan), ConfigError, "adam_lr=nan must be above"),
+    "a NaN": (
+        lambda: OptimizerConfig(adam_lr=math.nan),
+        ConfigError,
+        "adam_lr=nan must be a",
+    ),
     "momentum of 1": (lambda: OptimizerConfig(momentum=1.0), ConfigError, "momentum=1.0 must be"),
     "negative clip": (lambda: OptimizerConfig(clip=-1.0), ConfigError, "clip=-1.0 must be 0 or"),
     "decay_share": (lambda: OptimizerConfig(decay_share=2.0), ConfigError, "decay_share=2.0 must"),

@@ -98,5 +98,5 @@ def test_a_picture_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"must end in one of \.png"):
         save(figure, tmp_path / "a.bmp")
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="must be writable"):
+    with pytest.raises(InputError, match="can be written to"):
         save(figure, tmp_path / "file" / "a.png")

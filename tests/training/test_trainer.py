@@ -19,10 +19,10 @@ import openmythos
 from openmythos import MythosConfig, OpenMythos, Tokenizer
 from openmythos.errors import CheckpointError, ConfigError, DataError
 from openmythos.training import checkpoint
-from openmythos.training.run import METRICS, Settings, metrics
+from openmythos.training.run import METRICS, Settings, load_from_run, metrics
 from openmythos.training.settings import OptimizerConfig, TrainConfig
 from openmythos.training.start import open_run, start_run
-from openmythos.training.trainer import Stopped
+from openmythos.training.trainer import Stopped, scalars
 
 SHAPE = {
     "vocab_size": 300,
@@ -300,9 +300,13 @@ def test_activation_checkpointing_gives_the_same_losses(tmp_path, text):
 def test_resuming_with_another_tokenizer_is_refused(tmp_path, text):
     run = tmp_path / "run"
     start(run, text).fit()
-    Tokenizer.train(["another text altogether"], vocab_size=258).save(run / "tokenizer.json")
+    before = {name: (run / name).read_bytes() for name in ("train.bin", "validation.bin")}
+    Tokenizer.train(["another text altogether"], vocab_size=300).save(run / "tokenizer.json")
     with pytest.raises(CheckpointError, match="tokenizer=.* must be"):
         open_run(run)
+    assert {name: (run / name).read_bytes() for name in before} == before
+    with pytest.raises(CheckpointError, match="must be the one that .* was trained with"):
+        load_from_run(run)
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path, text):
@@ -334,7 +338,86 @@ def test_resuming_with_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_pat
 def test_what_does_not_fit_is_refused_before_work(tmp_path, text, train, model, sentence):
     with pytest.raises(ConfigError, match=sentence):
         start(tmp_path / "run", text, model=model, **train)
-    assert not (tmp_path / "run" / "settings.json").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_missing_is_told_before_a_folder_is_made(tmp_path, text, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="log='tensorboard' needs the package"):
+        start(tmp_path / "run", text, log="tensorboard")
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ConfigError, match="must be a folder, and is a file"):
+        start(tmp_path / "file", text)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path, text):
+    run = tmp_path / "run"
+    start(run, text).fit()
+    lines = (run / METRICS).read_bytes()
+    for folder in run.glob("step-*"):
+        (folder / "tensors.safetensors").write_bytes(b"torn")
+    with (
+        pytest.warns(UserWarning, match="passed over"),
+        pytest.raises(CheckpointError, match=r"delete its step-\* folders to begin anew"),
+    ):
+        open_run(run)
+    assert (run / METRICS).read_bytes() == lines
+
+
+def test_finishing_again_writes_its_last_lines_once(tmp_path, text):
+    run = tmp_path / "run"
+    start(run, text, gate_steps=1).fit()
+    for _ in range(2):
+        open_run(run).fit()
+    lines = list(metrics(run))
+    assert sum("final" in line for line in lines) == sum("gate" in line for line in lines) == 1
+
+
+def test_the_best_measurement_is_kept_whenever_it_is_made(tmp_path, text):
+    run = tmp_path / "run"
+    start(run, text, steps=13, save_every=12, evaluate_every=3, keep=1).fit()
+    scores = {
+        line["step"]: line["validation"]["2"]
+        for line in metrics(run)
+        if "validation" in line and "final" not in line
+    }
+    assert checkpoint.best_score(run) <= min(scores.values()) + 1e-9
+
+
+def test_precision_is_decided_by_a_run_that_has_not_begun(tmp_path, text):
+    start(tmp_path / "first", text).fit()
+    model = tmp_path / "first" / "model"
+    train = TrainConfig(steps=4, batch_size=4, length=16, **{**FAST, "precision": "bf16"})
+    config = MythosConfig(**SHAPE)
+    start_run(tmp_path / "run", config, train, source=source(text), start_from=model)
+    trainer = open_run(tmp_path / "run")
+    assert trainer.machine is None
+    trainer.prepare()
+    assert trainer.machine.precision == "bf16"
+
+
+def test_another_build_of_torch_is_told(tmp_path, text, monkeypatch):
+    start(tmp_path / "run", text).fit()
+    real = checkpoint.load
+
+    def older(path):
+        found = real(path)
+        return dataclasses.replace(found, state={**found.state, "torch": "1.0"})
+
+    monkeypatch.setattr(checkpoint, "load", older)
+    with pytest.warns(UserWarning, match=r"was written with torch 1.0, and this is .*: the run"):
+        open_run(tmp_path / "run")
+
+
+def test_a_line_of_metrics_becomes_numbers_by_path():
+    line = {"step": 3, "loss": 1.5, "validation": {"4": 2.0}, "load": [[0.25, 0.75]], "final": True}
+    assert dict(scalars(line)) == {
+        "loss": 1.5,
+        "validation/4": 2.0,
+        "load/0/0": 0.25,
+        "load/0/1": 0.75,
+    }
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, text):
@@ -346,7 +429,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, text):
 def test_text_shorter_than_a_batch_is_refused_and_leaves_nothing(tmp_path, text):
     with pytest.raises(DataError, match="one batch"):
         start(tmp_path / "run", text, batch_size=1000, length=64)
-    assert not list((tmp_path / "run").glob("*"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,90 @@
+"""What is said of flags that do not fit: one sentence, made of tyro's box of several lines."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from openmythos.errors import ConfigError
+
+KINDS = {"INT": "an integer", "FLOAT": "a number", "PATH": "a path", "STR": "a text"}
+_EDGES = "╭╮╰╯│─+|- \n"
+_RULE = re.compile(r"[─-]{6,}\W*$", re.MULTILINE)
+"""A line across the box, or the end of its first line; plain where there is no terminal."""
+
+
+def in_one_sentence(command: str, arguments: list[str], parse: Callable[[], Any]) -> Any:
+    """Parse flags; where they do not fit, raise one sentence in place of what was printed.
+
+    Raises:
+        ConfigError: a flag does not exist, or its value does not fit.
+    """
+    if {"-h", "--help"} & set(arguments):
+        return parse()
+    printed = io.StringIO()
+    try:
+        with _wide(), contextlib.redirect_stderr(printed):
+            return parse()
+    except SystemExit as left:
+        if not left.code:
+            raise
+        raise ConfigError(sentence(command, printed.getvalue())) from None
+
+
+@contextlib.contextmanager
+def _wide() -> Iterator[None]:
+    """Let nothing that is printed be wrapped."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("COLUMNS", None)
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def sentence(command: str, box: str) -> str:
+    """Return what a box says, as `name=value must ...: see openmythos COMMAND --help`."""
+    parts = [part for part in _RULE.split(box) if part.strip(_EDGES)]
+    title = 1 if len(parts) > 1 and "\n" not in parts[0].strip(_EDGES) else 0
+    lines = [line.strip(_EDGES) for line in parts[title].splitlines()] if parts else []
+    text = " ".join(line for line in lines if line)
+    of_ours = re.match(r"Error parsing [\w.-]+: (?P<said>\w+=.* must .*)", text)
+    if of_ours:
+        return of_ours["said"]
+    see = f": see openmythos {command} --help"
+    choice = re.match(
+        r"invalid choice (.+) for argument '--([\w.-]+)'\. Expected one of \((.+)\)", text
+    )
+    if choice:
+        names = [name.strip("' ,") for name in choice[3].split(", ")]
+        right = ", ".join(name for name in names if name != "None")
+        return f"{_name(choice[2])}={choice[1]} must be one of {right}"
+    value = re.match(r"Error parsing --([\w.-]+): .*?(?:\[(.+?)\]|: ('.*'))", text)
+    if value:
+        kind = re.search(rf"^\W*--{re.escape(value[1])} (\S+)", box, re.MULTILINE)
+        return f"{_name(value[1])}={value[2] or value[3]} must be {_kinds(kind)}{see}"
+    missing = re.match(r"Missing value for argument '--([\w.-]+)'", text)
+    if missing:
+        return f"--{missing[1]} must be followed by a value{see}"
+    unknown = re.match(r"Unrecognized options: (.+)", text)
+    if unknown:
+        first = unknown[1].split(", ")[0]
+        return f"{first} is no flag of {command}, nor expected there{see}"
+    return f"{text.rstrip('.')}{see}"
+
+
+def _name(flag: str) -> str:
+    return flag.replace("-", "_")
+
+
+def _kinds(found: re.Match[str] | None) -> str:
+    """What a flag takes, in words: from `{None}|INT` or `FLOAT [FLOAT ...]`."""
+    said = [words for kind, words in KINDS.items() if found and kind in found[1]]
+    return " or ".join(said) or "of another form"
