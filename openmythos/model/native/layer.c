@@ -248,7 +248,7 @@ static int64_t lanes(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
 /* Numbers of scratch memory that each thread needs for experts. */
 static int64_t own_size(const Layer *l, int64_t rows) {
-    return lanes(most(rows * (l->hidden + l->experts_in.outputs + l->expert_size), l->experts));
+    return lanes(most(rows * (l->hidden + l->experts_in.outputs + l->expert_size), 2 * l->experts));
 }
 
 typedef struct {
@@ -503,18 +503,18 @@ static void route(const Layer *l, const Call *call, int64_t row, const float *x,
     product(x, 1, l->hidden, l->router, 0, l->hidden, 0, l->experts, scores, l->experts);
     if (call->given)
         memcpy(choice, call->given + row * l->chosen, l->chosen * sizeof(int64_t));
-    else
+    else {
+        float *affinity = scores + l->experts;
+        for (int64_t e = 0; e < l->experts; e++)
+            affinity[e] = 1.0f / (1.0f + expf(-scores[e])) + (float)l->balance[e] * l->balance_rate;
         for (int64_t n = 0; n < l->chosen; n++) {
-            float best = -INFINITY;
-            choice[n] = 0;
-            for (int64_t e = 0; e < l->experts; e++) {
-                float bias = (float)l->balance[e] * l->balance_rate;
-                float value = 1.0f / (1.0f + expf(-scores[e])) + bias;
-                int64_t taken = 0;
-                for (int64_t earlier = 0; earlier < n; earlier++) taken |= choice[earlier] == e;
-                if (!taken && value > best) best = value, choice[n] = e;
-            }
+            int64_t best = 0;
+            for (int64_t e = 1; e < l->experts; e++)
+                if (affinity[e] > affinity[best]) best = e;
+            choice[n] = best;
+            affinity[best] = -INFINITY;  /* taken */
         }
+    }
     float most = -INFINITY, total = 0;
     for (int64_t n = 0; n < l->chosen; n++) {
         float s = scores[choice[n]];  /* log(sigmoid(s)), for any s */
@@ -542,7 +542,7 @@ static void experts(const Layer *l, const Call *call, Thread t, const float *x, 
     float *weights = work, *of_pair = weights + lanes(pairs);
     float *own = of_pair + pairs * hidden + t.number * own_size(l, rows);
     share(t, rows, 1, &from, &to);
-    for (int64_t row = from; row < to; row++)  /* `own` holds the scores */
+    for (int64_t row = from; row < to; row++)  /* `own` holds scores and affinities */
         route(l, call, row, x + row * hidden, own, weights + row * l->chosen);
     wait_for_all(t);
     float *gathered = own, *in = own + rows * hidden, *inner = in + rows * wider;
