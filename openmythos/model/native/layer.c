@@ -21,6 +21,9 @@
 typedef float wide __attribute__((vector_size(32)));
 typedef float wide_anywhere __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t whole __attribute__((vector_size(32)));
+typedef int32_t whole_four __attribute__((vector_size(16)));
+typedef float four __attribute__((vector_size(16), may_alias));
+typedef float four_anywhere __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int8_t bytes_anywhere __attribute__((vector_size(8), aligned(1), may_alias));
 
 /* What `openmythos.model.native.structures` declares, field by field. */
@@ -87,6 +90,12 @@ typedef struct {
 
 /* Vectors */
 
+#ifdef __clang__
+#define MIX(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define MIX(x, y, ...) __builtin_shuffle(x, y, (whole_four){__VA_ARGS__})
+#endif
+
 INLINE wide load(const float *x) { return *(const wide_anywhere *)x; }
 INLINE void store(float *x, wide v) { *(wide_anywhere *)x = v; }
 INLINE wide all(float x) { return (wide){x, x, x, x, x, x, x, x}; }
@@ -112,6 +121,21 @@ INLINE wide fuse(wide x, wide y, wide z) {
 }
 INLINE float sum(wide v) {
     return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+/* The same of four vectors, in the same order of additions. */
+INLINE four sums(const wide *v) {
+    four half[4];
+    for (int i = 0; i < 4; i++) {
+        const four *parts = (const four *)(v + i);
+        half[i] = parts[0] + parts[1];
+    }
+    four even[2], odd[2];
+    for (int i = 0; i < 2; i++) {
+        even[i] = MIX(half[2 * i], half[2 * i + 1], 0, 4, 2, 6);
+        odd[i] = MIX(half[2 * i], half[2 * i + 1], 1, 5, 3, 7);
+    }
+    return (MIX(even[0], even[1], 0, 1, 4, 5) + MIX(even[0], even[1], 2, 3, 6, 7)) +
+           (MIX(odd[0], odd[1], 0, 1, 4, 5) + MIX(odd[0], odd[1], 2, 3, 6, 7));
 }
 INLINE float dot(const float *x, const float *y, int64_t n) {
     wide total = all(0);
@@ -142,103 +166,111 @@ INLINE wide exponential(wide x) {
     return y * (wide)((power + 127) << 23);
 }
 
-/* Products. Each sum runs over the inputs in eight lanes, or one by one, and in no other way. */
+/* Products. Each sum runs over the inputs in eight lanes, or one by one, and in no other way.
+
+   While rows are multiplied with some weights, the next ones are asked for, as many with each tile
+   of rows as it takes for all to be there in time: the processor's own guess stops at a tile that
+   reads what the cache has. */
+
+INLINE void ask(const char *ahead, int64_t bytes) {
+    __builtin_prefetch(ahead);
+    if (bytes > 64) __builtin_prefetch(ahead + 64);
+}
 
 #define PRODUCT(NAME, NUMBER, LOAD)                                                              \
     INLINE void NAME##_tile(int rows, int outputs, const float *x, int64_t x_row,               \
                             const NUMBER *w, const float *scale, int64_t inputs, float *y,      \
-                            int64_t y_row) {                                                    \
+                            int64_t y_row, const char *ahead, int64_t step) {                   \
         wide total[3][4];                                                                       \
         for (int r = 0; r < rows; r++)                                                          \
             for (int o = 0; o < outputs; o++) total[r][o] = all(0);                             \
-        for (int64_t i = 0; i < inputs; i += LANES) {                                           \
+        for (int64_t i = 0; i < inputs; i += LANES, ahead += step) {                            \
             wide column[3];                                                                     \
+            if (outputs == 4) ask(ahead, step);                                                 \
             for (int r = 0; r < rows; r++) column[r] = load(x + r * x_row + i);                 \
             for (int o = 0; o < outputs; o++) {                                                 \
                 wide weight = LOAD(w + o * inputs + i);                                         \
                 for (int r = 0; r < rows; r++) total[r][o] = fuse(column[r], weight, total[r][o]); \
             }                                                                                   \
         }                                                                                       \
-        for (int r = 0; r < rows; r++)                                                          \
-            for (int o = 0; o < outputs; o++) {                                                 \
-                float value = sum(total[r][o]);                                                 \
-                y[r * y_row + o] = scale ? value * scale[o] : value;                            \
-            }                                                                                   \
+        for (int r = 0; r < rows; r++, y += y_row)                                              \
+            if (outputs == 4) {                                                                 \
+                four found = sums(total[r]);                                                    \
+                if (scale) found *= *(const four_anywhere *)scale;                              \
+                *(four_anywhere *)y = found;                                                    \
+            } else                                                                              \
+                for (int o = 0; o < outputs; o++) y[o] = sum(total[r][o]) * (scale ? scale[o] : 1); \
     }                                                                                           \
     static void NAME(const float *x, int64_t rows, int64_t x_row, const NUMBER *w,              \
                      const float *scale, int64_t inputs, int64_t from, int64_t to, float *y,    \
                      int64_t y_row) {                                                           \
-        for (int64_t o = from; o < to;) {                                                       \
+        int64_t part = 4 * inputs * (int64_t)sizeof(NUMBER) / ((rows + 2) / 3);                 \
+        int64_t step = part * LANES / inputs, o = from;                                         \
+        for (; o + 4 <= to; o += 4) {                                                           \
             const NUMBER *at = w + o * inputs;                                                  \
+            const char *ahead = (const char *)(at + 4 * inputs);                                \
             const float *by = scale ? scale + o : 0;                                            \
             int64_t r = 0;                                                                      \
-            if (o + 4 <= to) {                                                                  \
-                for (; r + 3 <= rows; r += 3)                                                   \
-                    NAME##_tile(3, 4, x + r * x_row, x_row, at, by, inputs, y + r * y_row + o,  \
-                                y_row);                                                         \
-                if (rows - r == 2)                                                              \
-                    NAME##_tile(2, 4, x + r * x_row, x_row, at, by, inputs, y + r * y_row + o,  \
-                                y_row);                                                         \
-                if (rows - r == 1)                                                              \
-                    NAME##_tile(1, 4, x + r * x_row, x_row, at, by, inputs, y + r * y_row + o,  \
-                                y_row);                                                         \
-                o += 4;                                                                         \
-            } else {                                                                            \
-                for (; r < rows; r++)                                                           \
-                    NAME##_tile(1, 1, x + r * x_row, x_row, at, by, inputs, y + r * y_row + o,  \
-                                y_row);                                                         \
-                o += 1;                                                                         \
-            }                                                                                   \
+            for (; r + 3 <= rows; r += 3, ahead += part)                                        \
+                NAME##_tile(3, 4, x + r * x_row, x_row, at, by, inputs, y + r * y_row + o,      \
+                            y_row, ahead, step);                                                \
+            if (rows - r == 2)                                                                  \
+                NAME##_tile(2, 4, x + r * x_row, x_row, at, by, inputs, y + r * y_row + o,      \
+                            y_row, ahead, step);                                                \
+            if (rows - r == 1)                                                                  \
+                NAME##_tile(1, 4, x + r * x_row, x_row, at, by, inputs, y + r * y_row + o,      \
+                            y_row, ahead, step);                                                \
         }                                                                                       \
+        for (; o < to; o++)                                                                     \
+            for (int64_t r = 0; r < rows; r++)                                                  \
+                NAME##_tile(1, 1, x + r * x_row, x_row, w + o * inputs, scale ? scale + o : 0,  \
+                            inputs, y + r * y_row + o, y_row, 0, 0);                            \
     }
 
 PRODUCT(product, float, load)
 PRODUCT(product_int8, int8_t, widen)
 
-/* x (rows, inputs) times w (inputs, outputs). What comes next is in the same rows of w, to the right:
-   no processor guesses that, so it is told. */
-INLINE void columns_tile(int rows, int vectors, const float *x, int64_t x_row, const float *w,
-                         int64_t w_row, int64_t inputs, float *y, int64_t y_row) {
-    wide total[4][8];
+/* Add x (rows, inputs) times w (inputs, outputs) to y, or set it, for a few inputs and rows. */
+INLINE void columns_tile(int rows, int inputs, int set, const float *x, int64_t x_row,
+                         const float *w, int64_t outputs, float *y, int64_t y_row,
+                         const char *ahead, int64_t step) {
+    wide input[2][4];
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++) total[r][v] = all(0);
-    for (int64_t i = 0; i < inputs; i++)
-        for (int v = 0; v < vectors; v++) {
-            const float *at = w + i * w_row + v * LANES;
-            wide weight = load(at);
-            if (v % 2 == 0) __builtin_prefetch(at + vectors * LANES);
-            for (int r = 0; r < rows; r++)
-                total[r][v] = fuse(all(x[r * x_row + i]), weight, total[r][v]);
+        for (int i = 0; i < inputs; i++) input[r][i] = all(x[r * x_row + i]);
+    for (int64_t o = 0; o < outputs; o += LANES, ahead += step) {
+        wide total[2];
+        ask(ahead, step);
+        for (int r = 0; r < rows; r++) total[r] = set ? all(0) : load(y + r * y_row + o);
+        for (int i = 0; i < inputs; i++) {
+            wide weight = load(w + i * outputs + o);
+            for (int r = 0; r < rows; r++) total[r] = fuse(input[r][i], weight, total[r]);
         }
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++) store(y + r * y_row + v * LANES, total[r][v]);
+        for (int r = 0; r < rows; r++) store(y + r * y_row + o, total[r]);
+    }
 }
 
-/* So many outputs at a time that their sums stay in registers, and their part of w in the cache. */
-INLINE void columns_panel(int vectors, const float *x, int64_t rows, int64_t x_row, const float *w,
-                          int64_t w_row, int64_t inputs, float *y, int64_t y_row) {
-    int64_t r = 0;
-#define COLUMNS(ROWS)                                                                            \
-    for (; r + ROWS <= rows; r += ROWS)                                                          \
-    columns_tile(ROWS, vectors, x + r * x_row, x_row, w, w_row, inputs, y + r * y_row, y_row)
-    if (vectors <= 3) COLUMNS(4);
-    if (vectors <= 4) COLUMNS(2);
-    COLUMNS(1);
-#undef COLUMNS
-}
-
+/* x (rows, inputs) times w (inputs, outputs): w is read in its own order, four inputs at a time. */
 static void columns(const float *x, int64_t rows, int64_t x_row, const float *w, int64_t inputs,
                     int64_t outputs, float *y, int64_t y_row) {
-#define COLUMNS(VECTORS)                                                                         \
-    for (; o + VECTORS * LANES <= outputs; o += VECTORS * LANES)                                 \
-    columns_panel(VECTORS, x, rows, x_row, w + o, outputs, inputs, y + o, y_row)
-    int64_t o = 0;
-    if (rows == 1) COLUMNS(8);
-    if (rows <= 3) COLUMNS(4);
-    COLUMNS(3);
-    COLUMNS(2);
-    COLUMNS(1);
+    int64_t part = 4 * outputs * (int64_t)sizeof(float) / ((rows + 1) / 2);
+    int64_t step = part * LANES / outputs;
+    for (int64_t i = 0; i < inputs; i += 4) {
+        const float *at = w + i * outputs;
+        const char *ahead = (const char *)(at + 4 * outputs);
+        int64_t r = 0;
+#define COLUMNS(ROWS, SET)                                                                       \
+    for (; r + ROWS <= rows; r += ROWS, ahead += part)                                           \
+    columns_tile(ROWS, 4, SET, x + r * x_row + i, x_row, at, outputs, y + r * y_row, y_row, ahead, \
+                 step)
+        if (i == 0) {
+            COLUMNS(2, 1);
+            COLUMNS(1, 1);
+        } else {
+            COLUMNS(2, 0);
+            COLUMNS(1, 0);
+        }
 #undef COLUMNS
+    }
 }
 
 /* One thread's share of a call */
