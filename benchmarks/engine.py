@@ -338,11 +338,11 @@ def show(figures: Figures, indent: str = "") -> None:
     """Print nested figures, a line each."""
     for name, value in figures.items():
         if isinstance(value, dict):
-            print(f"{indent}{name}:")
+            print(f"{indent}{name}:", flush=True)
             show(value, indent + "  ")
         else:
             shown = f"{value:,.2f}" if isinstance(value, float) else value
-            print(f"{indent}{name}: {shown}")
+            print(f"{indent}{name}: {shown}", flush=True)
 
 
 def main() -> None:
