@@ -230,6 +230,7 @@ def run_help(arguments, monkeypatch, capsys):
     """Ask a benchmark for its help, which must have every flag that is named."""
     script, *flags = arguments
     monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.syspath_prepend((ROOT / script).parent)  # as Python does for a script
     assert exit_code(runpy.run_path, str(ROOT / script), None, "__main__") == 0
     text = capsys.readouterr().out
     for flag in flags:
