@@ -255,7 +255,7 @@ class MythosConfig:
         """
         from openmythos.scales import SCALES
 
-        if name not in SCALES:
+        if not isinstance(name, str) or name not in SCALES:
             raise ConfigError(f"preset={name!r} must be one of {', '.join(SCALES)}")
         return cls(**SCALES[name])
 
@@ -280,11 +280,6 @@ class MythosConfig:
         for name in self._derived:
             object.__setattr__(copied, name, None)
         return copied
-
-    @property
-    def layers(self) -> int:
-        """Distinct layers: prelude, core and coda together."""
-        return self.prelude_layers + self.core_layers + self.coda_layers
 
     def to_json(self) -> str:
         """Return the config as JSON, with a `model_type` as Hugging Face's folders have."""
@@ -323,7 +318,11 @@ class MythosConfig:
         path = Path(folder) / CONFIG_FILE
         if not path.is_file():
             raise CheckpointError(f"{path} must exist: {folder} is not a model's folder")
-        return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path} must be JSON in UTF-8: {error}") from error
+        return cls.from_json(text, str(path))
 
 
 KINDS: dict[str, Any] = {

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-import jaxtyping
 import pytest
+from typecheck import unchecked
 
 import openmythos.config as kinds
 from openmythos import MythosConfig
@@ -128,9 +128,8 @@ def where(block):
 
 @pytest.fixture(autouse=True)
 def _no_shape_checks():
-    jaxtyping.config.update("jaxtyping_disable", True)  # they take more time than what is run here
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    with unchecked():  # they take more time than what is run here
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,10 @@ def parse(command: Any, name: str, arguments: list[str]) -> Any:
     """
     import tyro
 
+    from openmythos.cli.flag_help import fill_help
     from openmythos.cli.refusals import in_one_sentence
+
+    fill_help(command.Settings)
 
     if getattr(command, "HANDS_ON", False) and arguments[:1] not in ([], ["-h"], ["--help"]):
         arguments = ["--", *arguments]  # flags of another program, which are not ours to read

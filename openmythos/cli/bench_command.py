@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class Settings:
     """Flags of `openmythos bench`."""
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "nano"
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = "nano"
     """A preset, or the folder of a model or of a training run."""
 
     loops: tuple[int, ...] = (1, 4, 16)

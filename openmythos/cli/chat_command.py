@@ -49,7 +49,7 @@ An empty line lets the model go on. To begin a line with a slash, write two."""
 class Settings:
     """Flags of `openmythos chat`."""
 
-    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = Path(
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = Path(
         LANGUAGE_MODEL
     )
     """Folder of a model or of a training run, or the name of a model in the package."""

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class Settings:
     """Flags of `openmythos eval`."""
 
-    model: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = None
+    model: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
     """Folder of a model, or of a training run. May be left out with --task."""
 
     corpus: Literal["embedded", "sotu"] | None = None

@@ -25,7 +25,7 @@ from openmythos.evidence.claims import CLAIMS, Reproduction, claim, reproduce
 class Settings:
     """Flags of `openmythos evidence`."""
 
-    claim: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="CLAIM")] = None
+    claim: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[CLAIM]")] = None
     """Which claim. Default: list them."""
 
     quick: bool = False

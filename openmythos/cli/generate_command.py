@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class Settings:
     """Flags of `openmythos generate`."""
 
-    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = Path(
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = Path(
         LANGUAGE_MODEL
     )
     """Folder of a model or of a training run, or the name of a model in the package."""

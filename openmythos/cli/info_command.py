@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class Settings:
     """Flags of `openmythos info`."""
 
-    model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = None
+    model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
     """A preset, or the folder of a model or of a training run. Default: compare all presets."""
 
     loops: tuple[int, ...] | None = None
@@ -104,7 +104,6 @@ def _cost(name: str, settings: Settings) -> Cost:
 def _as_json(
     name: str, config: MythosConfig, account: Account, training: TrainingBytes
 ) -> dict[str, Any]:
-    own = account.cache_bytes[config.attention]
     return {
         "name": name,
         "config": dataclasses.asdict(config),
@@ -114,7 +113,10 @@ def _as_json(
         "training_bytes": {**training._asdict(), "total": training.total},
         "serving_bytes": {
             "weights": account.serving_bytes,
-            **{f"cache_{policy}": size * config.max_length for policy, size in own.items()},
+            **{
+                f"cache_{policy}": size * config.max_length
+                for policy, size in account.cache_bytes.items()
+            },
         },
     }
 
@@ -167,15 +169,13 @@ def _cache(config: MythosConfig, account: Account) -> list[str]:
         "gqa": f"gqa, {config.kv_heads} heads of {config.head_dim}",
         "mla": f"mla, latent {config.kv_latent} + rope {config.rope_dim}",
     }
-    for kind, by_policy in account.cache_bytes.items():
-        mark = "" if kind == config.attention else " (if it had)"
-        every, last = (_bytes(by_policy[policy]) for policy in ("per_loop", "last"))
-        lines.append(f"  {sizes[kind] + mark:<36}{every:>14}{last:>16}")
+    every, last = (_bytes(account.cache_bytes[policy]) for policy in ("per_loop", "last"))
+    lines.append(f"  {sizes[config.attention]:<36}{every:>14}{last:>16}")
     return [*lines, f"  slots are {config.mean_loops}, the mean loops"]
 
 
 def _memory(config: MythosConfig, account: Account, training: TrainingBytes) -> list[str]:
-    own, length = account.cache_bytes[config.attention], config.max_length
+    own, length = account.cache_bytes, config.max_length
     every, last = (_bytes(own[policy] * length) for policy in ("per_loop", "last"))
     weights, gradients, optimizer = map(_bytes, training)
     rows = {
@@ -207,7 +207,7 @@ def _comparison(costs: Sequence[Cost], keys: int) -> str:
 
 
 def _row(name: str, config: MythosConfig, account: Account, training: TrainingBytes) -> list[str]:
-    own, core = account.cache_bytes[config.attention], f"{config.core_layers} x {config.mean_loops}"
+    own, core = account.cache_bytes, f"{config.core_layers} x {config.mean_loops}"
     return [
         name,
         _count(account.total),

@@ -37,7 +37,9 @@ HANDS_ON = True
 class Settings:
     """Arguments of `openmythos lm-eval`."""
 
-    arguments: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ARGS")] = ()
+    arguments: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[ARGS]")
+    ] = ()
     """Handed on as they are."""
 
 

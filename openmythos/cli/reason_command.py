@@ -36,7 +36,7 @@ GREEN, GREY, BOLD, RESET = "\x1b[38;5;41m", "\x1b[38;5;244m", "\x1b[1m", "\x1b[0
 class Settings:
     """Flags of `openmythos reason`."""
 
-    walk: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="WALK")] = None
+    walk: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[WALK]")] = None
     """A room and doors, as in 'library red green gold'. Default: a random walk of --hops."""
 
     hops: int | None = None

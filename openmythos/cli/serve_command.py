@@ -40,7 +40,7 @@ NEAR = ("127.", "::1", "localhost")
 class Settings:
     """Flags of `openmythos serve`."""
 
-    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = Path(
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = Path(
         LANGUAGE_MODEL
     )
     """Folder of a model or of a training run, or the name of a model in the package."""
@@ -54,7 +54,7 @@ class Settings:
     )
     """Where it listens, whom it lets in, how much it takes on."""
 
-    engine: Annotated[EngineSettings, tyro.conf.arg(name="")] = field(
+    engine: Annotated[EngineSettings, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(
         default_factory=EngineSettings
     )
     """How much it holds and does at once."""

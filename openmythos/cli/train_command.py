@@ -56,13 +56,16 @@ class Settings:
     """A tokenizer.json to use. Default: learn a byte-level BPE of the model's vocab_size."""
 
     start_from: Path | None = None
-    """A model's folder whose weights and tokenizer to start from, to train it further or to train
-    its adapters; the shape is its own, apart from lora_rank."""
+    """A model's or a finished run's folder, or the name of a model in the package, whose weights
+    and tokenizer to start from, to train it further or to train its adapters. The shape is its
+    own: of the --model flags only --model.lora-rank and --model.lora-loops go with it."""
 
     preset: str = "nano"
     """The model's scale, which the --model flags then change."""
 
-    model: MythosConfig = field(default_factory=lambda: MythosConfig.preset("nano"))
+    model: Annotated[MythosConfig, tyro.conf.FlagConversionOff] = field(
+        default_factory=lambda: MythosConfig.preset("nano")
+    )
     """The model's shape."""
 
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
@@ -105,7 +108,7 @@ def run(settings: Settings) -> None:
             settings.train,
             source=_source(settings),
             tokenizer=settings.tokenizer,
-            start_from=settings.start_from,
+            start_from=_start(settings),
         )
     with Progress(trainer) as progress:
         try:
@@ -119,6 +122,27 @@ def run(settings: Settings) -> None:
         f"finished: openmythos generate {trainer.run} --prompt '...'  |  openmythos plot "
         f"{trainer.run}"
     )
+
+
+ADAPTERS = ("lora_rank", "lora_loops")
+
+
+def _start(settings: Settings) -> Path | None:
+    """The folder of the model to start from; flags of another shape are refused, not ignored."""
+    if settings.start_from is None:
+        return None
+    from openmythos.inference.shipped import find_model
+
+    usual = MythosConfig.preset(Settings.preset).open()
+    if settings.preset != Settings.preset:
+        raise ConfigError(f"preset={settings.preset} must be left out with --start-from")
+    for name, value in dataclasses.asdict(settings.model.open()).items():
+        if name not in ADAPTERS and value != getattr(usual, name):
+            raise ConfigError(
+                f"{name}={value} must be left out with --start-from: the shape is that model's own"
+            )
+    folder = find_model(settings.start_from)
+    return folder / "model" if (folder / "model").is_dir() else folder
 
 
 def _source(settings: Settings) -> dict[str, Any]:

@@ -161,7 +161,7 @@ class TextTraining:
             "tokens": self.tokens,
             "flops": self.training_flops(),
             "flops_per_token": counted.flops[config.mean_loops],
-            "cache_bytes": counted.cache_bytes[config.attention],
+            "cache_bytes": counted.cache_bytes,
         }
 
     def training_flops(self) -> float:

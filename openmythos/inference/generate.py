@@ -14,7 +14,7 @@ from openmythos.inference.sampling import Sampling, draw
 from openmythos.inference.thinking import Thinking
 from openmythos.model.call import check_loops
 from openmythos.model.transformer import OpenMythos
-from openmythos.whole import at_least
+from openmythos.numbers import at_least
 
 
 class NewToken(NamedTuple):

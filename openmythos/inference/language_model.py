@@ -18,6 +18,7 @@ from openmythos.inference.thinking import Thinking
 from openmythos.model.files import load_model
 from openmythos.model.quantised import quantise
 from openmythos.model.transformer import OpenMythos
+from openmythos.numbers import whole
 from openmythos.training.machine import measure
 from openmythos.training.tokenizer import Tokenizer
 
@@ -125,6 +126,8 @@ class LanguageModel:
         sampling = Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
         )
+        if not isinstance(stop, Sequence):
+            raise InputError(f"stop={stop!r} must be a string or a list of strings")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         return self.write(prompt, max_new_tokens, thinking, sampling, stops)
 
@@ -137,8 +140,13 @@ class LanguageModel:
         stop: Sequence[str] = (),
     ) -> Iterator[Piece]:
         """Yield text as `stream` does, with its choices in two dataclasses."""
-        if any(not text for text in stop):
-            raise InputError("stop must hold no empty string: it would end every text at once")
+        if not isinstance(prompt, str):
+            raise InputError(f"prompt={prompt!r} must be a string")
+        for text in stop:
+            if not isinstance(text, str):
+                raise InputError(f"stop holds {text!r}, must hold strings")
+            if not text:
+                raise InputError("stop must hold no empty string: it would end every text at once")
         token_ids = [self.tokenizer.end_id, *self.tokenizer.encode(prompt)]
         room = self.model.config.max_length - len(token_ids)
         if room < 1:
@@ -149,7 +157,7 @@ class LanguageModel:
         tokens = generate(
             self.model,
             torch.tensor([token_ids], device=self.model.embed.weight.device),
-            max_new_tokens=min(max_new_tokens, room) if max_new_tokens > 0 else max_new_tokens,
+            max_new_tokens=min(max_new_tokens, room) if whole(max_new_tokens) else max_new_tokens,
             thinking=thinking,
             sampling=sampling,
             vocab_size=self.tokenizer.vocab_size,
@@ -221,13 +229,15 @@ def load(name: str | Path, weights: WeightsKind | Literal["auto"] | None = None)
             Default: as `OpenMythos.from_pretrained`.
 
     Raises:
-        InputError: there are no such `weights`.
+        InputError: there are no such `weights`, or `name` is no name.
         CheckpointError: there is no model, or it is damaged.
         TokenizerError: its tokenizer is missing or damaged.
     """
     kinds = (*get_args(WeightsKind), "auto")
     if weights is not None and weights not in kinds:
         raise InputError(f"weights={weights!r} must be one of {', '.join(kinds)}")
+    if not isinstance(name, str | Path):
+        raise InputError(f"name={name!r} must be a folder, or the name of a shipped model")
     folder = find_model(name)
     if not folder.is_dir():
         names = ", ".join(shipped()) or "none in this installation"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from openmythos.errors import InputError
+from openmythos.numbers import at_least, real
 
 COLDEST = 1e-30  # a temperature that fp32 can still divide by
 
@@ -38,16 +39,22 @@ class Sampling:
         Raises:
             InputError: a value is out of range.
         """
-        if not 0 <= self.temperature < float("inf"):
+        if self._number("temperature") < 0:
             raise InputError(f"temperature={self.temperature} must be 0 or more")
-        if self.top_k < 0:
-            raise InputError(f"top_k={self.top_k} must be 0 (no limit) or more")
-        if not 0 < self.top_p <= 1:
+        if not at_least(self.top_k, 0):
+            raise InputError(f"top_k={self.top_k!r} must be an integer of 0 (no limit) or more")
+        if not 0 < self._number("top_p") <= 1:
             raise InputError(f"top_p={self.top_p} must be above 0 and at most 1")
-        if not 0 <= self.min_p < 1:
+        if not 0 <= self._number("min_p") < 1:
             raise InputError(f"min_p={self.min_p} must be from 0 to below 1")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise InputError(f"seed={self.seed} must be from 0 to 2^63 - 1")
+        if self.seed is not None and not (at_least(self.seed, 0) and self.seed < 2**63):
+            raise InputError(f"seed={self.seed!r} must be an integer from 0 to 2^63 - 1, or None")
+
+    def _number(self, name: str) -> float:
+        number = real(getattr(self, name))
+        if number is None:
+            raise InputError(f"{name}={getattr(self, name)!r} must be a finite number")
+        return number
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 
-from openmythos.config import AttentionKind, CachePolicy, MythosConfig
+from openmythos.config import CachePolicy, MythosConfig
 from openmythos.model.transformer import OpenMythos
 
 ROUTED = (".feed_forward.w_in", ".feed_forward.w_out")
@@ -33,8 +32,9 @@ class Account:
     """Keys that a token sees where operations are counted."""
     flops: dict[int, int]
     """Floating-point operations per token, forward, by loops."""
-    cache_bytes: dict[str, dict[str, int]]
-    """Bytes per token in bf16 at the mean loops, by attention kind and cache policy."""
+    cache_bytes: dict[str, int]
+    """Bytes per token in bf16 at the mean loops, by cache policy. `last` is what stands while a
+    text is written; its prompt keeps all loops until it is read."""
     serving_bytes: int
     """Bytes of the weights in bf16."""
 
@@ -63,6 +63,7 @@ def account(
     model, mean = on_meta(config), config.mean_loops
     keys = min(keys, config.max_length)
     loops = sorted({1, max(1, mean // 2), mean, 2 * mean}) if loops is None else loops
+    slots_of: dict[CachePolicy, int] = {"per_loop": mean, "last": 1}
     parts = parameters(model)
     serving = model.bfloat16()
     tensors = {**dict(serving.named_parameters()), **dict(serving.named_buffers())}
@@ -71,7 +72,10 @@ def account(
         active=sum(parts.values()) - unchosen(model),
         keys=keys,
         flops={depth: model.flops(keys, depth) for depth in loops},
-        cache_bytes={kind: cache_bytes(config, kind) for kind in get_args(AttentionKind)},
+        cache_bytes={
+            policy: serving.new_cache(1, 1, loops=slots, policy=policy).nbytes
+            for policy, slots in slots_of.items()
+        },
         serving_bytes=sum(tensor.nbytes for tensor in tensors.values()),
     )
 
@@ -97,18 +101,3 @@ def unchosen(model: OpenMythos) -> int:
         for layer in model.core.experts_layers()
         for stack in (layer.w_in, layer.w_out)
     )
-
-
-def cache_bytes(config: MythosConfig, attention: str) -> dict[str, int]:
-    """Return bytes per token in bf16, by cache policy, if the config had this attention.
-
-    `last` is what stands while a text is written; its prompt keeps all loops until it is read.
-    """
-    kind: AttentionKind = "mla" if attention == "mla" else "gqa"
-    bias = config.qk_bias and kind == "gqa"
-    model = on_meta(config.replace(attention=kind, qk_bias=bias)).bfloat16()
-    slots = {"per_loop": config.mean_loops, "last": 1}
-    return {
-        policy: model.new_cache(1, 1, loops=slots[policy], policy=policy).nbytes
-        for policy in get_args(CachePolicy)
-    }

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from openmythos.config import CachePolicy
 from openmythos.errors import CacheError
-from openmythos.whole import whole
+from openmythos.numbers import whole
 
 Declaration = dict[str, tuple[int, ...]]
 """What one attention keeps per token: names and shapes."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from openmythos.config import CachePolicy, MythosConfig
 from openmythos.errors import CacheError, InputError
 from openmythos.model.cache import Cache
-from openmythos.whole import at_least, whole
+from openmythos.numbers import at_least, whole
 
 if TYPE_CHECKING:
     from openmythos.model.transformer import OpenMythos

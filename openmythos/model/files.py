@@ -140,6 +140,7 @@ def load_model(
     with torch.device("meta"):
         model = kind(config)
     fill(model, tensors, str(path))
+    check_values(model, str(path))
     if int8:
         quantise(model.float())
     return (model if dtype is None else model.to(dtype)).eval()
@@ -175,6 +176,30 @@ def decoded(path: Path) -> dict[str, Tensor]:
     for name in scales:
         raise CheckpointError(f"{path} has {name!r} and no int8 tensor for it: export it again")
     return tensors
+
+
+def check_values(model: OpenMythos, source: str) -> None:
+    """Refuse weights that no model of ours could have been saved with.
+
+    Raises:
+        CheckpointError: a number is NaN or infinite, or of another dtype than `model.to` gives.
+    """
+    dtype = model.embed.weight.dtype
+    with torch.device("meta"):
+        wanted = type(model)(model.config).to(dtype).state_dict()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Int8Weight):
+            continue
+        if tensor.dtype != wanted[name].dtype:
+            raise CheckpointError(
+                f"{source}: {name} is {tensor.dtype}, must be {wanted[name].dtype} as embed.weight "
+                f"is {dtype}: save the model after model.to(dtype)"
+            )
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(
+                f"{source}: {name} holds NaN or infinity: copy it again, or take a checkpoint from "
+                "before training diverged"
+            )
 
 
 def _with_scale(name: str, numbers: Tensor, scale: Tensor | None, path: Path) -> Int8Weight:

@@ -26,7 +26,7 @@ from openmythos.model.native.run import FewRowsLinear
 from openmythos.model.norm import RMSNorm
 from openmythos.model.notes import CoreOutput, Notes
 from openmythos.model.rope import Rope, rope_table
-from openmythos.whole import whole
+from openmythos.numbers import whole
 
 
 @dataclass

@@ -43,6 +43,12 @@ SENTENCES = [
     ("demo --fresh --run FOLDER", "must be a training run to be deleted"),
     ("demo --train yes --steps 0", "steps=0 must be 1 or more"),
     ("train --text TEXT --train adapters", "train='adapters' must go with lora_rank of 1 or more"),
+    ("train --text TEXT --start-from RUN --preset tiny", "preset=tiny must be left out with"),
+    (
+        "train --text TEXT --start-from openmythos-lm --model.experts 4",
+        "experts=4 must be left out with --start-from: the shape is that model's own",
+    ),
+    ("train --text TEXT --start-from nowhere", "start_from=nowhere must be the folder of a model"),
     ("train --text TEXT --optimizer.adam-lr inf", "adam_lr=inf must be a finite number"),
     ("eval RUN --text TEXT --png TEXT/a.png", "must lie in a folder that can be written to"),
 ]

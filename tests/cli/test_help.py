@@ -42,3 +42,11 @@ def test_the_overview_names_every_command():
 
 def test_the_version_is_told():
     assert ask("--version").startswith("openmythos ")
+
+
+def test_a_flags_text_is_one_paragraph_whatever_its_docstrings_lines():
+    page = " ".join(ask("train", "--help").replace("\u2502", " ").split())
+    assert "must not have begun to decay yet; the result is that of a run started" in page
+    assert "Key and value heads of `gqa`; must divide num_heads" in page
+    assert "--model.qk-norm {True,False}" in page
+    assert "usage: openmythos generate [-h] [OPTIONS] [MODEL]" in ask("generate", "--help")

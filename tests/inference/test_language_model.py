@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny
+from typecheck import unchecked
 
 import openmythos
 from openmythos.errors import CheckpointError, InputError, TokenizerError
@@ -93,6 +94,34 @@ def test_text_ends_where_max_length_is_reached(lm):
 def test_an_empty_stop_is_refused(lm):
     with pytest.raises(InputError, match="stop must hold no empty string"):
         lm.stream(stop=["x", ""])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"prompt": None}, "prompt=None must be a string"),
+        ({"prompt": 7}, "prompt=7 must be a string"),
+        ({"stop": 5}, "stop=5 must be a string or a list of strings"),
+        ({"stop": ["x", 5]}, "stop holds 5, must hold strings"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be an integer of 1 or more"),
+        ({"max_new_tokens": "4"}, "max_new_tokens='4' must be an integer of 1 or more"),
+        ({"loops": 2.5}, "loops=2.5 must be"),
+        ({"seed": "1"}, "seed='1' must be an integer"),
+    ],
+    ids=str,
+)
+def test_values_of_a_wrong_type_are_refused(lm, options, sentence):
+    with unchecked(), pytest.raises(InputError, match=sentence):
+        lm.generate(**options)
+
+
+@pytest.mark.parametrize("name", [None, 3, ["openmythos-lm"]])
+def test_what_is_no_name_is_not_loaded(name):
+    with (
+        unchecked(),
+        pytest.raises(InputError, match="must be a folder, or the name of a shipped model"),
+    ):
+        openmythos.load(name)
 
 
 def test_a_tokenizer_of_another_model_is_refused(lm):

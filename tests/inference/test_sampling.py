@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
+from typecheck import unchecked
 
 from openmythos.errors import InputError
 from openmythos.inference.sampling import Sampling, distribution, draw
@@ -78,16 +79,22 @@ def test_low_temperatures_take_the_likeliest_token(temperature, dtype):
     ("values", "sentence"),
     [
         ({"temperature": -0.1}, "temperature=-0.1 must be 0 or more"),
-        ({"temperature": math.nan}, "temperature=nan must be 0 or more"),
-        ({"temperature": math.inf}, "temperature=inf must be 0 or more"),
-        ({"top_k": -1}, "top_k=-1 must be 0 (no limit) or more"),
+        ({"temperature": math.nan}, "temperature=nan must be a finite number"),
+        ({"temperature": math.inf}, "temperature=inf must be a finite number"),
+        ({"temperature": "1"}, "temperature='1' must be a finite number"),
+        ({"temperature": None}, "temperature=None must be a finite number"),
+        ({"top_k": -1}, "top_k=-1 must be an integer of 0 (no limit) or more"),
+        ({"top_k": 2.5}, "top_k=2.5 must be an integer of 0 (no limit) or more"),
+        ({"top_p": True}, "top_p=True must be a finite number"),
         ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p=1.1 must be above 0 and at most 1"),
         ({"min_p": 1.0}, "min_p=1.0 must be from 0 to below 1"),
-        ({"seed": -1}, "seed=-1 must be from 0 to 2^63 - 1"),
+        ({"seed": -1}, "seed=-1 must be an integer from 0 to 2^63 - 1, or None"),
+        ({"seed": 1.5}, "seed=1.5 must be an integer from 0 to 2^63 - 1, or None"),
+        ({"seed": 2**63}, f"seed={2**63} must be an integer from 0 to 2^63 - 1, or None"),
     ],
 )
 def test_values_out_of_range_are_refused(values, sentence):
-    with pytest.raises(InputError) as error:
+    with unchecked(), pytest.raises(InputError) as error:
         Sampling(**values)
     assert str(error.value) == sentence

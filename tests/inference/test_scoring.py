@@ -1,11 +1,9 @@
 """Log-likelihoods in batches against plain loops: one token at a time, nothing shared or padded."""
 
-import contextlib
-
-import jaxtyping
 import pytest
 import torch
 from tiny import SIZES, some_ids, tiny
+from typecheck import unchecked
 
 from openmythos.errors import InputError
 from openmythos.inference import scoring
@@ -43,14 +41,6 @@ def requests():
         Request(some(3), some(2 * MOST + 1)),
         Request(one, some(2)),
     ]
-
-
-@contextlib.contextmanager
-def unchecked():
-    """No checks of shapes in the reference, where they would take most of the time."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @torch.no_grad()
@@ -96,7 +86,7 @@ def same(scores, expected):
 def test_scores_are_those_of_plain_loops(how, attention):
     model = tiny(attention=attention, max_length=MOST, dtype=torch.float64)
     asked = requests()
-    with unchecked():
+    with unchecked():  # checks of shapes would take most of the time
         expected = [in_windows(model, request, **how) for request in asked]
     same(score(model, asked, **how), expected)
     if "halting" in how:

@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from openmythos import MythosConfig
-from openmythos.model.accounting import account, cache_bytes, on_meta
+from openmythos.model.accounting import account, on_meta
 from openmythos.scales import SCALES
 from openmythos.training.memory import training_bytes
 from openmythos.training.optimizer import build_optimizers
@@ -92,11 +92,11 @@ def test_operations_count_the_chosen_experts_alone():
 
 def test_cache_bytes_are_those_counted_by_hand():
     heads, latent = 2 * 2 * 4 * 2, (64 + 16) * 2  # keys and values; bf16
-    assert cache_bytes(DENSE, "gqa") == {
+    assert account(DENSE).cache_bytes == {
         "per_loop": (2 + 1 + 3 * 5) * heads,
         "last": (2 + 1 + 3) * heads,
     }
-    assert cache_bytes(DENSE, "mla") == {
+    assert account(DENSE.replace(attention="mla")).cache_bytes == {
         "per_loop": (2 + 1 + 3 * 5) * latent,
         "last": (2 + 1 + 3) * latent,
     }
@@ -108,7 +108,7 @@ def test_cache_bytes_are_those_of_a_cache_that_has_been_written(policy):
     cache = model.new_cache(1, 10, policy=policy)
     for token_ids in some_ids(1, 10).split([8, 1, 1], dim=1):
         model(token_ids, cache=cache)
-    assert cache.nbytes == 10 * cache_bytes(model.config, "mla")[policy]
+    assert cache.nbytes == 10 * account(model.config).cache_bytes[policy]
 
 
 def test_training_bytes_are_those_of_a_step():

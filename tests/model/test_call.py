@@ -2,10 +2,10 @@
 
 import re
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
+from typecheck import unchecked
 
 from openmythos.config import MythosConfig
 from openmythos.errors import CacheError, ConfigError, InputError
@@ -236,9 +236,5 @@ def test_whole_numbers_are_taken_in_every_form(three):
 )
 def test_what_is_no_tensor_is_refused(wrong):
     (name,) = wrong
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(InputError, match=rf"{name} is \w+, must be a torch.Tensor"):
-            tiny()(**{"token_ids": some_ids(), "loops": 2, **wrong})
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    with unchecked(), pytest.raises(InputError, match=rf"{name} is \w+, must be a torch.Tensor"):
+        tiny()(**{"token_ids": some_ids(), "loops": 2, **wrong})

@@ -254,3 +254,39 @@ def test_what_cannot_be_saved_leaves_the_old_files(tmp_path):
 def test_a_dtype_that_does_not_fit_is_refused(tmp_path, options, sentence):
     with pytest.raises(InputError, match=sentence):
         load_model(OpenMythos, tmp_path, **options)
+
+
+def hold_nan(tensors):
+    tensors["norm.weight"][3] = float("nan")
+
+
+def hold_infinity(tensors):
+    tensors["embed.weight"][0, 0] = float("inf")
+
+
+def be_of_two_dtypes(tensors):
+    tensors["norm.weight"] = tensors["norm.weight"].half()
+
+
+NO_MODEL = {
+    hold_nan: "norm.weight holds NaN or infinity",
+    hold_infinity: "embed.weight holds NaN or infinity",
+    be_of_two_dtypes: "norm.weight is torch.float16, must be torch.float32 as embed.weight is",
+}
+
+
+@pytest.mark.parametrize("damage", NO_MODEL, ids=lambda damage: damage.__name__)
+def test_weights_that_no_model_has_are_refused(tmp_path, damage):
+    model_of().save_pretrained(tmp_path)
+    tensors, _ = written(tmp_path)
+    damage(tensors)
+    save_file(tensors, tmp_path / WEIGHTS_FILE, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS_FILE}.*{NO_MODEL[damage]}"):
+        OpenMythos.from_pretrained(tmp_path)
+
+
+def test_a_config_that_is_no_text_is_refused(tmp_path):
+    model_of().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(CheckpointError, match="config.json must be JSON in UTF-8"):
+        OpenMythos.from_pretrained(tmp_path)

@@ -34,7 +34,7 @@ def test_scales_from_100b_on_take_a_million_tokens(name):
 @pytest.mark.parametrize("name", SCALES)
 def test_most_layers_stand_in_the_core_and_rows_are_aligned_for_grouped_products(name):
     config = MythosConfig.preset(name)
-    assert config.core_layers >= config.layers / 2
+    assert config.core_layers >= config.prelude_layers + config.coda_layers
     assert config.expert_size % 8 == 0
     assert config.hidden_size % 8 == 0
 

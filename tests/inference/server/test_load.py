@@ -4,10 +4,10 @@ import asyncio
 import json
 import random
 
-import jaxtyping
 import pytest
 import uvicorn
 from fake_engine import language_model, wait_until
+from typecheck import unchecked
 
 from openmythos.inference.chat import ChatLayout
 from openmythos.inference.engine import Engine
@@ -28,9 +28,8 @@ RUBBISH = [
 
 @pytest.fixture(autouse=True)
 def _no_shape_checks():
-    jaxtyping.config.update("jaxtyping_disable", True)  # the engine's own tests have them
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    with unchecked():  # the engine's own tests have them
+        yield
 
 
 @pytest.mark.parametrize("clients", [30, pytest.param(3000, marks=pytest.mark.soak)])

@@ -3,12 +3,12 @@
 import json
 import threading
 
-import jaxtyping
 import pytest
 import torch
 from fake_engine import error_of, events_of, language_model, wait_until
 from starlette.testclient import TestClient
 from torch.testing import assert_close
+from typecheck import unchecked
 
 from openmythos.inference.chat import ChatLayout
 from openmythos.inference.engine import Engine
@@ -22,9 +22,8 @@ PROMPT = "The mice ran"
 
 @pytest.fixture(autouse=True)
 def _no_shape_checks():
-    jaxtyping.config.update("jaxtyping_disable", True)  # the engine's own tests have them
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    with unchecked():  # the engine's own tests have them
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
-"""Whole numbers as callers give them: Python's, NumPy's, or a tensor that holds one."""
+"""Numbers as callers give them: Python's, NumPy's, or a tensor that holds one."""
 
 from __future__ import annotations
 
+import math
 import operator
 
 
@@ -21,3 +22,16 @@ def at_least(value: object, least: int) -> bool:
     """Whether a value is an integer of `least` or more."""
     number = whole(value)
     return number is not None and number >= least
+
+
+def real(value: object) -> float | None:
+    """Return a finite number as Python's float; None where the value is none, as "0.8" is not."""
+    if isinstance(value, str | bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    if getattr(value, "ndim", 0):
+        return None
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+    return number if math.isfinite(number) else None
