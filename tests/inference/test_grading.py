@@ -3,11 +3,11 @@
 import math
 import statistics
 
-import jaxtyping
 import pytest
 import torch
 from question_sets import CHOICES, WORDS
 from tiny import tiny
+from typecheck import unchecked
 
 from openmythos.inference.grading import LENGTH, grade
 from openmythos.inference.language_model import LanguageModel
@@ -22,9 +22,8 @@ WORD = [Question((context,), (word,)) for context, word in WORDS]
 @pytest.fixture(autouse=True)
 def _do_not_check_shapes():
     # The checks take most of the time, and the tests of scoring have them.
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    with unchecked():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ async function start() {
   }
   byId("model").textContent = info.model;
   byId("tokens").max = info.max_length;
+  byId("tokens").value = Math.min(byId("tokens").value, Math.ceil(info.max_length / 2));
   columns = [new Column("Settings", info, stop)];
   byId("columns").append(columns[0].node);
   byId("write").disabled = false;
