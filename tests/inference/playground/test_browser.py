@@ -439,7 +439,7 @@ def test_a_request_that_cannot_be_is_told_in_the_servers_words(visit):
         page.fill("#prompt", "clock " * 99)
         told = problem_after_writing(page)
         assert "must leave room within max_model_len=64" in told
-        assert "max_length=64" in told
+        assert "has 102 tokens" in told
 
 
 def test_a_server_that_is_being_stopped_is_told(visit):
