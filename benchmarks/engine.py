@@ -24,12 +24,22 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from engine_load import GREEDY, Arrival, Served, poisson, serve, serve_in_batches, texts, ticker
+from engine_load import (
+    GREEDY,
+    Arrival,
+    Served,
+    poisson,
+    serve,
+    serve_in_batches,
+    texts,
+    ticker,
+    writer,
+)
 from versus_open_mythos import our_model, their_model
 
 import openmythos
@@ -106,7 +116,7 @@ def measure_load(options: argparse.Namespace) -> Figures:
         {
             "this engine": lambda: serve(ticker(lm), mixed_arrivals),
             "one depth for all": lambda: serve(ticker(lm), full_arrivals),
-            "static batches": lambda: serve_in_batches(lm, mixed_arrivals),
+            "static batches": lambda: serve_in_batches(mixed_arrivals, writer(lm)),
         },
         options.repeats,
     )
@@ -205,7 +215,7 @@ def measure_reasoner(options: argparse.Namespace) -> Figures:
 
 
 def measure_theirs(options: argparse.Namespace) -> Figures:
-    """Open-mythos' own generate at batch 1 and 8, greedy as far as it can be."""
+    """Open-mythos' own generate, greedy as far as it can be: equal requests, and a mixed load."""
     model, theirs = our_model("gqa").eval(), their_model("gqa").eval()
     tokenizer = openmythos.load(LANGUAGE_MODEL).tokenizer
     lm: Any = type("Solver", (), {"model": model, "tokenizer": tokenizer})()
@@ -226,7 +236,36 @@ def measure_theirs(options: argparse.Namespace) -> Figures:
                 seconds["theirs"].append(end - middle)
         each = {side: batch * new / statistics.median(s) for side, s in seconds.items()}
         found[f"batch {batch}"] = {**each, "ratio": each["ours"] / each["theirs"]}
-    return found
+    load = mixed_numbers(options)
+
+    def batches() -> Served:
+        return serve_in_batches(load, lambda *batch: write_theirs(theirs, *batch))
+
+    ways = {"ours": lambda: serve(ticker(lm), load), "theirs": batches}
+    rows = {name: medians(runs) for name, runs in repeated(ways, options.repeats).items()}
+    ratio = rows["ours"]["tokens_per_second"] / rows["theirs"]["tokens_per_second"]
+    return {**found, "load": {**rows, "ratio": ratio}}
+
+
+def mixed_numbers(options: argparse.Namespace) -> list[Arrival]:
+    """A load as that of `load`, of numbers, with up to 8 loops."""
+    random = np.random.default_rng([options.seed, 5])
+    requests = []
+    for length in random.integers(8, 97, options.requests).tolist():
+        prompt = tuple(random.integers(0, 4000, length).tolist())
+        loops = int(random.choice(DEPTHS, p=SHARES)) // 2
+        requests.append(wanted_text(prompt, int(random.integers(16, 65)), loops))
+    return poisson(requests, options.rate, options.seed)
+
+
+def write_theirs(
+    model: torch.nn.Module, token_ids: torch.Tensor, mask: torch.Tensor, new: int, loops: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """A batch in open-mythos, which knows no padding: every prompt is as long as the longest."""
+    del mask
+    written = model.generate(token_ids, max_new_tokens=new, n_loops=loops, top_k=1)
+    for column in written[:, token_ids.shape[1] :].t().tolist():
+        yield column, [loops] * len(column)
 
 
 def measure_gap(options: argparse.Namespace) -> Figures:

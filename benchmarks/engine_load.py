@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from openmythos.inference.generate import generate
 from openmythos.inference.language_model import LanguageModel
@@ -125,8 +126,34 @@ def serve(engine: Ticker, arrivals: Sequence[Arrival]) -> Served:
     return served
 
 
+Write = Callable[[Tensor, Tensor, int, int], Iterable[tuple[list[int], list[int]]]]
+"""From padded prompts `(batch, longest)`, their mask, new tokens and loops: at each step, every
+row's token and the loops it took."""
+
+
+def writer(lm: LanguageModel) -> Write:
+    """Write batches with this package's own reference."""
+
+    def write(
+        token_ids: Tensor, mask: Tensor, new: int, loops: int
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        steps = generate(
+            lm.model,
+            token_ids,
+            max_new_tokens=new,
+            thinking=Thinking(loops=loops),
+            sampling=GREEDY,
+            mask=mask,
+            vocab_size=lm.tokenizer.vocab_size,
+        )
+        for step in steps:
+            yield step.token_ids.tolist(), step.loops.tolist()
+
+    return write
+
+
 @torch.inference_mode()
-def serve_in_batches(lm: LanguageModel, arrivals: Sequence[Arrival]) -> Served:
+def serve_in_batches(arrivals: Sequence[Arrival], write: Write) -> Served:
     """Serve batches in order of arrival: all wait for the slowest, at the depth of the deepest."""
     served = Served(arrivals, [[] for _ in arrivals])
     start = time.perf_counter()
@@ -140,26 +167,12 @@ def serve_in_batches(lm: LanguageModel, arrivals: Sequence[Arrival]) -> Served:
         for row, request in enumerate(requests):
             token_ids[row, : len(request.token_ids)] = torch.tensor(request.token_ids)
             mask[row, : len(request.token_ids)] = True
-        loops = max(request.thinking.loops or lm.model.config.mean_loops for request in requests)
+        loops = max(request.thinking.loops or 1 for request in requests)
         most = max(request.max_new_tokens for request in requests)
-        steps = generate(
-            lm.model,
-            token_ids,
-            max_new_tokens=most,
-            thinking=Thinking(loops=loops),
-            sampling=GREEDY,
-            mask=mask,
-            vocab_size=lm.tokenizer.vocab_size,
-        )
-        for step, new in enumerate(steps):
+        for step, (tokens, taken) in enumerate(write(token_ids, mask, most, loops)):
             now = time.perf_counter() - start
             for row, request in enumerate(requests):
                 if step < request.max_new_tokens:
-                    event = TokenEvent(
-                        choice=0,
-                        token_id=int(new.token_ids[row]),
-                        text="",
-                        loops=int(new.loops[row]),
-                    )
+                    event = TokenEvent(choice=0, token_id=tokens[row], text="", loops=taken[row])
                     served.tokens[first + row].append((now, event))
     return served

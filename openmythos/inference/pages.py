@@ -232,6 +232,8 @@ class Table:
         self.addresses: Addresses = np.zeros((layout.slots, capacity), dtype=np.int64)
         self.base: int = self.addresses.__array_interface__["data"][0]
         """Where `addresses` lies in memory."""
+        self.step = self.addresses.strides[0]
+        """Bytes from a slot's addresses to the next one's."""
         self.exits = np.full(capacity, -1, dtype=np.int64)
         """Last loop of each position; -1 while it is in the core."""
         self.columns: list[Column] = []

@@ -27,6 +27,7 @@ from openmythos.model.attention import ATTENTION
 from openmythos.model.cache import Declaration, Entries, Place, Span
 from openmythos.model.core import Rows
 from openmythos.model.halting import Memory, Rule
+from openmythos.model.native.exits import BY_BUDGET, Decided, Exits, decided_here
 from openmythos.model.native.run import MOST_ROWS, run_pages, takes_all
 from openmythos.model.rope import Rope, rope_table
 from openmythos.model.transformer import OpenMythos
@@ -118,7 +119,10 @@ class Passes:
         ]
         self.rope = self._rope_table()
         self.carry = torch.empty(0)
+        self.quiet = torch.zeros(1, dtype=torch.bool)  # by seat, for rules decided natively
         self.rules: dict[Hashable, Rule | None] = {}
+        self.decided: dict[Hashable, Decided | None] = {}
+        """The same as the native code knows them; None: it does not."""
         self.memories: dict[Hashable, Memory] = {}
         wide = torch.float32 if self.dtype.itemsize < 4 else self.dtype
         self.h = torch.zeros(1, self.config.hidden_size, dtype=wide, device=self.device)
@@ -141,6 +145,7 @@ class Passes:
             self.memories = {key: part for key, part in self.memories.items() if key in used}
         if name not in self.rules:
             self.rules[name] = make()
+        self.decided = {key: decided_here(rule) for key, rule in self.rules.items()}
 
     # Seats
 
@@ -152,6 +157,7 @@ class Passes:
             more = max(missing, size)
             self.h = _longer(self.h, more)
             self.drive = _longer(self.drive, more)
+            self.quiet = _longer(self.quiet, more)
             self.memories = {
                 key: tuple(_longer(part, more) for part in memory)
                 for key, memory in self.memories.items()
@@ -224,16 +230,18 @@ class Passes:
         for row in rows:
             table, place = row.track.table, slot(row.track, row, ahead)
             write.append(table.write(place, row.position))
-            read.append(table.base + place * table.addresses.strides[0])
-            other = None if also is None else also(row.track, row)
-            second.append(-1 if other is None else table.write(other, row.position))
+            read.append(table.base + place * table.step)
+        if also is not None and any(row.track.job.layout.latest for row in rows):
+            for row in rows:
+                other = also(row.track, row)
+                second.append(-1 if other is None else row.track.table.write(other, row.position))
         counts = [row.position + 1 for row in rows]
         return Entries(
             _whole(write),
             _whole(counts),
             max(counts),
             read=_whole(read),
-            also=_whole(second) if max(second) >= 0 else None,
+            also=_whole(second) if max(second, default=-1) >= 0 else None,
         )
 
     def _alone(self, rows: Sequence[Row], slot: Choose) -> tuple[Span, np.ndarray]:
@@ -308,18 +316,31 @@ class Passes:
             yield Place(view.span, lane)
 
     def may_run_ahead(self, rows: Sequence[Row]) -> bool:
-        """Whether rows can run several loops in one call: natively, with no rule to ask."""
-        return self.native and all(self.rules[row.track.job.halting] is None for row in rows)
+        """Whether rows can run several loops in one call: natively, with no other rule to ask."""
+        if not self.native or len(rows) > MOST_ROWS:
+            return False
+        return all(self.decided[row.track.job.halting] for row in rows)
 
-    def loop(self, rows: Sequence[Row], loops: int = 1) -> list[bool]:
-        """Run a loop of the core, or some, on each row; return where its halting rule fires."""
+    def loop(self, rows: Sequence[Row], loops: int = 1) -> tuple[list[bool], int]:
+        """Run a loop of the core on each row, or up to some, until the first row leaves.
+
+        Notes on each row whether its halting rule had fired before the last loop.
+
+        Returns:
+            Where the rule fires after it, and how many loops were run.
+        """
         before, after = [], []
         if self.native:
+            fires: list[bool] = []
             for tile in self._tiles(rows):
-                h, new = self._loops(tile, loops)
+                h, new, exits = self._loops(tile, loops)
                 before.append(h)
                 after.append(new)
-            return self._seat(rows, torch.cat(before), torch.cat(after))
+                fires += exits.fires.tolist()
+                loops = exits.ran  # 1 where there are several tiles
+            for number, other in enumerate(self._seat(rows, torch.cat(before), torch.cat(after))):
+                fires[number] |= other
+            return fires, loops
         for tile in self._tiles(rows):
             view = self._view(tile, Track.slot, Track.also)
             seats = self._padded([row.seat for row in tile])
@@ -336,10 +357,10 @@ class Passes:
             )
             before.append(h[: len(tile)])
             after.append(new[: len(tile)])
-        return self._seat(rows, torch.cat(before), torch.cat(after))
+        return self._seat(rows, torch.cat(before), torch.cat(after)), 1
 
-    def _loops(self, rows: Sequence[Row], loops: int) -> tuple[Tensor, Tensor]:
-        """Run loops natively; return the states before and after."""
+    def _loops(self, rows: Sequence[Row], loops: int) -> tuple[Tensor, Tensor, Exits]:
+        """Run loops natively; return the states before and after, and what was decided."""
         steps = [self._entries(rows, Track.slot, Track.also, ahead) for ahead in range(loops)]
         also = [step.also for step in steps if step.also is not None]
         entries = Entries(
@@ -358,10 +379,19 @@ class Passes:
             self.carry,
         )
         first = _whole([row.loop for row in rows])
-        new = run_pages(self.model.core, h, fixed, first, self.storage, entries)
+        exits = Exits(
+            [self.decided[row.track.job.halting] or BY_BUDGET for row in rows],
+            _whole([min(loops, row.track.job.loops - row.loop) for row in rows]),
+            torch.tensor([row.fired for row in rows]),
+            self.quiet.index_select(0, seats) & (first > 0),
+        )
+        new = run_pages(self.model.core, h, fixed, first, self.storage, entries, exits)
         if new is None:
             raise RuntimeError(CHANGED)
-        return h, new
+        self.quiet.index_copy_(0, seats, exits.quiet)
+        for row, fired in zip(rows, exits.fired.tolist(), strict=True):
+            row.fired = fired
+        return h, new, exits
 
     def _seat(self, rows: Sequence[Row], before: Tensor, after: Tensor) -> list[bool]:
         """Put new states into the rows' seats; return where the halting rule fires."""
@@ -372,9 +402,14 @@ class Passes:
     def _decide(self, rows: Sequence[Row], before: Tensor, after: Tensor) -> list[bool]:
         exits = [False] * len(rows)
         kinds: dict[tuple[Hashable, bool], list[int]] = {}
-        for number, row in enumerate(rows):
+        asked = {
+            halting
+            for halting, rule in self.rules.items()
+            if rule is not None and not (self.native and self.decided[halting])
+        }
+        for number, row in enumerate(rows) if asked else ():
             halting = row.track.job.halting
-            if self.rules[halting] is not None:
+            if halting in asked:
                 kinds.setdefault((halting, row.loop == 0), []).append(number)
         size = TILE if self.alone else MOST_ROWS if self.native else max(1, len(rows))
         for (halting, fresh), numbers in kinds.items():
@@ -422,7 +457,7 @@ class Passes:
             kinds.setdefault(row.track.job.halting, []).append(row.seat)
         for halting, numbers in kinds.items():
             rule = self.rules[halting]
-            if rule is None:
+            if rule is None or halting not in self.memories:
                 continue
             seats = _whole(numbers).to(self.device)
             memory = tuple(x.index_select(0, seats) for x in self.memories[halting])

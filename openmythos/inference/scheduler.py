@@ -223,8 +223,8 @@ class Scheduler:
         """Return how many loops these rows of a plan can run before another plan is needed.
 
         Until a row leaves or drafts by the number of its loops, if no other row can join and no
-        job waits. The rows' loops together stay within a tick's budget, so that a request that
-        comes in between does not wait longer than in other ticks.
+        job waits; its rule may end them sooner. The rows' loops together stay within a tick's
+        budget, so that a request that comes in between does not wait longer than in other ticks.
         """
         count = max(1, self.budget // len(rows))
         if count == 1 or self.waiting or sum(len(track.rows) for track in self.tracks) > len(rows):

@@ -252,7 +252,8 @@ class Ticker:
             return
         self.passes.enter([row for row in rows if row.seat < 0])
         loops = self.scheduler.steady(rows) if self.passes.may_run_ahead(rows) else 1
-        left = self.scheduler.ran(rows, self.passes.loop(rows, loops), loops)
+        fires, loops = self.passes.loop(rows, loops)
+        left = self.scheduler.ran(rows, fires, loops)
         self.passes.leave(left)
         self.counts.ticks += 1
         self.counts.row_loops += len(rows) * loops

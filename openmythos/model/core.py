@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +22,8 @@ from openmythos.model.experts import Experts
 from openmythos.model.halting import Graves, LearnedExit, Memory, Rule, select
 from openmythos.model.injection import INJECTION
 from openmythos.model.layer import Layer
-from openmythos.model.native.run import run_loops
+from openmythos.model.native.exits import Exits, decided_here
+from openmythos.model.native.run import run_loops, run_until_exit, takes
 from openmythos.model.norm import RMSNorm
 from openmythos.model.notes import CoreOutput, Notes
 from openmythos.model.rope import Rope
@@ -50,6 +52,18 @@ class Rows:
             carry=self.carry,
             numbers=remaining,
         )
+
+
+class Inside(NamedTuple):
+    """Rows that take their own numbers of loops, and what decides when they leave."""
+
+    h: Float[Tensor, "*rows hidden"]
+    rows: Rows
+    budget: Int[Tensor, " rows"]
+    rule: Rule | None
+    memory: Memory
+    fired: Bool[Tensor, " rows"]
+    """Rows that run one loop more, because the rule has fired on them."""
 
 
 class Core(nn.Module):
@@ -279,18 +293,11 @@ class Core(nn.Module):
         memory: Memory = () if rule is None else rule.start(len(numbers), h.reshape(-1, width))
         fired = torch.zeros_like(budget, dtype=torch.bool)
         steps = torch.arange(int(budget.max()) if len(budget) else 0, device=h.device)
-        for loop in range(len(steps)):
-            before = h
-            choices = notes.choices(loop, rows.numbers)
-            slot = cache.slot_of(loop)
-            h, chosen = self.one_loop(h, rows, steps[loop], cache.core, slot, choices)
-            notes.count(chosen, steps[loop])
-            notes.route(chosen, rows.numbers)
-            last, after = budget == loop + 1, h.reshape(-1, width)
-            leaves = last
-            if rule is not None:
-                exits, memory = rule.decide(before.reshape(-1, width), after, memory, last)
-                leaves, fired = fired | last, exits
+        loop = 0
+        while loop < len(steps):
+            inside = Inside(h, rows, budget, rule, memory, fired)
+            h, leaves, fired, memory, loop = self._until_exit(inside, loop, steps, cache, notes)
+            after = h.reshape(-1, width)
             if notes.want_states:
                 earlier = (
                     notes.states[-1].flatten(0, 1) if notes.states else torch.zeros_like(final)
@@ -302,10 +309,10 @@ class Core(nn.Module):
             who = numbers.index_select(0, gone)
             leaving, left = after.index_select(0, gone), select(memory, gone)
             final.index_copy_(0, who, leaving if rule is None else rule.output(leaving, left))
-            taken.index_fill_(0, who, loop + 1)
+            taken.index_fill_(0, who, loop)
             if ponder is not None and isinstance(rule, Graves):
                 ponder.index_copy_(0, who, rule.ponder(left))
-            cache.leave(span, who, loop)
+            cache.leave(span, who, loop - 1)
             if len(gone) == len(numbers):
                 break
             kept = (~leaves).nonzero().squeeze(1)
@@ -320,6 +327,37 @@ class Core(nn.Module):
             taken.unflatten(0, shape),
             ponder=None if ponder is None else ponder.unflatten(0, shape),
         )
+
+    def _until_exit(
+        self, inside: Inside, loop: int, steps: Tensor, cache: Cache, notes: Notes
+    ) -> tuple[Tensor, Tensor, Tensor, Memory, int]:
+        """Run loops from number `loop` until a row may leave: one loop, or natively some.
+
+        Returns:
+            States, which rows leave, on which the rule now fires, its memory, the next loop.
+        """
+        h, rows, budget, rule, memory, fired = inside
+        decided = decided_here(rule)
+        if decided and not notes.by_token and notes.given is None and takes(h):
+            exits = Exits((decided,), budget - loop, fired, memory[0] if memory else None)
+            done = run_until_exit(self, h, rows, loop, cache, exits)
+            if done is not None:
+                h, every = done
+                for ahead, chosen in enumerate(every):
+                    notes.count(chosen, steps[loop + ahead])
+                loop += exits.ran
+                memory = (exits.quiet,) if memory else memory
+                return h, exits.fired | (budget == loop), exits.fires, memory, loop
+        choices, slot = notes.choices(loop, rows.numbers), cache.slot_of(loop)
+        new, chosen = self.one_loop(h, rows, steps[loop], cache.core, slot, choices)
+        notes.count(chosen, steps[loop])
+        notes.route(chosen, rows.numbers)
+        last = budget == loop + 1
+        if rule is None:
+            return new, last, fired, memory, loop + 1
+        before, after = (x.reshape(-1, h.shape[-1]) for x in (h, new))
+        fires, memory = rule.decide(before, after, memory, last)
+        return new, fired | last, fires, memory, loop + 1
 
     @staticmethod
     def _flat_rope(rope: Rope, shape: torch.Size) -> Rope:

@@ -832,12 +832,16 @@ def test_many_callers_on_many_threads_get_what_they_would_alone(lm):
     callers(lm, 40, threads=8)
 
 
+@pytest.mark.parametrize("halting", ["none", "gate", "delta"])
 @pytest.mark.parametrize("draft_loops", [None, 2])
 @pytest.mark.parametrize("cache_policy", ["per_loop", "last"])
-def test_loops_run_at_once_are_those_run_tick_by_tick(lm, draft_loops, cache_policy, monkeypatch):
+def test_loops_run_at_once_are_those_run_tick_by_tick(
+    lm, draft_loops, cache_policy, halting, monkeypatch
+):
     if draft_loops and cache_policy == "last":
         pytest.skip("refused: drafts need every loop's slot")
-    thinking = Thinking(loops=7, cache_policy=cache_policy)
+    threshold = None if halting == "none" else THINKING[halting].threshold
+    thinking = Thinking(loops=7, cache_policy=cache_policy, halting=halting, threshold=threshold)
     asked = [
         request(9, max_new_tokens=12, thinking=thinking, draft_loops=draft_loops),
         request(4, seed=2, max_new_tokens=5, thinking=replace(thinking, loops=3)),

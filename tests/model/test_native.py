@@ -5,6 +5,8 @@ import torch
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from openmythos.model import core
+from openmythos.model.halting import HALTING, Gate
 from openmythos.model.layer import Layer
 from openmythos.model.native import build, run
 from openmythos.model.native.describe import structure_of
@@ -75,15 +77,71 @@ def test_logits_are_those_of_torch(kind, by_torch):
             assert out.loads.equal(other.loads)
 
 
-@SHAPES
-@pytest.mark.parametrize("halting", ["delta", "gate"])
-def test_exits_are_those_of_torch(kind, halting, by_torch):
+@torch.no_grad()
+def deciding(**kind):
+    """A model whose gate fires on some tokens sooner than on others."""
     model = wide(**kind)
-    native, outs = written(model, 5, halting=halting, threshold=0.4)
-    expected, torchs = by_torch(lambda: written(model, 5, halting=halting, threshold=0.4))
+    gate = model.core.gate
+    gate.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(0))
+    gate.weight[-1], gate.bias[0] = -0.5, -1.5
+    return model
+
+
+RULES = {
+    "delta": {"halting": "delta", "threshold": 0.5},
+    "gate": {"halting": "gate", "threshold": 0.5},
+    "kl": {"halting": "kl", "threshold": 1e-4},
+    "none": {},
+}
+
+
+@SHAPES
+@pytest.mark.parametrize("rule", RULES)
+def test_exits_are_those_of_torch(kind, rule, by_torch, monkeypatch):
+    model, loops = deciding(**kind), 6 if rule == "delta" else torch.tensor([6, 4, 2])
+    native, outs = written(model, loops, **RULES[rule])
+    expected, torchs = by_torch(lambda: written(model, loops, **RULES[rule]))
     assert_close(native, expected, rtol=1e-4, atol=2e-5)
     for out, other in zip(outs, torchs, strict=True):
         assert out.loops.equal(other.loops)
+        if model.config.experts:
+            assert out.loads.equal(other.loads)
+    monkeypatch.setattr(run, "threads_for", lambda products: 3)
+    assert written(model, loops, **RULES[rule])[0].equal(native)
+
+
+def test_exits_are_tested_where_tokens_differ():
+    loops = {rule: written(deciding(), 6, **RULES[rule])[1] for rule in ("delta", "gate")}
+    for outs in loops.values():
+        taken = torch.cat([out.loops for out in outs], 1)
+        assert 2 <= taken.min() < taken.max()
+
+
+@pytest.mark.parametrize("rule", ["delta", "gate"])
+def test_a_call_runs_until_a_token_leaves(rule, monkeypatch):
+    model, calls, real = deciding(), [], core.run_until_exit
+
+    def counted(*args):
+        done = real(*args)
+        calls.append(len(args[-1].fired) * args[-1].ran)
+        return done
+
+    monkeypatch.setattr(core, "run_until_exit", counted)
+    _, outs = written(model, 9, **RULES[rule])
+    assert len(calls) == sum(len(out.loops.unique()) for out in outs)
+    assert sum(calls) == sum(int(out.loops.sum()) for out in outs)  # rows times loops
+
+
+def test_a_rule_that_is_another_class_decides_by_itself(monkeypatch):
+    class Contrary(Gate):
+        def decide(self, before, after, memory, last):
+            fires, memory = super().decide(before, after, memory, last)
+            return ~fires, memory
+
+    model = deciding()
+    monkeypatch.setitem(HALTING, "gate", Contrary)
+    _, outs = written(model, 5, halting="gate", threshold=1e-9)
+    assert all(bool((out.loops == 5).all()) for out in outs)
 
 
 def test_given_experts_are_taken(by_torch):
@@ -149,6 +207,11 @@ def test_a_hook_sees_every_call():
     assert len(calls) == 6
     handle.remove()
     assert structure_of(layer) is not None
+    handle = layer.register_forward_hook(lambda *_: calls.append(1))
+    written(model, 3, parts=(2, 1))
+    written(model, torch.tensor([3, 2, 2]), parts=(1, 1))
+    assert len(calls) == 18
+    handle.remove()
 
 
 def test_changed_weights_are_used(by_torch):

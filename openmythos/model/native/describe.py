@@ -6,6 +6,7 @@ native code does not know, is left to torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -52,8 +53,8 @@ class Described:
         """Whether nothing was moved, replaced or hooked since."""
         if any(held.get(name) is not part for held, name, part in self.parts):
             return False
-        hooked = _hooked(self.modules)
-        return hooked == self.hooked and _addresses(self.parts) == self.addresses
+        watched = hooked(self.modules)
+        return watched == self.hooked and _addresses(self.parts) == self.addresses
 
 
 _described: WeakKeyDictionary[nn.Module, Described] = WeakKeyDictionary()
@@ -67,7 +68,8 @@ def structure_of(layer: Layer) -> LayerStructure | None:
     return found.structure
 
 
-def _hooked(modules: list[nn.Module]) -> bool:
+def hooked(modules: Sequence[nn.Module]) -> bool:
+    """Whether anybody watches these modules' calls."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
@@ -83,13 +85,13 @@ def _describe(layer: Layer) -> Described:
             parts += [(held, name, part) for name, part in held.items()]
     inner = modules[1:]  # the layer itself has been entered already
     known = all(type(m) in KNOWN and "forward" not in vars(m) for m in inner)
-    structure, hooked = None, _hooked(inner)
-    if known and not hooked:
+    structure, watched = None, hooked(inner)
+    if known and not watched:
         try:
             structure = _structure(layer)
         except _Cannot:
             structure = None
-    return Described(structure, inner, hooked, parts, _addresses(parts))
+    return Described(structure, inner, watched, parts, _addresses(parts))
 
 
 def _addresses(parts: list[Part]) -> list[int]:

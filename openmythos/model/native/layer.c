@@ -76,8 +76,22 @@ typedef struct {
     int64_t most_keys;
 } Call;
 
+enum { NEVER, GATE, CHANGE };
+
 typedef struct {
-    int64_t loops, layers, slots;  /* loop t writes and reads slot min(t, slots - 1) */
+    const int64_t *budgets;   /* (rows) loops that each may still run */
+    const int64_t *kinds;     /* (rows) the rule of each */
+    const float *thresholds;  /* (rows) */
+    const float *gate, *bias; /* (hidden + 1), (1) of the learned exit; null: no row has GATE */
+    uint8_t *quiet;  /* (rows) for CHANGE: whether the last loop moved the state little */
+    uint8_t *fired;  /* (rows) whether the rule had fired before the last loop that was run */
+    uint8_t *fires;  /* (rows) whether it fires after it */
+    float *before;   /* (rows, hidden) scratch */
+    int64_t ran;     /* loops run, until the first row left */
+} Exits;
+
+typedef struct {
+    int64_t loops, layers, start, slots;  /* loop t, from `start`, has slot min(t, slots - 1) */
     const Layer *const *layer;     /* (layers) */
     float *const *keys, *const *values;  /* (layers), their slot 0 */
     int64_t keys_step, values_step;      /* from slot to slot */
@@ -85,6 +99,7 @@ typedef struct {
     const float *carry;  /* (hidden), times h, before each loop; null: 1 */
     const float *drive;  /* (rows, hidden), added then; null: 0 */
     const float *norm;   /* (hidden), after each loop; null: none */
+    Exits *exits;        /* null: all rows run all loops */
     float eps;
 } Core;
 
@@ -656,15 +671,40 @@ static void run(const Layer *l, const Call *call, Thread t) {
     wait_for_all(t);
 }
 
-/* h = layers(carry * h + drive), as often as there are loops. */
+/* The rules of `openmythos.model.halting` that need a row's state alone. */
+static int fires(Exits *exits, int64_t row, const float *h, int64_t n) {
+    const float *before = exits->before + row * n;
+    wide total = all(0);
+    for (int64_t i = 0; i < n; i += LANES) {
+        wide moved = load(h + i) - load(before + i);
+        total = fuse(moved, moved, total);
+    }
+    float moved = sqrtf(sum(total)), threshold = exits->thresholds[row];
+    if (exits->kinds[row] == GATE) {
+        float length = sqrtf(dot(h, h, n)) + 1e-8f;
+        float logit = dot(h, exits->gate, n) * sqrtf((float)n) / length +
+                      exits->gate[n] * logf(moved / length + 1e-6f) + *exits->bias;
+        return 1.0f / (1.0f + expf(-logit)) >= threshold;
+    }
+    int was = exits->quiet[row];
+    exits->quiet[row] = moved < threshold * sqrtf(dot(before, before, n));
+    return was && exits->quiet[row];
+}
+
+/* h = layers(carry * h + drive), as often as there are loops, or until a row leaves: in the last
+   loop of its budget, or in the one after its rule has fired. */
 static void run_loops(const Core *core, Call call, Thread t) {
     const Layer *l = core->layer[0];
-    int64_t from, to, hidden = l->hidden;
+    Exits *exits = core->exits;
+    int64_t from, to, hidden = l->hidden, last = core->loops - 1;
     share(t, call.rows, 1, &from, &to);
-    for (int64_t loop = 0; loop < core->loops; loop++) {
-        int64_t slot = loop < core->slots ? loop : core->slots - 1;
+    for (int64_t loop = 0; loop <= last; loop++) {
+        int64_t at = core->start + loop, slot = at < core->slots ? at : core->slots - 1;
+        for (int64_t row = 0; exits && row < call.rows; row++)
+            if (exits->fired[row] || exits->budgets[row] == loop + 1) last = loop;
         for (int64_t row = from; row < to; row++) {
             float *h = call.h + row * hidden;
+            if (exits) memcpy(exits->before + row * hidden, h, hidden * sizeof(float));
             for (int64_t i = 0; core->carry && i < hidden; i += LANES)
                 store(h + i, load(core->carry + i) * load(h + i));
             for (int64_t i = 0; core->drive && i < hidden; i += LANES)
@@ -685,7 +725,14 @@ static void run_loops(const Core *core, Call call, Thread t) {
                 normalise(call.h + row * hidden, core->norm, core->eps, hidden,
                           call.h + row * hidden);
         call.loop++;
+        for (int64_t row = from; exits && row < to; row++) {
+            int64_t kind = exits->kinds[row];
+            exits->fires[row] = kind != NEVER && fires(exits, row, call.h + row * hidden, hidden);
+            if (loop < last) exits->fired[row] = exits->fires[row];
+        }
+        if (exits) wait_for_all(t);  /* all read what has fired */
     }
+    if (exits && t.number == 0) exits->ran = last + 1;
 }
 
 void run_core(const Core *core, const Call *call) {

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from openmythos.model.cache import Cache, Entries, Place, Span
 from openmythos.model.native.build import library
-from openmythos.model.native.describe import LANES, structure_of
+from openmythos.model.native.describe import LANES, hooked, structure_of
+from openmythos.model.native.exits import Exits
 from openmythos.model.native.structures import CallStructure, CoreStructure, LayerStructure
 from openmythos.model.quantised import Int8Weight
 from openmythos.model.rope import Rope
@@ -122,6 +123,24 @@ def run_loops(
     return _run_core(core, h, rows, loops, data, found[1], slots=cache.slots)
 
 
+def run_until_exit(
+    core: Core, h: Float[Tensor, "*rows hidden"], rows: Rows, start: int, cache: Cache, exits: Exits
+) -> tuple[Float[Tensor, "*rows hidden"], list[list[Tensor]]] | None:
+    """Run loops from number `start`, each in its slot of a cache, until a row leaves.
+
+    Returns:
+        As `run_loops`, of the loops that were run.
+    """
+    found = cache.core[0].entries(rows.span, 0)
+    if found is None:
+        return None
+    data = [store.data for store in cache.core]
+    slots = cache.slots
+    return _run_core(
+        core, h, rows, exits.loops, data, found[1], start=start, slots=slots, exits=exits
+    )
+
+
 def run_pages(
     core: Core,
     h: Float[Tensor, "rows hidden"],
@@ -129,8 +148,9 @@ def run_pages(
     first: Int[Tensor, " rows"],
     pages: Sequence[dict[str, Tensor]],
     entries: Entries,
+    exits: Exits,
 ) -> Float[Tensor, "rows hidden"] | None:
-    """Run some loops of a core for rows whose entries lie in pages; return the last state.
+    """Run loops of a core until a row leaves, for rows whose entries lie in pages.
 
     Args:
         core: the core.
@@ -139,8 +159,13 @@ def run_pages(
         first: the loop that each row runs first, from 0.
         pages: each layer's storage, `(places, ...)` by name.
         entries: places with a first axis for the loops, all but `counts`.
+        exits: when they leave; afterwards, what was decided.
+
+    Returns:
+        The last state.
     """
-    found = _run_core(core, h, rows, len(entries.write), pages, entries, first=first)
+    loops = len(entries.write)
+    found = _run_core(core, h, rows, loops, pages, entries, first=first, exits=exits)
     return None if found is None else found[0]
 
 
@@ -152,12 +177,14 @@ def _run_core(
     data: Sequence[dict[str, Tensor]],
     entries: Entries,
     *,
+    start: int = 0,
     slots: int = 0,
     first: Tensor | None = None,
+    exits: Exits | None = None,
 ) -> tuple[Tensor, list[list[Tensor]]] | None:
     """Run loops in so many slots of a cache; without `slots`, at places given for each loop."""
     kind = core.config.injection
-    if kind == "linear" or not takes(h) or core.injection._forward_hooks:
+    if kind == "linear" or not takes(h) or hooked([core.injection, *core.layers]):
         return None
     found = [layer_here(layer, rows.span) for layer in core.layers]  # type: ignore[arg-type]
     structures = [part for part in found if part is not None]
@@ -167,7 +194,8 @@ def _run_core(
     new = h.clone(memory_format=torch.contiguous_format)
     choice = _choice(structures[0], loops, len(structures), *h.shape[:-1])
     call = _call(structures, new, rows.rope, entries)
-    call.choice, call.loops = _at(choice), _at(first)
+    call.choice, call.loops, call.loop = _at(choice), _at(first), start
+    leaving = None if exits is None else exits.structure(h.shape[-1])
     kept = [list(part.values()) for part in data]
     drive = rows.drive.contiguous() if kind != "none" else None
     carry = rows.carry.contiguous() if kind in ("lti", "free") else None
@@ -177,6 +205,7 @@ def _run_core(
     run = CoreStructure(
         loops=loops,
         layers=len(structures),
+        start=start,
         slots=max(1, slots),
         layer=ctypes.addressof(layers),
         keys=ctypes.addressof(keys),
@@ -187,12 +216,16 @@ def _run_core(
         carry=_at(carry),
         drive=_at(drive),
         norm=_at(norm),
+        exits=None if leaving is None else ctypes.addressof(leaving),
         eps=core.config.norm_eps,
     )
     code = library()
     assert code is not None
     code.run_core(run, call)
-    return new, [] if choice is None else [list(one) for one in choice]
+    if exits is not None:
+        exits.read()
+        loops = exits.ran
+    return new, [] if choice is None else [list(one) for one in choice[:loops]]
 
 
 def linear(

@@ -55,13 +55,22 @@ class CallStructure(ctypes.Structure):
     ]
 
 
+class ExitsStructure(ctypes.Structure):
+    """When rows leave the core, and which rules have fired."""
+
+    _fields_ = [
+        *_fields(_pointer, "budgets kinds thresholds gate bias quiet fired fires before"),
+        *_fields(_number, "ran"),
+    ]
+
+
 class CoreStructure(ctypes.Structure):
     """Layers that run many times, and what happens between the loops."""
 
     _fields_ = [
-        *_fields(_number, "loops layers slots"),
+        *_fields(_number, "loops layers start slots"),
         *_fields(_pointer, "layer keys values"),
         *_fields(_number, "keys_step values_step places_step"),
-        *_fields(_pointer, "carry drive norm"),
+        *_fields(_pointer, "carry drive norm exits"),
         *_fields(_real, "eps"),
     ]
