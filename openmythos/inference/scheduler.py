@@ -14,6 +14,10 @@ from dataclasses import dataclass, field
 
 from openmythos.inference.pages import PAGE, Layout, Pages, Table
 
+WAIT = 4
+"""A token is held back for at most a `WAIT`th of its loops. Sequences of one depth that have met
+stay together, and then share prelude, coda and ticks for the price of one wait."""
+
 
 @dataclass(eq=False)
 class Row:
@@ -87,11 +91,20 @@ class Track:
     """Rows that have left the core, until all before them have and they pass the coda."""
     found: int = 0
     """Positions taken from the cache."""
+    waited: int = 0
+    """Loops for which its next position has been held back, to enter together with others."""
 
     @property
     def decoding(self) -> bool:
         """Whether the prompt has been read."""
         return self.passed >= len(self.job.token_ids)
+
+    @property
+    def patience(self) -> int:
+        """Loops that its next position can still be held back; 0 where it is in the core."""
+        if self.rows or self.job.draft_loops is not None:
+            return 0
+        return self.job.loops // WAIT - self.waited
 
     def ready(self) -> list[Row]:
         """Take the rows that can pass the coda: all positions before them have left the core."""
@@ -127,6 +140,7 @@ class Scheduler:
         self.pages, self.budget, self.chunk = pages, budget, chunk
         self.tracks: list[Track] = []
         self.waiting: list[tuple[int, int, Job]] = []  # a heap: priority first, then arrival
+        self.held: list[Track] = []  # those whose next position was held back from the last plan
 
     def add(self, job: Job) -> None:
         """Let a job wait for admission."""
@@ -185,10 +199,13 @@ class Scheduler:
     def plan(self) -> list[Row]:
         """Return the rows of the next tick, those of a sequence in order of position.
 
-        Each sequence that decodes runs its first row. Prompts get at most half of the budget
-        while anything decodes. What is left goes to rows behind drafted tokens.
+        Each sequence that decodes runs its first row, unless another of the same depth leaves so
+        soon that its next position can wait for that one's. Prompts get at most half of the
+        budget while anything decodes. What is left goes to rows behind drafted tokens.
         """
         decoding = [track for track in self.tracks if track.decoding]
+        self.held = self._to_hold(decoding)
+        decoding = [track for track in decoding if track not in self.held]
         left = self.budget - len(decoding)
         prompts: list[Row] = []
         most = min(left, max(1, self.budget // 2)) if decoding else left
@@ -202,6 +219,21 @@ class Scheduler:
             left -= len(rows) - 1
             planned += rows
         return planned + prompts
+
+    @staticmethod
+    def _to_hold(decoding: Sequence[Track]) -> list[Track]:
+        """Choose sequences that wait for others of the same depth to leave."""
+        soon: dict[int, int] = {}
+        for track in decoding:
+            if track.rows:
+                row, depth = track.rows[0], track.job.loops
+                left = 1 if row.fired else depth - row.loop
+                soon[depth] = min(left, soon.get(depth, depth))
+        return [
+            track
+            for track in decoding
+            if soon.get(track.job.loops, track.job.loops) <= track.patience
+        ]
 
     def _walk(self, track: Track, most: int) -> list[Row]:
         """Choose the first rows of one sequence, and let new positions enter behind them.
@@ -217,6 +249,7 @@ class Scheduler:
             track.rows.append(row)
             planned.append(row)
         track.entered += entering
+        track.waited = 0
         return planned
 
     def steady(self, rows: Sequence[Row]) -> int:
@@ -229,8 +262,11 @@ class Scheduler:
         count = max(1, self.budget // len(rows))
         if count == 1 or self.waiting or sum(len(track.rows) for track in self.tracks) > len(rows):
             return 1
-        if any(track.entered < len(track.token_ids) for track in self.tracks):
-            return 1
+        for track in self.tracks:
+            if track in self.held:
+                count = min(count, track.patience)
+            elif track.entered < len(track.token_ids):
+                return 1
         for row in rows:
             count = min(count, row.track.job.loops - row.loop)
             drafts = row.track.job.draft_loops
@@ -238,13 +274,14 @@ class Scheduler:
                 count = min(count, drafts - row.loop)
         return count
 
-    @staticmethod
-    def ran(rows: Sequence[Row], exits: Iterable[bool], loops: int = 1) -> list[Row]:
+    def ran(self, rows: Sequence[Row], exits: Iterable[bool], loops: int = 1) -> list[Row]:
         """Count loops for each row; return those that have left the core.
 
         `exits` says on which rows the halting rule fired. A row that it fired on runs one loop
         more, so that its last slot shows the state the rule decided on.
         """
+        for track in self.held:
+            track.waited += loops
         left: list[Row] = []
         for row, fires in zip(rows, exits, strict=True):
             track = row.track

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from openmythos.inference.pages import PAGE, Layout, Pages
-from openmythos.inference.scheduler import Job, Scheduler
+from openmythos.inference.scheduler import WAIT, Job, Scheduler
 from openmythos.inference.speculation import drafting, verify
 
 
@@ -81,7 +81,9 @@ class Serving(RuleBasedStateMachine):
         decoding = [track for track in scheduler.tracks if track.decoding]
         rows = scheduler.plan()
         assert len(rows) <= scheduler.budget
-        assert {row.track for row in rows} >= set(decoding)  # who writes is never held up
+        held = scheduler.held
+        assert {row.track for row in rows} | set(held) >= set(decoding)
+        assert all(track.waited < track.job.loops // WAIT and not track.rows for track in held)
         prompts = [row for row in rows if not row.track.decoding]
         if decoding:
             assert len(prompts) <= max(1, scheduler.budget // 2)
@@ -264,6 +266,43 @@ def test_a_long_prompt_leaves_half_of_a_tick_to_those_that_write():
     scheduler.admit()
     rows = scheduler.plan()
     assert [row.track.job.number for row in rows] == [0, 1, 1, 1, 1]
+
+
+def phases(late, loops=(8, 8), ticks=28):
+    """Ticks in which two sequences enter the core, the second one started `late` ticks later."""
+    scheduler = Scheduler(Pages(400), budget=8, chunk=8)
+    entered = [[], []]
+    for tick in range(ticks):
+        for number in (0, 1):
+            if tick == number * late:
+                layout = Layout(outer=1, loops=loops[number])
+                scheduler.add(Job(number, (1,), 90, loops[number], 1, 0, layout))
+        scheduler.admit()
+        rows = scheduler.plan()
+        for row in rows:
+            if row.loop == 0:
+                entered[row.track.job.number].append(tick)
+        scheduler.ran(rows, [False] * len(rows))
+        for row in carry(scheduler):
+            row.track.token_ids.append(0)
+        scheduler.check()
+    return entered
+
+
+def test_sequences_of_one_depth_meet_and_stay_together():
+    first, second = phases(late=2)
+    assert first[:3] == [0, 8, 18]  # held back for 2 loops, once
+    assert second[:3] == [2, 10, 18]
+    assert second[2:] == first[2:]
+
+
+def test_nobody_waits_for_more_than_a_part_of_its_loops_nor_for_another_depth():
+    first, second = phases(late=3)
+    assert first[:3] == [0, 8, 16]
+    assert second[:3] == [3, 11, 19]
+    shallow, deep = phases(late=1, loops=(2, 8))
+    assert shallow == list(range(0, 28, 2))
+    assert deep == list(range(1, 28, 8))
 
 
 def test_drafted_tokens_run_a_few_loops_behind_and_fall_where_one_was_wrong():
