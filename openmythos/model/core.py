@@ -93,7 +93,7 @@ class Core(nn.Module):
         *,
         rule: Rule | None = None,
         cache: Cache | None = None,
-        new_cache: Callable[[int], Cache] | None = None,
+        new_cache: Callable[[], Cache] | None = None,
         h0: Float[Tensor, "batch sequence hidden"] | None = None,
         backprop_loops: int | None = None,
         routing: Int[Tensor, "loops layers batch sequence chosen"] | None = None,
@@ -109,7 +109,7 @@ class Core(nn.Module):
             loops: budget of every token, of each sequence or of each token.
             rule: halting rule; None runs every token to its budget.
             cache: kept keys and values of earlier calls.
-            new_cache: makes a cache of so many slots, for exits in a call that came without one.
+            new_cache: makes a cache of one slot, for exits in a call that came without one.
             h0: first state; default by `config.h0` (noise is drawn by the trainer).
             backprop_loops: loops with gradient, the last ones; None: all.
             routing: experts to take instead of the router's choice.
@@ -143,7 +143,7 @@ class Core(nn.Module):
             else:
                 if cache is None:
                     assert new_cache is not None
-                    cache = new_cache(int(budget.max()))
+                    cache = new_cache()
                 output = self._by_token(h, rows, budget, rule, cache, notes)
         return notes.finish(output)
 

@@ -137,7 +137,7 @@ class OpenMythos(nn.Module):
                 loops,
                 rule=rule,
                 cache=cache,
-                new_cache=lambda slots: self._scratch(span, slots, e),
+                new_cache=lambda: self._scratch(span, e),
                 h0=h0,
                 backprop_loops=backprop_loops,
                 routing=routing,
@@ -257,14 +257,18 @@ class OpenMythos(nn.Module):
         for number in range(len(self.prelude) + len(self.coda)):
             yield Place(span, None if cache is None else cache.outer[number])
 
-    def _scratch(self, span: Span, slots: int, e: Tensor) -> Cache:
-        """A cache for one call: exited tokens leave their keys somewhere."""
+    def _scratch(self, span: Span, e: Tensor) -> Cache:
+        """A cache for one call, in which exited tokens leave their keys.
+
+        All tokens still in the core are at the same loop and write before any reads, so that
+        every loop can have the same slot: what has left stands there as it was when it left.
+        """
         return Cache(
             [],
             [layer.attention.kept for layer in self.core.layers],  # type: ignore[union-attr, misc]
             batch_size=span.batch,
             max_length=span.keys,
-            loops=slots,
+            loops=1,
             policy="per_loop",
             dtype=e.dtype,
             device=e.device,
