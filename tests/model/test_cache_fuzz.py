@@ -77,7 +77,7 @@ class CachedCalls(RuleBasedStateMachine):
             self.logits[row] += list(out.logits[row][real])
             assert out.loops[row][real].tolist() == loops[row][real].tolist()
 
-    @precondition(lambda self: min(len(ids) for ids in self.token_ids) > 0)
+    @precondition(lambda self: any(self.token_ids))
     @rule(data=st.data())
     def roll_back(self, data):
         counts = [data.draw(st.integers(0, len(ids))) for ids in self.token_ids]

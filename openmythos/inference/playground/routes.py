@@ -23,10 +23,17 @@ from openmythos.inference.language_model import LanguageModel
 from openmythos.inference.playground.lens import Lens, look
 from openmythos.inference.playground.walks import WalkBody, Walks
 from openmythos.inference.request import Event, FinishEvent
-from openmythos.inference.server.answers import Answer, finish_of, text_of, tokens_of
+from openmythos.inference.server.answers import Answer, Usage, finish_of, text_of, tokens_of
 from openmythos.inference.server.errors import ApiError, busy, invalid, json_response
 from openmythos.inference.server.logprobs import token_text
-from openmythos.inference.server.schemas import Body, CompletionBody, Count, TokenId, refuse_model
+from openmythos.inference.server.schemas import (
+    Body,
+    CompletionBody,
+    Count,
+    StreamOptions,
+    TokenId,
+    refuse_model,
+)
 from openmythos.inference.server.serving import Loaded, Serving, serving
 from openmythos.inference.server.settings import ServerSettings
 from openmythos.inference.server.stream import STREAMED, EventStream
@@ -96,8 +103,9 @@ def playground(reasoner: str | Path = REASONER) -> APIRouter:
             writers=[TokenWriter(requests[0].token_ids, loaded.lm.tokenizer)],
             choices=1,
             mailbox=server.submit(requests, most=server.settings.max_unread),
+            usage=Usage([len(requests[0].token_ids)], shows_tokens=True),
         )
-        chunks = answer.chunks(with_usage=True)
+        chunks = answer.chunks(StreamOptions(include_usage=True))
         return EventStream(chunks, answer.mailbox, server.settings.send_seconds)
 
     @router.post("/lens")

@@ -14,6 +14,7 @@ from fastapi import Request as HttpRequest
 from openmythos.inference.request import Event, FinishEvent, PromptEvent, TokenEvent
 from openmythos.inference.server.errors import ApiError, unavailable
 from openmythos.inference.server.mailbox import Mailbox
+from openmythos.inference.server.schemas import StreamOptions
 
 T = TypeVar("T")
 
@@ -37,23 +38,29 @@ class Writer(Protocol):
 
 @final
 class Usage:
-    """What a request took, summed from the last events of its choices."""
+    """What a request has taken so far.
 
-    def __init__(self) -> None:
-        self._prompts: dict[int, FinishEvent] = {}
+    Args:
+        prompts: tokens of each prompt.
+        shows_tokens: whether new tokens count.
+    """
+
+    def __init__(self, prompts: Sequence[int], *, shows_tokens: bool) -> None:
+        self._prompts, self._shows_tokens = prompts, shows_tokens
+        self._cached: dict[int, int] = {}
         self._new = self._loops = 0
 
-    def add(self, number: int, event: FinishEvent, *, shown: bool) -> None:
-        """Count a choice of prompt `number`; one that is not shown counts as prompt alone."""
-        self._prompts.setdefault(number, event)
-        if shown:
-            self._new += event.new_tokens
+    def add(self, number: int, event: Event) -> None:
+        """Count an event of prompt `number`."""
+        if isinstance(event, FinishEvent):
+            self._cached.setdefault(number, event.cached_tokens)
+        elif isinstance(event, TokenEvent) and self._shows_tokens:
+            self._new += 1
             self._loops += event.loops
 
     def json(self) -> dict[str, Any]:
         """Return it in OpenAI's form, with our loops."""
-        prompt = sum(event.prompt_tokens for event in self._prompts.values())
-        cached = sum(event.cached_tokens for event in self._prompts.values())
+        prompt, cached = sum(self._prompts), sum(self._cached.values())
         return {
             "prompt_tokens": prompt,
             "completion_tokens": self._new,
@@ -77,9 +84,7 @@ class Answer:
     choices: int
     """Of each prompt."""
     mailbox: Mailbox
-    shows_tokens: bool = True
-    """False: the answer is the prompt alone, and the token that was made with it is no part."""
-    usage: Usage = field(default_factory=Usage)
+    usage: Usage
     id: str = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -101,23 +106,28 @@ class Answer:
         ]
         return {**self._frame(choices), "usage": self.usage.json()}
 
-    async def chunks(self, *, with_usage: bool) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self, options: StreamOptions) -> AsyncIterator[dict[str, Any]]:
         """Yield the answer in chunks; all that waits for a choice goes into one.
 
         Raises:
             ApiError: a choice came to no good end.
             TooSlowError: the client does not keep up.
         """
-        nothing: dict[str, Any] = {"usage": None} if with_usage else {}
+
+        def so_far() -> dict[str, Any]:
+            if options.continuous_usage_stats and options.include_usage:
+                return {"usage": self.usage.json()}
+            return {"usage": None} if options.include_usage else {}
+
         for index, writer in enumerate(self.writers):
             opening = writer.opening()
             if opening is not None:
-                yield {**self._frame([{"index": index, **opening}]), **nothing}
+                yield {**self._frame([{"index": index, **opening}]), **so_far()}
         async for index, parts in self._parts():
             chunk = self.writers[index].chunk(parts)
             if chunk is not None:
-                yield {**self._frame([{"index": index, **chunk}]), **nothing}
-        if with_usage:
+                yield {**self._frame([{"index": index, **chunk}]), **so_far()}
+        if options.include_usage:
             yield {**self._frame([]), "usage": self.usage.json()}
 
     async def _parts(self) -> AsyncIterator[tuple[int, list[Event]]]:
@@ -127,9 +137,9 @@ class Answer:
             for number, event in batch:
                 for index in self._indices(number, event):
                     by_choice.setdefault(index, []).append(event)
+                self.usage.add(number, event)
                 if isinstance(event, FinishEvent):
                     self._check(event)
-                    self.usage.add(number, event, shown=self.shows_tokens)
             for index, parts in by_choice.items():
                 yield index, parts
 

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from openmythos.inference.request import Event
 from openmythos.inference.server.answers import (
     Answer,
+    Usage,
     finish_of,
     text_of,
     tokens_of,
@@ -20,7 +21,12 @@ from openmythos.inference.server.answers import (
 )
 from openmythos.inference.server.errors import json_response
 from openmythos.inference.server.logprobs import chat_logprob
-from openmythos.inference.server.schemas import ChatBody, ChatCompletion, refuse_model
+from openmythos.inference.server.schemas import (
+    ChatBody,
+    ChatCompletion,
+    StreamOptions,
+    refuse_model,
+)
 from openmythos.inference.server.serving import Serving, serving
 from openmythos.inference.server.stream import STREAMED, EventStream
 from openmythos.inference.server.translate import of_chat
@@ -48,9 +54,10 @@ async def reply(
         mailbox=server.submit(
             [asked], most=settings.max_unread * body.choices if streams else None
         ),
+        usage=Usage([len(asked.token_ids)], shows_tokens=True),
     )
     if streams:
-        chunks = answer.chunks(with_usage=body.wants_usage)
+        chunks = answer.chunks(body.stream_options or StreamOptions())
         return EventStream(chunks, answer.mailbox, settings.send_seconds)
     try:
         return json_response(await unless_gone(request, answer.whole()))

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from openmythos.inference.request import Event, PromptEvent
 from openmythos.inference.server.answers import (
     Answer,
+    Usage,
     finish_of,
     text_of,
     tokens_of,
@@ -20,7 +21,12 @@ from openmythos.inference.server.answers import (
 )
 from openmythos.inference.server.errors import json_response
 from openmythos.inference.server.logprobs import CompletionLogprobs
-from openmythos.inference.server.schemas import Completion, CompletionBody, refuse_model
+from openmythos.inference.server.schemas import (
+    Completion,
+    CompletionBody,
+    StreamOptions,
+    refuse_model,
+)
 from openmythos.inference.server.serving import Serving, serving
 from openmythos.inference.server.stream import STREAMED, EventStream
 from openmythos.inference.server.translate import of_completion
@@ -52,10 +58,12 @@ async def complete(
         ],
         choices=body.choices,
         mailbox=server.submit(requests, most=most),
-        shows_tokens=body.max_tokens != 0,
+        usage=Usage(
+            [len(asked.token_ids) for asked in requests], shows_tokens=body.max_tokens != 0
+        ),
     )
     if body.stream:
-        chunks = answer.chunks(with_usage=body.wants_usage)
+        chunks = answer.chunks(body.stream_options or StreamOptions())
         return EventStream(chunks, answer.mailbox, settings.send_seconds)
     try:
         return json_response(await unless_gone(request, answer.whole()))

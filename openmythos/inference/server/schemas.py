@@ -78,6 +78,8 @@ class StreamOptions(Body):
 
     include_usage: bool = False
     """One more chunk at the end, without choices, with the usage."""
+    continuous_usage_stats: bool = False
+    """With `include_usage`: the usage so far in every chunk. Not OpenAI's."""
     include_obfuscation: Literal[False] = False
 
 
@@ -139,11 +141,6 @@ class Generation(Body):
     def choices(self) -> int:
         """Continuations of each prompt."""
         return self.n or 1
-
-    @property
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with its usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
 
     def check(self) -> None:
         """Check what one field says about another.

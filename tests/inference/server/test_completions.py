@@ -135,6 +135,17 @@ def test_usage_is_the_last_chunk_where_it_is_wanted(client):
     assert all("usage" not in chunk for chunk in stream(client, prompt="a"))
 
 
+def test_usage_so_far_is_in_every_chunk_where_that_is_wanted(client):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = stream(client, prompt="a", stream_options=options)
+    so_far = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert so_far == sorted(so_far)
+    assert so_far[-1] == last["usage"]["completion_tokens"] > 0
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {last["usage"]["prompt_tokens"]}
+    alone = stream(client, prompt="a", stream_options={"continuous_usage_stats": True})
+    assert all("usage" not in chunk for chunk in alone)
+
+
 def test_logprobs_are_four_lists_with_the_token_drawn_among_the_likeliest(client, tokenizer):
     given = complete(client, prompt="a", logprobs=2)["choices"][0]["logprobs"]
     ids = [*tokenizer.encode(SAID), tokenizer.end_id]
