@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 RULE = "-" * 72
-HOPS = (10, 20, 30, 40)
+HOPS = {10: "#9dbbdc", 20: "#2f6db5", 30: "#e3a06f", 40: "#d9722e"}  # and the curve's colour
 DEPTHS = (*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64)
 
 
@@ -69,7 +69,7 @@ def _depth_curve(folder: Path) -> None:
     print(f"\n{RULE}\nShare of 64 walks that end in the right room, by loops of the core:\n")
     columns = (8, 16, 24, 32, 40, 48, 64)
     print("  hops  " + "".join(f"{loops:>6}" for loops in columns))
-    for hops, colour in zip(HOPS, ("#9dbbdc", "#2f6db5", "#e3a06f", "#d9722e"), strict=True):
+    for hops, colour in HOPS.items():
         right = measure(model, FRESH, hops, DEPTHS, seed=0, count=64)
         print(f"  {hops:>4}  " + "".join(f"{right[loops]:>6.2f}" for loops in columns))
         axes.plot(list(right), list(right.values()), color=colour, label=f"{hops} hops")

@@ -9,7 +9,8 @@ from command_line import RHYME, SHAPE, TRAINING, answer, openmythos, printed
 
 import openmythos as library
 from openmythos import MythosConfig
-from openmythos.cli import demo_command, loop_colours
+from openmythos.cli import demo_command, loop_colours, shipped_demo
+from openmythos.cli.demo_command import OPENING, RULE
 from openmythos.cli.loop_colours import LoopColours
 from openmythos.cli.progress import Progress
 from openmythos.inference.language_model import Piece
@@ -214,6 +215,23 @@ def quick_demo(monkeypatch):
     monkeypatch.setattr(demo_command, "RECIPE", TrainConfig(**TRAINING))
     texts = [(RHYME, False), (RHYME.replace("mice", "rats"), True)]
     monkeypatch.setitem(corpus._CORPORA, "embedded", (lambda: iter(texts), "by hand"))
+    monkeypatch.setattr(shipped_demo, "show", lambda *_: None)
+
+
+def test_the_demo_begins_with_the_shipped_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped_demo, "DEPTHS", (8, 16, 24, 32, 40, 48, 64))  # those printed
+    monkeypatch.setattr(shipped_demo, "HOPS", {10: "blue", 40: "red"})
+    run = tmp_path / "demo"
+    flags = ["--train", "no", "--run", run, "--max-new-tokens", 5, "--prompt", "The mice"]
+    text = printed("demo", *flags)
+    assert f"\n{OPENING}" in text
+    assert "right" in text.split("walks through 40 doors")[1].split(RULE)[0]
+    rows = re.findall(r"^ +\d+(?: +\d\.\d\d){7}$", text, re.M)
+    share = {row.split()[0]: row.split()[1:] for row in rows}
+    assert float(share["10"][2]) > 0.95
+    assert float(share["40"][0]) < 0.3
+    assert float(share["40"][-1]) > 0.95
+    assert [file.name for file in run.rglob("*") if file.is_file()] == ["depth_of_walks.png"]
 
 
 def test_the_demo_trains_measures_writes_and_draws(quick_demo, tmp_path):
