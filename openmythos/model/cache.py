@@ -25,6 +25,11 @@ from openmythos.numbers import whole
 Declaration = dict[str, tuple[int, ...]]
 """What one attention keeps per token: names and shapes."""
 
+# From so many queries on, values as narrow as MLA's are filled up to the width of the keys on the
+# CPU: its fused attention wants one width, and without it all weights are written out. With 8
+# heads of 48 and 32, 256 queries take 29 ms instead of 62 and 1,024 take 83 instead of 306.
+FEW_QUERIES = 64
+
 
 @dataclass(frozen=True)
 class Entries:
@@ -231,8 +236,12 @@ class Place:
         span = self.span
         if span.alone is not None:
             return self._attend_alone(query, key, value, scale)
+        query, width = span.spread(query), value.shape[-1]
+        narrower = key.shape[-1] - width
+        if narrower > 0 and query.shape[1] > FEW_QUERIES and query.device.type == "cpu":
+            value = F.pad(value, (0, narrower))
         y = F.scaled_dot_product_attention(
-            span.spread(query).transpose(1, 2),
+            query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
             attn_mask=span.visible,
@@ -240,7 +249,7 @@ class Place:
             scale=scale,
             enable_gqa=query.shape[-2] != key.shape[-2],
         )
-        return span.gather(y.transpose(1, 2))
+        return span.gather(y.transpose(1, 2)[..., :width])
 
     def _attend_alone(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attend row by row, each over its true number of keys.

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from openmythos.config import MythosConfig
 from openmythos.model.feed_forward import FEED_FORWARD, FeedForward
 from openmythos.model.grouped import grouped_linear
+from openmythos.model.remade import remade
 from openmythos.model.wide import autocast_dtype
 
 # Up to so many (token, expert) pairs, multiplying by views of the chosen experts' matrices is
@@ -135,10 +136,14 @@ class Experts(nn.Module):
         expert, pairs = chosen.flatten().sort(stable=True)
         ends = torch.searchsorted(expert, ids, right=True, out_int32=True)
         token = pairs // chosen.shape[1]  # whose pair it is
-        inner = self.activation(grouped_linear(x, self.w_in, ends, token))
+        wide = grouped_linear(x, self.w_in, ends, token)
+        inner = self.activation(wide)
         # Weighed before the second product, so that its wide output need not be kept.
         scale = weights.flatten().index_select(0, pairs).unsqueeze(-1) * self.scale
-        y = grouped_linear((inner * scale).to(inner.dtype), self.w_out, ends)
+        with remade(inner, lambda: self.activation(wide)) as again:
+            weighed = (inner * scale).to(inner.dtype)
+        with remade(weighed, lambda: (again() * scale).to(wide.dtype)):
+            y = grouped_linear(weighed, self.w_out, ends)
         y = y.index_select(0, pairs.argsort())
         y = y.unflatten(0, chosen.shape)  # (tokens, chosen, hidden)
         return y.sum(1, dtype=weights.dtype).to(x.dtype)

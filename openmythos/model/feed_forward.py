@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openmythos.model.adapters import LoopLinear
+from openmythos.model.remade import remade
 
 
 def swiglu(x: Float[Tensor, "*rows double"]) -> Float[Tensor, "*rows single"]:
@@ -64,7 +65,10 @@ class FeedForward(nn.Module):
     def forward(
         self, x: Float[Tensor, "*rows hidden"], loop: Int[Tensor, "*leading"]
     ) -> Float[Tensor, "*rows hidden"]:
-        return self.w_out(self.activation(self.w_in(x, loop)), loop)
+        wide = self.w_in(x, loop)
+        inner = self.activation(wide)
+        with remade(inner, lambda: self.activation(wide)):
+            return self.w_out(inner, loop)
 
     def fused_splits(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Parameters that hold several matrices: the axis and the pieces' sizes."""
