@@ -152,7 +152,7 @@ class Numbers:
             """End."""
             return ""
 
-    def text_stream(self) -> Numbers.Stream:
+    def text_stream(self, after: Sequence[int] = ()) -> Numbers.Stream:
         """Return a stream that stays empty."""
         return self.Stream()
 

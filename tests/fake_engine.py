@@ -40,7 +40,7 @@ class Run:
         self.cancelled = threading.Event()
         self.open = set(range(request.choices))
         tokenizer = language_model().tokenizer
-        self.text = [tokenizer.text_stream() for _ in self.open]
+        self.text = [tokenizer.text_stream(request.token_ids) for _ in self.open]
         self.held = [HoldBack(request.stop) for _ in self.open]
         self.new = [0] * request.choices
 
@@ -118,7 +118,12 @@ def say(text=SAID):
         tokenizer = language_model().tokenizer
         if run.request.prompt_logprobs:
             run.prompt()
-        for token_id in [*tokenizer.encode(text), tokenizer.end_id]:
+        token_ids = [*tokenizer.encode(text), tokenizer.end_id]
+        if not run.request.max_new_tokens:
+            token_ids = []
+            for choice in sorted(run.open):
+                run.finish("length", choice)
+        for token_id in token_ids:
             for choice in sorted(run.open):
                 run.token(token_id, choice)
 
@@ -136,11 +141,14 @@ class FakeEngine:
         self.script, self.room, self.threads = script, room, threads
         self.runs, self.alive = [], True
 
-    def submit(self, request):
+    def submit_all(self, requests):
         if not self.alive:
             raise EngineStopped("the engine has stopped")
-        if len(self.runs) >= self.room:
+        if self.runs and len(self.runs) + len(requests) > self.room:
             raise QueueFull(f"max_waiting={self.room} requests wait already: try again later")
+        return [self._run(request) for request in requests]
+
+    def _run(self, request):
         run = Run(request)
         self.runs.append(run)
         if self.threads:

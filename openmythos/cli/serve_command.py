@@ -83,6 +83,10 @@ def run(settings: Settings) -> None:
         print(f"{name} is served at {address}/v1 and {page} (Ctrl-C stops it)", flush=True)
 
     run_server(app, on_ready=on_ready)
+    if serving.loading:  # torch aborts where the interpreter ends around a thread inside of it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def with_key(settings: ServerSettings) -> ServerSettings:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from openmythos.inference.language_model import LanguageModel
 from openmythos.inference.pages import PAGE
 from openmythos.inference.passes import page_bytes
 from openmythos.inference.request import Event, FinishEvent, FinishReason, Request
-from openmythos.inference.ticks import Ticker, Work
+from openmythos.inference.ticks import Ticker, Work, told
 
 LOG = logging.getLogger(__name__)
 
@@ -196,20 +196,31 @@ class Engine:
             QueueFull: as many requests wait as may.
             EngineStopped: the engine takes no requests any more.
         """
-        self._ticker.prepare(request)
-        submission = Submission(request, self._ask_to_cancel)
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Sequence[Request]) -> list[Submission]:
+        """Accept several requests or none; what may wait never refuses them where none waits.
+
+        Raises:
+            InputError: the model, the tokenizer or the cache can never serve one of them.
+            QueueFull: more requests would wait than may.
+            EngineStopped: the engine takes no requests any more.
+        """
+        for request in requests:
+            self._ticker.prepare(request)
+        submissions = [Submission(request, self._ask_to_cancel) for request in requests]
         with self._wake:
             if self._stopping:
                 raise EngineStopped("the engine is stopping: it takes no more requests")
             waiting = len(self._inbox) + len(self._ticker.scheduler.waiting)
-            if waiting >= self.settings.max_waiting:
+            if waiting and waiting + len(requests) > self.settings.max_waiting:
                 raise QueueFull(
-                    f"max_waiting={self.settings.max_waiting} requests wait already: try again "
-                    "later"
+                    f"max_waiting={self.settings.max_waiting} must not be passed, and {waiting} "
+                    "requests wait already: try again later"
                 )
-            self._inbox.append(submission)
+            self._inbox.extend(submissions)
             self._wake.notify()
-        return submission
+        return submissions
 
     def _ask_to_cancel(self, submission: Submission) -> None:
         with self._wake:
@@ -263,11 +274,11 @@ class Engine:
                         self._ticker.tick()
                     except Exception as failure:
                         LOG.exception("a tick failed: the requests in flight end with an error")
-                        self._ticker.fail(f"{type(failure).__name__}: {failure}")
+                        self._ticker.fail(told(failure))
                     self._tidy()
         except BaseException as failure:
             LOG.exception("the engine failed and stops")
-            error = f"{type(failure).__name__}: {failure}"
+            error = told(failure)
         finally:
             self._end_all("cancelled" if error is None else "error", error)
 
@@ -292,7 +303,7 @@ class Engine:
         try:
             self._works[submission] = self._ticker.add(submission.request, submission.deliver)
         except Exception as failure:  # noqa: BLE001 - a constraint is the caller's own code
-            submission.close("error", f"{type(failure).__name__}: {failure}")
+            submission.close("error", told(failure))
 
     def _tidy(self) -> None:
         self._works = {

@@ -86,6 +86,11 @@ def check_length(prompt: int, max_new_tokens: int, max_length: int) -> None:
     """Raise `InputError` unless prompt and new tokens fit into `max_length`."""
     if not at_least(max_new_tokens, 1):
         raise InputError(f"max_new_tokens={max_new_tokens!r} must be an integer of 1 or more")
+    check_room(prompt, max_new_tokens, max_length)
+
+
+def check_room(prompt: int, max_new_tokens: int, max_length: int) -> None:
+    """Raise `InputError` unless they fit; no token may be asked for."""
     if prompt + max_new_tokens > max_length:
         raise InputError(
             f"max_new_tokens={max_new_tokens} after a prompt of {prompt} tokens must end by "

@@ -26,7 +26,7 @@ from openmythos.inference.scheduler import Row, Track
 from openmythos.model.attention import ATTENTION
 from openmythos.model.cache import Declaration, Entries, Place, Span
 from openmythos.model.core import Rows
-from openmythos.model.halting import Memory, Rule
+from openmythos.model.halting import Divergence, Memory, Rule
 from openmythos.model.native.exits import BY_BUDGET, Decided, Exits, decided_here
 from openmythos.model.native.run import MOST_ROWS, run_pages, takes_all
 from openmythos.model.rope import Rope, rope_table
@@ -35,6 +35,9 @@ from openmythos.model.transformer import OpenMythos
 TILE = 8
 """Rows of a pass in deterministic mode: the most for which a lone row costs hardly more than one
 row does, because a product of few rows takes the time of reading its weights."""
+
+LONG = 1 << 15
+"""Numbers from which torch sums a lone row in parts."""
 
 RULES = 16
 """Halting rules kept for requests to come, each with its own threshold and its memory of rows."""
@@ -103,6 +106,7 @@ class Passes:
     def __init__(self, model: OpenMythos, pages: int, *, deterministic: bool) -> None:
         self.model, self.config = model, model.config
         self.native = takes_all(model)
+        self.deterministic = deterministic
         self.alone = deterministic and not self.native
         """Whether rows go through torch, and must not depend on each other."""
         weight = model.embed.weight
@@ -191,10 +195,10 @@ class Passes:
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
 
-    def _padded(self, values: list[int]) -> Int[Tensor, " rows"]:
+    def _padded(self, values: Sequence[int], tiled: bool | None = None) -> Int[Tensor, " rows"]:
         """As a tensor; of `TILE` values where rows are to stand alone."""
-        if self.alone:
-            values = values + [0] * (TILE - len(values))
+        if self.alone if tiled is None else tiled:
+            values = [*values, *[0] * (TILE - len(values))]
         return _whole(values).to(self.device)
 
     def _view(self, rows: Sequence[Row], slot: Choose, also: Also | None = None) -> View:
@@ -411,8 +415,9 @@ class Passes:
             halting = row.track.job.halting
             if halting in asked:
                 kinds.setdefault((halting, row.loop == 0), []).append(number)
-        size = TILE if self.alone else MOST_ROWS if self.native else max(1, len(rows))
         for (halting, fresh), numbers in kinds.items():
+            tiled = self._tiled(self.rules[halting])
+            size = TILE if tiled else MOST_ROWS if self.native else len(rows)
             for start in range(0, len(numbers), size):
                 some = numbers[start : start + size]
                 for number, fires in zip(
@@ -420,6 +425,15 @@ class Passes:
                 ):
                     exits[number] = fires
         return exits
+
+    def _tiled(self, rule: Rule | None) -> bool:
+        """Whether what a rule says of a row might depend on how many rows it is asked about.
+
+        Torch's elementwise functions have other bits in the last few numbers of an array, and it
+        sums a single long row in parts, one for each thread.
+        """
+        small = self.config.vocab_size < LONG
+        return self.deterministic and not (self.native and small and isinstance(rule, Divergence))
 
     def _ask(
         self,
@@ -433,15 +447,17 @@ class Passes:
         """Let one rule decide on some rows, and keep its memory of them."""
         rule = self.rules[halting]
         assert rule is not None
-        chosen = self._padded(numbers)
+        tiled = self._tiled(rule)
+        chosen = self._padded(numbers, tiled)
         before, after = before.index_select(0, chosen), after.index_select(0, chosen)
         some = [rows[number] for number in numbers]
-        seats = self._padded([row.seat for row in some])
+        seats = self._padded([row.seat for row in some], tiled)
         if fresh:
             memory = rule.start(len(chosen), before)
         else:
             memory = tuple(x.index_select(0, seats) for x in self.memories[halting])
-        last = self._padded([row.loop + 1 == row.track.job.loops for row in some]).bool()
+        ends = [row.loop + 1 == row.track.job.loops for row in some]
+        last = self._padded(ends, tiled).bool()
         fires, memory = rule.decide(before, after, memory, last)
         if halting not in self.memories:
             self.memories[halting] = tuple(x.new_zeros(len(self.h), *x.shape[1:]) for x in memory)

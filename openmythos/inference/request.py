@@ -51,7 +51,8 @@ class Request:
     token_ids: tuple[int, ...]
     """The prompt, at least one id. `LanguageModel` puts the end-of-document token in front."""
     max_new_tokens: int
-    """Most tokens of each choice; room for them is reserved when the request is admitted."""
+    """Most tokens of each choice; room for them is reserved when the request is admitted. 0 reads
+    the prompt and draws nothing."""
     thinking: Thinking = field(default_factory=Thinking)
     """Loops, halting rule, its threshold and the cache's policy."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -91,10 +92,10 @@ class Request:
         for token_id in self.token_ids:
             if not _is_whole(token_id) or token_id < 0:
                 raise InputError(f"token_ids holds {token_id!r}, must hold integers of 0 or more")
-        for name in ("max_new_tokens", "choices"):
+        for name, least in (("max_new_tokens", 0), ("choices", 1)):
             value = getattr(self, name)
-            if not _is_whole(value) or value < 1:
-                raise InputError(f"{name}={value!r} must be an integer of 1 or more")
+            if not _is_whole(value) or value < least:
+                raise InputError(f"{name}={value!r} must be an integer of {least} or more")
         if not _is_whole(self.priority):
             raise InputError(f"priority={self.priority!r} must be an integer")
         if self.logprobs is not None and (not _is_whole(self.logprobs) or self.logprobs < 0):

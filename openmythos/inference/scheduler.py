@@ -63,7 +63,7 @@ class Job:
     @property
     def new_positions(self) -> int:
         """Most positions after the prompt: the last token drawn never enters the core."""
-        return self.max_new_tokens - 1
+        return max(0, self.max_new_tokens - 1)
 
     @property
     def pages(self) -> int:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmythos.errors import InputError
-from openmythos.inference.generate import check_length
+from openmythos.errors import InputError, MythosError
+from openmythos.inference.generate import check_room
 from openmythos.inference.language_model import HoldBack, LanguageModel
 from openmythos.inference.noise import draw_at
 from openmythos.inference.pages import Pages
@@ -134,7 +134,7 @@ class Ticker:
             InputError: the model, the tokenizer or the pages cannot serve it.
         """
         config, thinking = self.model.config, request.thinking
-        check_length(len(request.token_ids), request.max_new_tokens, config.max_length)
+        check_room(len(request.token_ids), request.max_new_tokens, config.max_length)
         check_loops(self._loops(request), 1, 1)
         if max(request.token_ids) >= self.tokenizer.vocab_size:
             raise InputError(
@@ -200,7 +200,7 @@ class Ticker:
         constraint = request.constraint
         choices = [
             Choice(
-                self.tokenizer.text_stream(),
+                self.tokenizer.text_stream(after=request.token_ids),
                 HoldBack(request.stop),
                 None if constraint is None else constraint.copy(),
             )
@@ -337,6 +337,9 @@ class Ticker:
         if row.position == len(work.request.token_ids) - 1:
             if work.request.prompt_logprobs:
                 self._tell_prompt(work)
+            if not work.request.max_new_tokens:
+                self.end(work, "length")
+                return False
             opened, copies = self.scheduler.fork(row.track)
             self.passes.copy(copies)
             tracks += opened
@@ -345,7 +348,7 @@ class Ticker:
             try:
                 stands &= self._draw(work, track, row.loop, logits)
             except Exception as error:  # noqa: BLE001 - a constraint is the caller's own code
-                self._finish(work, track, "error", error=f"{type(error).__name__}: {error}")
+                self._finish(work, track, "error", error=told(error))
         return stands
 
     def _draw(self, work: Work, track: Track, loops: int, logits: Tensor) -> bool:
@@ -428,6 +431,11 @@ class Ticker:
                 prompt_loops=sum(work.prompt_loops),
             )
         )
+
+
+def told(error: BaseException) -> str:
+    """Return what an error says; of one that is not ours, its kind too."""
+    return str(error) if isinstance(error, MythosError) else f"{type(error).__name__}: {error}"
 
 
 def vocabulary_mask(constraint: Constraint, vocab: int) -> np.ndarray:

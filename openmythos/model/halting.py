@@ -170,14 +170,16 @@ class Divergence:
         self, before: Tensor, after: Tensor, memory: Memory, last: Tensor
     ) -> tuple[Tensor, Memory]:
         """Rows whose distribution moved by less than the threshold."""
-        earlier = memory[0] if memory else self._log_probabilities(before)
-        later = self._log_probabilities(after)
-        moved = (later.exp() * (later - earlier)).sum(-1)
+        earlier = memory[0] if memory else self._logits(before).log_softmax(-1)
+        logits = self._logits(after)
+        later = logits.log_softmax(-1)
+        # Not `later.exp()`, whose bits depend on how many rows there are.
+        moved = (logits.softmax(-1) * (later - earlier)).sum(-1)
         return moved < self.threshold, (later,)
 
-    def _log_probabilities(self, h: Tensor) -> Tensor:
+    def _logits(self, h: Tensor) -> Tensor:
         logits = self.readout(h)
-        return (logits.float() if logits.itemsize < 4 else logits).log_softmax(-1)
+        return logits.float() if logits.itemsize < 4 else logits
 
     def output(self, after: Tensor, memory: Memory) -> Tensor:
         """The state as it is."""

@@ -130,9 +130,13 @@ class Tokenizer:
         """Returns how the vocabulary writes a token; end marks and other special ones have one."""
         return self._inner.id_to_token(token_id) or f"<|{token_id}|>"
 
-    def text_stream(self) -> "TextStream":
-        """Returns a decoder that takes one token at a time."""
-        return TextStream(self)
+    def text_stream(self, after: Sequence[int] = ()) -> "TextStream":
+        """Returns a decoder that takes one token at a time.
+
+        Args:
+            after: what stands before them: a character that begins there is made whole.
+        """
+        return TextStream(self, after)
 
     @property
     def token_bytes(self) -> Int64[np.ndarray, " vocab"]:
@@ -155,9 +159,10 @@ class TextStream:
     A character of several bytes may be spread over tokens; its bytes wait here until it is whole.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder.decode(tokenizer.decode_bytes(after))
 
     def push(self, token_id: int) -> str:
         """Takes a token and returns the text that it makes whole, possibly none."""

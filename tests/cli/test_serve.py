@@ -9,6 +9,7 @@ import urllib.request
 
 import pytest
 from command_line import openmythos
+from fake_engine import wait_until
 
 import openmythos as library
 from openmythos.cli import serve_command
@@ -46,6 +47,39 @@ def test_it_serves_the_librarys_text_until_sigterm_and_lets_that_finish(run, mon
                 assert stream.readline().startswith(b"data: {")
                 it.send_signal(signal.SIGTERM)
                 assert stream.read().endswith(b'"finish_reason":"length"}]}\n\ndata: [DONE]\n\n')
+            assert it.wait(60) == 0
+            assert (it.stdout.read(), it.stderr.read()) == ("", "")
+        finally:
+            it.kill()
+
+
+def answers(port):
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60)
+    except urllib.error.HTTPError as error:
+        return error.code == 503
+    except urllib.error.URLError:
+        return False
+
+
+@pytest.mark.timeout(300)
+def test_sigterm_while_the_model_is_loaded_ends_in_order(tmp_path):
+    """The interpreter must not end around a thread that is inside of torch."""
+    code = (
+        "import torch, openmythos.inference.language_model as module\n"
+        "from openmythos.cli import main\n"
+        "def load(*_):\n"
+        "    while True: torch.ones(300, 300) @ torch.ones(300, 300)\n"
+        "module.load = load\n"
+        "main()\n"
+    )
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", code, "serve", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as it:
+        try:
+            wait_until(lambda: answers(port), seconds=100)
+            it.send_signal(signal.SIGTERM)
             assert it.wait(60) == 0
             assert (it.stdout.read(), it.stderr.read()) == ("", "")
         finally:

@@ -203,6 +203,17 @@ def test_company_order_and_chunks_change_no_bit(name, threads):
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("thinking", ["act", "kl", "delta"])
+def test_rules_of_many_rows_at_once_change_no_bit(thinking):
+    """Torch's elementwise functions have other bits in the last few numbers of an array."""
+    lm = model_of("gqa, experts")
+    for seed in range(4):
+        one = request(52, seed=seed, max_new_tokens=3, thinking=THINKING[thinking])
+        expected = written(run(ticker_of(lm, chunk=32, budget=4), [one])[0])
+        for settings in ({"chunk": 32, "budget": 100}, {"chunk": 5, "budget": 100}):
+            assert written(run(ticker_of(lm, **settings), [one])[0]) == expected
+
+
 def test_company_changes_no_token_and_hardly_a_logprob_without_deterministic_mode(lm):
     requests = mixture()
     expected = [alone(lm, one, deterministic=False) for one in requests]
@@ -329,7 +340,7 @@ class Sixteen:
 
     vocab_size, end_id = 16, 0
 
-    def text_stream(self):
+    def text_stream(self, after=()):
         return self
 
     def push(self, token_id):
@@ -606,11 +617,39 @@ def test_listeners_and_readers_get_every_event_in_order(lm):
 def test_a_full_queue_refuses_and_says_so(lm):
     engine = Engine(lm, EngineSettings(cache_bytes=1 << 22, max_waiting=2))
     accepted = [engine.submit(request()) for _ in range(2)]
-    with pytest.raises(QueueFull, match="max_waiting=2 requests wait already"):
+    with pytest.raises(QueueFull, match="max_waiting=2 must not be passed, and 2 requests wait"):
         engine.submit(request())
     engine.start()
     assert all(list(submission)[-1].reason == "length" for submission in accepted)
     engine.stop()
+
+
+def test_requests_together_are_all_taken_or_none_and_where_none_waits_all(lm):
+    engine = Engine(lm, EngineSettings(cache_bytes=1 << 22, max_waiting=2))
+    with pytest.raises(InputError, match="must be below vocab_size"):
+        engine.submit_all([request(), request(token_ids=(99999,))])
+    accepted = engine.submit_all([request() for _ in range(3)])
+    with pytest.raises(QueueFull):
+        engine.submit_all([request()])
+    engine.start()
+    assert all(list(submission)[-1].reason == "length" for submission in accepted)
+    engine.stop()
+
+
+def test_a_prompt_can_be_read_without_a_token_drawn(lm):
+    whole = prompt(lm.model.config.max_length, 3)
+    one = request(token_ids=whole, max_new_tokens=0, choices=2, prompt_logprobs=True)
+    ticker = ticker_of(lm)
+    (events,) = run(ticker, [one])
+    read, *ends = events
+    assert isinstance(read, PromptEvent)
+    assert len(read.logprobs) == len(whole)
+    assert [(end.choice, end.reason, end.new_tokens) for end in ends] == [
+        (0, "length", 0),
+        (1, "length", 0),
+    ]
+    with_one = request(token_ids=whole[:-1], max_new_tokens=1, prompt_logprobs=True)
+    assert run(ticker, [with_one])[0][0].logprobs == read.logprobs[:-1]
 
 
 @pytest.mark.parametrize("drain", [True, False])

@@ -103,7 +103,7 @@ def playground(reasoner: str | Path = REASONER) -> APIRouter:
             writers=[TokenWriter(requests[0].token_ids, loaded.lm.tokenizer)],
             choices=1,
             mailbox=server.submit(requests, most=server.settings.max_unread),
-            usage=Usage([len(requests[0].token_ids)], shows_tokens=True),
+            usage=Usage([len(requests[0].token_ids)]),
         )
         chunks = answer.chunks(StreamOptions(include_usage=True))
         return EventStream(chunks, answer.mailbox, server.settings.send_seconds)

@@ -42,11 +42,10 @@ class Usage:
 
     Args:
         prompts: tokens of each prompt.
-        shows_tokens: whether new tokens count.
     """
 
-    def __init__(self, prompts: Sequence[int], *, shows_tokens: bool) -> None:
-        self._prompts, self._shows_tokens = prompts, shows_tokens
+    def __init__(self, prompts: Sequence[int]) -> None:
+        self._prompts = prompts
         self._cached: dict[int, int] = {}
         self._new = self._loops = 0
 
@@ -54,7 +53,7 @@ class Usage:
         """Count an event of prompt `number`."""
         if isinstance(event, FinishEvent):
             self._cached.setdefault(number, event.cached_tokens)
-        elif isinstance(event, TokenEvent) and self._shows_tokens:
+        elif isinstance(event, TokenEvent):
             self._new += 1
             self._loops += event.loops
 

@@ -16,8 +16,9 @@ from typing import Annotated, Any, final
 from anyio import to_thread
 from fastapi import APIRouter, Depends, FastAPI
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match, Mount
 from starlette.staticfiles import StaticFiles
-from starlette.types import Scope
+from starlette.types import ASGIApp, Scope
 
 from openmythos import __version__
 from openmythos.inference.server import chat, completions
@@ -67,12 +68,27 @@ def create_app(
     for part in (router, completions.router, chat.router, *routers):
         app.include_router(part)
     if static is not None:
-        app.mount("/", Fresh(directory=static, html=True), name="static")
+        app.router.routes.append(Rest("/", Fresh(directory=static, html=True), list(app.routes)))
     app.add_middleware(LimitBody, most=server.settings.max_body_bytes)
     if server.settings.api_key is not None:
         app.add_middleware(RequireKey, key=server.settings.api_key)
     app.add_middleware(CountAnswers, metrics=server.metrics)  # the last added stands first
     return app
+
+
+@final
+class Rest(Mount):
+    """What no other route is about: a path that one has, with another method, is answered 405."""
+
+    def __init__(self, path: str, app: ASGIApp, others: Sequence[BaseRoute]) -> None:
+        super().__init__(path, app)
+        self._others = others
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Match where no other route knows the path."""
+        if any(route.matches(scope)[0] is not Match.NONE for route in self._others):
+            return Match.NONE, {}
+        return super().matches(scope)
 
 
 @final

@@ -54,7 +54,7 @@ async def reply(
         mailbox=server.submit(
             [asked], most=settings.max_unread * body.choices if streams else None
         ),
-        usage=Usage([len(asked.token_ids)], shows_tokens=True),
+        usage=Usage([len(asked.token_ids)]),
     )
     if streams:
         chunks = answer.chunks(body.stream_options or StreamOptions())

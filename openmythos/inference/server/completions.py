@@ -58,9 +58,7 @@ async def complete(
         ],
         choices=body.choices,
         mailbox=server.submit(requests, most=most),
-        usage=Usage(
-            [len(asked.token_ids) for asked in requests], shows_tokens=body.max_tokens != 0
-        ),
+        usage=Usage([len(asked.token_ids) for asked in requests]),
     )
     if body.stream:
         chunks = answer.chunks(body.stream_options or StreamOptions())
@@ -83,9 +81,9 @@ class CompletionWriter:
 
     def __init__(self, body: CompletionBody, prompt: Sequence[int], tokenizer: Tokenizer) -> None:
         self._body, self._prompt = body, prompt
-        self._echoed = tokenizer.decode(prompt) if body.echo else ""
+        # The bytes of a character that is not whole yet come with the next token, or at the end.
+        self._echoed = "".join(map(tokenizer.text_stream().push, prompt)) if body.echo else ""
         self._logprobs = None if body.logprobs is None else CompletionLogprobs(tokenizer)
-        self._shows_tokens = body.max_tokens != 0
 
     def opening(self) -> dict[str, Any] | None:
         """The prompt, where it is wanted back without what must be computed first."""
@@ -109,12 +107,11 @@ class CompletionWriter:
         return echoed
 
     def _choice(self, events: Sequence[Event], echoed: str) -> dict[str, Any]:
-        tokens = tokens_of(events) if self._shows_tokens else []
-        finish = finish_of(events)
+        tokens = tokens_of(events)
         choice: dict[str, Any] = {
-            "text": echoed + (text_of(events) if self._shows_tokens else ""),
+            "text": echoed + text_of(events),
             "logprobs": None,
-            "finish_reason": finish if self._shows_tokens or finish is None else "length",
+            "finish_reason": finish_of(events),
         }
         if self._logprobs is not None:
             for event in events:

@@ -54,7 +54,9 @@ class JsonGrammars:
             raise InputError(
                 f"schema must be a JSON schema that can be kept: {_line(matcher.get_error())}"
             )
-        return JsonConstraint(matcher)
+        constraint = JsonConstraint(matcher)
+        constraint.copy().allowed()  # some schemas compile, and can then not be kept
+        return constraint
 
     def any_object(self) -> JsonConstraint:
         """Return the constraint that holds for every JSON object."""

@@ -142,7 +142,8 @@ class _Meter:
         metrics.request_new.observe(event.new_tokens)
         if event.new_tokens:
             metrics.request_loops.observe(event.loops / event.new_tokens)
-        if not self._read:
+        read = event.new_tokens or event.reason in ("stop", "length")
+        if read and not self._read:
             self._read = True
             metrics.request_prompt.observe(event.prompt_tokens)
             metrics.prompt_tokens.inc(event.prompt_tokens)

@@ -15,6 +15,9 @@ from openmythos.inference.server.errors import ApiError, invalid, shortened
 
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+# An error for every item of a long list would take a thousand times the memory of the body.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
 MOST_LOGPROBS = 20
 MOST_STOPS = 16
 
@@ -108,7 +111,7 @@ class Generation(Body):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, lt=1 << 31)] | None = 1
-    stop: str | list[str] | None = None
+    stop: str | Texts | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
@@ -168,7 +171,7 @@ class Generation(Body):
 class CompletionBody(Generation):
     """The body of `POST /v1/completions`."""
 
-    prompt: str | list[TokenId] | list[str] | list[list[TokenId]] = ""
+    prompt: str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)] = ""
     """Text, which starts a document; or token ids, taken as they are; or a list of either."""
     max_tokens: Count | None = 16
     best_of: Count | None = None
@@ -202,13 +205,13 @@ class ChatMessage(Body):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
 
 
 class ChatBody(Generation):
     """The body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     """Most tokens of a reply; default: the server's chat_tokens, or as many as fit."""
     max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None

@@ -46,8 +46,8 @@ class Continues(Protocol):
         """Whether it works."""
         ...
 
-    def submit(self, request: Request) -> Accepted:
-        """Accept a request, or raise `InputError`, `QueueFull` or `EngineStopped`."""
+    def submit_all(self, requests: Sequence[Request]) -> Sequence[Accepted]:
+        """Accept requests, or raise `InputError`, `QueueFull` or `EngineStopped`."""
         ...
 
     def statistics(self) -> Statistics:
@@ -90,6 +90,7 @@ class Serving:
         self.metrics = Metrics(name)
         self.failure: BaseException | None = None
         self._load = load
+        self._loader: threading.Thread | None = None
         self._loaded: Loaded | None = None
         self._draining = self._stopped = False
         self._open: set[Mailbox] = set()
@@ -113,7 +114,13 @@ class Serving:
 
     def start(self) -> None:
         """Begin to load."""
-        threading.Thread(target=self._load_it, name="openmythos-load", daemon=True).start()
+        self._loader = threading.Thread(target=self._load_it, name="openmythos-load", daemon=True)
+        self._loader.start()
+
+    @property
+    def loading(self) -> bool:
+        """Whether the model is being loaded, also where it is no longer wanted."""
+        return self._loader is not None and self._loader.is_alive()
 
     def ready(self) -> Loaded:
         """Return the model.
@@ -152,10 +159,11 @@ class Serving:
         engine, mailbox = self.ready().engine, Mailbox(most, on_close=self._open.discard)
         self._open.add(mailbox)
         try:
-            for number, request in enumerate(requests):
-                meter, accepted = self.metrics.meter(), engine.submit(request)
+            meters = [self.metrics.meter() for _ in requests]
+            every = engine.submit_all(requests)
+            for number, (request, accepted) in enumerate(zip(requests, every, strict=True)):
                 mailbox.expect(accepted, request.choices)
-                accepted.add_listener(meter)
+                accepted.add_listener(meters[number])
                 accepted.add_listener(mailbox.listener(number))
         except BaseException as error:
             mailbox.close()

@@ -36,7 +36,6 @@ def of_completion(
             token_ids,
             loaded,
             settings,
-            # The engine makes at least one token; of 0, `echo` shows none.
             room=_room(token_ids, body.max_tokens, 16, loaded, ("prompt", "max_tokens")),
             logprobs=body.logprobs,
             prompt_logprobs=bool(body.echo) and body.logprobs is not None,
@@ -152,7 +151,7 @@ def _room(
     """Return the most tokens to make: as many as asked, or as usual where so many fit."""
     prompt, room_field = fields
     room = loaded.max_length - len(token_ids)
-    if room < 1:
+    if room < (0 if asked == 0 else 1):
         raise _too_long(
             f"{prompt} has {len(token_ids)} tokens, must leave room within "
             f"max_model_len={loaded.max_length}: shorten it",
@@ -164,7 +163,7 @@ def _room(
             f"max_model_len={loaded.max_length}: at most {room} fit",
             room_field,
         )
-    return max(1, min(usual, room) if asked is None else asked)
+    return min(usual, room) if asked is None else asked
 
 
 def _too_long(message: str, param: str) -> ApiError:
@@ -202,7 +201,15 @@ def _message(message: ChatMessage, place: int) -> Message:
 
 def _constraint(body: Generation, grammars: JsonGrammars) -> Constraint | None:
     form = body.response_format
-    if form is None or form.type == "text":
+    if form is None:
+        return None
+    if form.json_schema is not None and form.type != "json_schema":
+        raise invalid(
+            f"response_format.json_schema must be left out with type={form.type!r}: say "
+            "type='json_schema'",
+            "response_format.json_schema",
+        )
+    if form.type == "text":
         return None
     if form.type == "json_object":
         return grammars.any_object()

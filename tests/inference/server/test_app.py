@@ -57,6 +57,12 @@ def test_metrics_count_tokens_loops_and_time():
         assert values[(f"openmythos:{name}", *labels)] == value, name
 
 
+def test_a_prompt_that_was_never_read_is_not_counted():
+    with client_of(lambda run: run.finish("cancelled")) as client:
+        assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 503
+        assert samples(client)[("openmythos:prompt_tokens_total",)].value == 0
+
+
 def test_every_metric_of_the_model_bears_its_name():
     with client_of() as client:
         client.post("/v1/completions", json={"prompt": "a"})
@@ -82,6 +88,9 @@ def test_pages_are_added_by_routes_and_a_folder(tmp_path):
         assert client.get("/v1/models", headers=headers).json()["object"] == "list"
         assert client.get("/../../etc/passwd").status_code == 404
         assert client.get("/none.js").json()["error"]["code"] == "not_found"
+        for method in ("GET", "PUT", "DELETE", "OPTIONS"):  # a route's, and no file of that name
+            response = client.request(method, "/v1/completions", headers=headers)
+            assert (response.status_code, response.headers["Allow"]) == (405, "POST")
 
 
 def test_the_interface_is_described_without_pages_from_elsewhere():

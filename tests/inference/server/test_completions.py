@@ -226,6 +226,29 @@ def test_every_request_is_closed(client):
     wait_until(lambda: client.serving.idle)
 
 
+def test_a_character_split_between_prompt_and_text_is_whole():
+    tokenizer = language_model().tokenizer
+    first, second = (
+        next(t for t in range(257) if tokenizer.decode_bytes([t]) == byte)
+        for byte in (b"\xc3", b"\xa9")
+    )
+
+    def rest(run):
+        for token in (second, tokenizer.encode("a")[0], tokenizer.end_id):
+            run.token(token)
+
+    with client_of(rest) as client:
+        ids = [*tokenizer.encode("caf"), first]
+        whole = complete(client, prompt=ids, echo=True)["choices"][0]["text"]
+        assert whole == "caféa"
+        chunks = stream(client, prompt=ids, echo=True)
+        assert "".join(c["choices"][0]["text"] for c in chunks) == whole
+        assert complete(client, prompt=ids)["choices"][0]["text"] == "éa"
+        alone = {"prompt": ids, "echo": True, "max_tokens": 0}
+        client.engine.script = lambda run: run.finish("length")
+        assert complete(client, **alone)["choices"][0]["text"] == "caf\ufffd"
+
+
 def test_a_lone_byte_and_nothing_else_is_replaced():
     def half(run):
         tokenizer = language_model().tokenizer

@@ -14,9 +14,11 @@ from fake_engine import (
     wait,
     wait_until,
 )
+from fastapi.exceptions import RequestValidationError
 from starlette.testclient import TestClient
 
 from openmythos.errors import CheckpointError
+from openmythos.inference.request import Request
 from openmythos.inference.server.schemas import ErrorBody
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -72,6 +74,17 @@ BOTH = [
     ({"what": "x" * 99}, "what", "..."),
     ({"response_format": {"type": "xml"}}, "response_format.type", "must be 'text', 'json_object'"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "must be given"),
+    (
+        {"response_format": {"type": "text", "json_schema": {"schema": {"type": "integer"}}}},
+        "response_format.json_schema",
+        "must be left out with type='text'",
+    ),
+    (
+        {"response_format": {"type": "json_object", "json_schema": {}}},
+        "response_format.json_schema",
+        "must be left out with type='json_object'",
+    ),
+    ({"response_format": schema({"$ref": "#"})}, SCHEMA, "schema is too complex to be kept"),
     ({"response_format": {"type": "text", "x": 1}}, "response_format.x", "must be left out"),
     ({"response_format": schema({"type": "mouse"})}, SCHEMA, "Invalid type: mouse"),
     ({"response_format": schema({"not": {}})}, SCHEMA, 'Unimplemented keys: ["not"]'),
@@ -85,6 +98,11 @@ COMPLETION = [
     ({"prompt": ["a", 5]}, "prompt", "prompt must be a text, a list of texts"),
     ({"prompt": [290]}, "prompt", "prompt holds token id 290, must hold ids below vocab_size=290"),
     ({"prompt": [5] * 64}, "prompt", "prompt has 64 tokens, must leave room within"),
+    (
+        {"prompt": [5] * 65, "echo": True, "max_tokens": 0},
+        "prompt",
+        "prompt has 65 tokens, must leave room within",
+    ),
     ({"prompt": "\ud800"}, "prompt", "not half of a surrogate pair"),
     ({"prompt": ["a"] * 129}, "n", "n=1 times 129 prompts must be at most 128"),
     ({"max_tokens": 0}, "max_tokens", "max_tokens=0 must go with echo=true"),
@@ -169,6 +187,31 @@ def test_a_body_that_is_no_json_object_is_refused(client, content, sentence):
     assert error.message.startswith(sentence)
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        (COMPLETIONS, "prompt", [1.5] * 50_000),
+        (COMPLETIONS, "prompt", [[1.5]] * 50_000),
+        (COMPLETIONS, "stop", [1] * 50_000),
+        (CHAT, "messages", [1] * 50_000),
+        (CHAT, "messages", [{"role": "user", "content": [1] * 50_000}]),
+    ],
+)
+def test_of_a_long_list_the_first_mistake_is_enough(client, monkeypatch, path, field, value):
+    """An error for each item would take a thousand times the body's memory."""
+    found, errors = [], RequestValidationError.errors
+
+    def counted(self):
+        found.append(len(errors(self)))
+        return errors(self)
+
+    monkeypatch.setattr(RequestValidationError, "errors", counted)
+    error = error_of(client.post(path, json={"prompt": "a", "messages": HELLO, field: value}))
+    assert (error.status, error.param.partition("[")[0]) == (400, field)
+    assert len(found) == 1
+    assert found[0] < 10
+
+
 def test_a_body_without_its_type_is_refused(client):
     # A page elsewhere can make a browser send that without asking, but not JSON.
     for headers in ({}, {"Content-Type": "text/plain"}):
@@ -228,11 +271,12 @@ def test_a_body_past_the_bound_is_refused():
 
 def test_a_queue_that_is_full_takes_all_prompts_or_none():
     with client_of(wait, room=3) as client:
-        error = error_of(client.post(COMPLETIONS, json={"prompt": ["a"] * 4}))
+        others = client.engine.submit_all([Request(token_ids=(1,), max_new_tokens=1)])
+        error = error_of(client.post(COMPLETIONS, json={"prompt": ["a"] * 3}))
         assert (error.status, error.type, error.code) == (429, "rate_limit_error", "queue_full")
-        assert all(run.cancelled.is_set() for run in client.engine.runs)
+        assert client.engine.runs == others
         assert client.serving.idle
-        response = client.post(COMPLETIONS, json={"prompt": "a", "stream": True})
+        response = client.post(COMPLETIONS, json={"prompt": ["a"] * 3, "stream": True})
         assert response.status_code == 429  # and no stream
         assert response.headers["Retry-After"] == "1"
 
