@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from openmythos.errors import InputError
 from openmythos.inference.sampling import Sampling, draw
 from openmythos.inference.thinking import Thinking
 from openmythos.model.call import check_loops
+from openmythos.model.halting import make_rule
 from openmythos.model.transformer import OpenMythos
 from openmythos.numbers import at_least
 
@@ -25,7 +26,6 @@ class NewToken(NamedTuple):
     """Loops that the position took which each token was drawn from."""
 
 
-@torch.inference_mode()
 def generate(
     model: OpenMythos,
     token_ids: Int[Tensor, "batch prompt"],
@@ -35,8 +35,9 @@ def generate(
     sampling: Sampling | None = None,
     mask: Tensor | None = None,
     vocab_size: int | None = None,
+    end_id: int | None = None,
 ) -> Iterator[NewToken]:
-    """Yield new tokens one by one, for as long as the caller takes them.
+    """Check what is asked, then yield new tokens one by one, for as long as the caller takes them.
 
     Args:
         model: in evaluation mode.
@@ -47,6 +48,7 @@ def generate(
         mask: `(batch, prompt)` bool, True where a prompt has text.
         vocab_size: ids from here on are never drawn, because the tokenizer has no text for them;
             default: the model's.
+        end_id: the end-of-document token, which is not drawn right behind itself; see `not_empty`.
 
     Raises:
         InputError: prompt and new tokens together exceed the model's max_length, or an
@@ -55,11 +57,62 @@ def generate(
     thinking, sampling = thinking or Thinking(), sampling or Sampling()
     batch, prompt = token_ids.shape
     check_length(prompt, max_new_tokens, model.config.max_length)
-    generator = None
-    if sampling.seed is not None:
-        generator = torch.Generator(device=token_ids.device).manual_seed(sampling.seed)
     loops = model.config.mean_loops if thinking.loops is None else thinking.loops
     check_loops(loops, batch, prompt)
+    make_rule(thinking.halting, thinking.threshold, model.core.learned_exits(), model.readout)
+    draw_from = _Drawing(sampling, vocab_size, end_id)
+    return _tokens(model, token_ids, max_new_tokens, loops, thinking, mask, draw_from)
+
+
+class _Drawing(NamedTuple):
+    """How tokens are drawn from logits."""
+
+    sampling: Sampling
+    vocab_size: int | None
+    end_id: int | None
+
+    def generator(self, device: torch.device) -> torch.Generator | None:
+        """Noise of the seed; None: of torch's own."""
+        seed = self.sampling.seed
+        return None if seed is None else torch.Generator(device=device).manual_seed(seed)
+
+    def draw(self, logits: Tensor, before: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Draw a token for each row, behind the tokens `before`."""
+        logits = logits[:, : self.vocab_size]
+        if self.end_id is not None:
+            logits = torch.stack(
+                [
+                    not_empty(row, int(token), self.end_id)
+                    for row, token in zip(logits, before, strict=True)
+                ]
+            )
+        return draw(logits, self.sampling, generator)
+
+
+def not_empty(logits: Float[Tensor, " vocab"], before: int, end_id: int) -> Tensor:
+    """Let no document be empty: behind the end of one, another cannot end at once.
+
+    Where nothing else may be drawn, it still can.
+    """
+    if before != end_id:
+        return logits
+    masked = logits.clone()
+    masked[end_id] = -torch.inf
+    return masked if bool(masked.isfinite().any()) else logits
+
+
+@torch.inference_mode()
+def _tokens(
+    model: OpenMythos,
+    token_ids: Tensor,
+    max_new_tokens: int,
+    loops: int,
+    thinking: Thinking,
+    mask: Tensor | None,
+    drawing: _Drawing,
+) -> Iterator[NewToken]:
+    batch, prompt = token_ids.shape
+    generator = drawing.generator(token_ids.device)
     cache = model.new_cache(
         batch, prompt + max_new_tokens, loops=loops, policy=thinking.cache_policy
     )
@@ -69,7 +122,7 @@ def generate(
         out = model(token_ids, loops, cache=cache, mask=mask, **how)
         last = _last_places(lengths, token_ids.shape[1], mask)
         rows = torch.arange(batch, device=token_ids.device)
-        new = draw(out.logits[rows, last][:, :vocab_size], sampling, generator)
+        new = drawing.draw(out.logits[rows, last], token_ids[rows, last], generator)
         yield NewToken(new, out.loops[rows, last])
         token_ids, mask = new.unsqueeze(1), None
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from openmythos.errors import InputError, MythosError
-from openmythos.inference.generate import check_room
+from openmythos.inference.generate import check_room, not_empty
 from openmythos.inference.language_model import HoldBack, LanguageModel
 from openmythos.inference.noise import draw_at
 from openmythos.inference.pages import Pages
@@ -317,6 +317,7 @@ class Ticker:
         self.counts.drafted_tokens += 1
 
     def _draw_token(self, work: Work, track: Track, position: int, logits: Tensor) -> int:
+        logits = not_empty(logits, track.token_ids[position - 1], self.tokenizer.end_id)
         return draw_at(logits, work.request.sampling, work.seed, track.choice, position)
 
     def _wants_logits(self, row: Row) -> bool:

@@ -9,6 +9,7 @@ a plain view: see `docs/decisions.md`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
@@ -399,6 +400,13 @@ class Cache:
     def nbytes(self) -> int:
         """Bytes allocated, over all layers and slots."""
         return sum(store.nbytes for store in [*self.outer, *self.core])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
+        """Return a copy with entries of its own, for the same model."""
+        memo[id(self.owner)] = self.owner
+        memo[id(self)] = copied = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def rollback(self, count: int | Sequence[int]) -> None:
         """Forget the last `count` tokens of every sequence (or one count for each).

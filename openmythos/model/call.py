@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, get_args
 
 import torch
@@ -14,6 +15,10 @@ from openmythos.numbers import at_least, whole
 
 if TYPE_CHECKING:
     from openmythos.model.transformer import OpenMythos
+
+
+MOST = 1 << 31
+"""More than any size or count."""
 
 
 def check_call(
@@ -102,6 +107,15 @@ def check_loops(loops: int | Tensor, batch: int, sequence: int) -> None:
         raise InputError(f"loops={loops!r} must be an integer, or a tensor of them")
     elif not at_least(loops, 1):
         raise InputError(f"loops={loops} must be 1 or more")
+    elif at_least(loops, MOST):
+        raise InputError(f"loops={loops} must be below {MOST}")
+
+
+def check_states(wanted: bool | Collection[int]) -> None:
+    """Raise `InputError` unless `return_states` is a bool or holds loop counts."""
+    for count in () if isinstance(wanted, bool) else wanted:
+        if not at_least(count, 1):
+            raise InputError(f"return_states holds {count!r}, must hold integers of 1 or more")
 
 
 def check_window(
@@ -132,8 +146,8 @@ def check_cache_sizes(
 ) -> None:
     """Raise `InputError` where `OpenMythos.new_cache` cannot make such a cache."""
     for name, value in {"batch_size": batch_size, "max_length": max_length, "loops": loops}.items():
-        if not at_least(value, 1):
-            raise InputError(f"{name}={value!r} must be an integer of 1 or more")
+        if not at_least(value, 1) or at_least(value, MOST):
+            raise InputError(f"{name}={value!r} must be an integer from 1 to {MOST - 1}")
     if max_length > config.max_length:
         raise InputError(
             f"max_length={max_length} must be at most the model's, {config.max_length}"
@@ -172,7 +186,7 @@ def _check_routing(routing: Tensor, config: MythosConfig, batch: int, sequence: 
     if not config.experts:
         raise InputError("routing was given to a model whose core has no experts: leave it out")
     wanted = (config.core_layers, batch, sequence, config.experts_per_token)
-    if routing.ndim != 5 or tuple(routing.shape[1:]) != wanted:
+    if routing.ndim != 5 or tuple(routing.shape[1:]) != wanted or not len(routing):
         raise InputError(f"routing has shape {tuple(routing.shape)}, must be (loops, *{wanted})")
     if routing.dtype != torch.int64:
         raise InputError(f"routing has dtype {routing.dtype}, must be torch.int64")
@@ -181,3 +195,6 @@ def _check_routing(routing: Tensor, config: MythosConfig, batch: int, sequence: 
             f"routing must hold experts from 0 to {config.experts - 1}, or -1 where a token has "
             "left the core"
         )
+    ordered = routing.sort(-1).values
+    if bool(((ordered.diff(dim=-1) == 0) & (ordered[..., 1:] >= 0)).any()):
+        raise InputError("routing must hold different experts for a token")

@@ -7,7 +7,7 @@ asks for; each does the same arithmetic for a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -97,7 +97,7 @@ class Core(nn.Module):
         h0: Float[Tensor, "batch sequence hidden"] | None = None,
         backprop_loops: int | None = None,
         routing: Int[Tensor, "loops layers batch sequence chosen"] | None = None,
-        return_states: bool = False,
+        return_states: bool | Collection[int] = False,
         return_routing: bool = False,
     ) -> CoreOutput:
         """Run the loop.
@@ -113,7 +113,7 @@ class Core(nn.Module):
             h0: first state; default by `config.h0` (noise is drawn by the trainer).
             backprop_loops: loops with gradient, the last ones; None: all.
             routing: experts to take instead of the router's choice.
-            return_states: keep the state after every loop.
+            return_states: keep the state after every loop, or after so many loops each.
             return_routing: keep the experts chosen at every loop.
         """
         wide = e.float() if e.itemsize < 4 else e
@@ -124,9 +124,9 @@ class Core(nn.Module):
             experts=self.config.experts,
             layers=self.config.core_layers,
             tokens=(e.shape[0], e.shape[1]),
-            want_states=return_states,
+            want_states=return_states if isinstance(return_states, bool) else set(return_states),
             want_routing=return_routing,
-            given=None if routing is None else routing.clamp(min=0),  # -1: no loop reads it
+            given=None if routing is None else _carried_on(routing),
         )
         budget = loops if isinstance(loops, Tensor) else torch.tensor(loops, device=e.device)
         if rule is None and isinstance(loops, int):
@@ -203,8 +203,7 @@ class Core(nn.Module):
                 h, chosen = self.one_loop(h, rows, numbers[loop], stores, slot, choices)
             notes.count(chosen, numbers[loop], rows.span.real)
             notes.route(chosen, None)
-            if notes.want_states:
-                notes.states.append(h)
+            notes.keep_state(loop + 1, h)
         if cache is not None and cache.slot_of(loops - 1) + 1 < cache.slots:
             cache.leave(rows.span, rows.span.all_rows(), loops - 1)
         taken = torch.full(h.shape[:2], loops, device=h.device)
@@ -225,8 +224,12 @@ class Core(nn.Module):
         if notes.given is not None:
             notes.given = notes.given.index_select(2, order)
         before = (depth - window).clamp(min=0)
-        with torch.no_grad():
-            h = self._shrinking(h, rows, torch.zeros_like(depth), before, notes)
+        early = int((before > 0).sum())  # the others' first state may need a gradient
+        if early:
+            with torch.no_grad():
+                start, end = torch.zeros_like(before[:early]), before[:early]
+                ahead = self._shrinking(h[:early], self._cut(rows, early), start, end, notes)
+            h = torch.cat([ahead, h[early:]])
         h = self._shrinking(h, rows, before, depth, notes)
         back = order.argsort()
         taken = loops.long().unsqueeze(1).expand(h.shape[:2])
@@ -288,6 +291,7 @@ class Core(nn.Module):
             h = h.flatten(0, 1).index_select(0, numbers)
             budget = budget.index_select(0, numbers)
         final = h.new_zeros(tokens, width)
+        latest = final  # every token's last state, for notes
         taken = torch.zeros(tokens, dtype=torch.int64, device=h.device)
         ponder = h.new_zeros(tokens) if isinstance(rule, Graves) else None
         memory: Memory = () if rule is None else rule.start(len(numbers), h.reshape(-1, width))
@@ -299,10 +303,8 @@ class Core(nn.Module):
             h, leaves, fired, memory, loop = self._until_exit(inside, loop, steps, cache, notes)
             after = h.reshape(-1, width)
             if notes.want_states:
-                earlier = (
-                    notes.states[-1].flatten(0, 1) if notes.states else torch.zeros_like(final)
-                )
-                notes.states.append(earlier.index_copy(0, numbers, after).unflatten(0, shape))
+                latest = latest.index_copy(0, numbers, after)
+                notes.keep_state(loop, latest.unflatten(0, shape))
             gone = leaves.nonzero().squeeze(1)
             if not len(gone):
                 continue
@@ -400,8 +402,7 @@ class Core(nn.Module):
                 )
                 leaves, fired = fired | last, exits.view(shape)
             h = torch.where(active.unsqueeze(-1), new, h)
-            if notes.want_states:
-                notes.states.append(h)
+            notes.keep_state(loop + 1, h)
             active = active & ~leaves
             if not bool(active.any()):
                 break
@@ -430,3 +431,13 @@ class Core(nn.Module):
             injected = 2 * width * width
         layers = [layer.flops(keys, decoding=decoding) for layer in self.layers]  # type: ignore[operator]
         return injected + sum(layers)
+
+
+def _carried_on(
+    routing: Int[Tensor, "loops layers batch sequence chosen"],
+) -> Int[Tensor, "loops layers batch sequence chosen"]:
+    """Let a token that had left (-1) go on with the experts it had last; padding has none."""
+    filled = [routing[0].clamp(min=0)]
+    for loop in routing[1:]:
+        filled.append(torch.where(loop < 0, filled[-1], loop))
+    return torch.stack(filled)

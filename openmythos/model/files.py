@@ -59,13 +59,14 @@ def save_model(
 
     Raises:
         InputError: there are no such `weights`.
-        CheckpointError: a file cannot be written, or a weight cannot be int8; the old files are
-            untouched.
+        CheckpointError: a file cannot be written, a weight is NaN or infinite, or cannot be int8;
+            the old files are untouched.
     """
     if weights is not None and weights not in get_args(WeightsKind):
         raise InputError(f"weights={weights!r} must be one of {', '.join(get_args(WeightsKind))}")
     if weights is None and any(isinstance(p, Int8Weight) for p in model.parameters()):
         weights = "int8"
+    _check_finite(model, f"folder={folder}", "save the model before its training diverged")
     tensors = encoded(model, weights)
     metadata = {"format": "pt"} | ({} if weights is None else {WEIGHTS: weights})
     try:
@@ -137,8 +138,13 @@ def load_model(
     for name, tensor in tensors.items():
         if isinstance(tensor, Int8Weight) and (not int8 or stays_wide_in_memory(name)):
             tensors[name] = tensor.dense()
-    with torch.device("meta"):
-        model = kind(config)
+    try:
+        with torch.device("meta"):
+            model = kind(config)
+    except RuntimeError as error:  # torch counts bytes in 64 bits
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} must describe a model that can be built ({error})"
+        ) from None
     fill(model, tensors, str(path))
     check_values(model, str(path))
     if int8:
@@ -195,11 +201,16 @@ def check_values(model: OpenMythos, source: str) -> None:
                 f"{source}: {name} is {tensor.dtype}, must be {wanted[name].dtype} as embed.weight "
                 f"is {dtype}: save the model after model.to(dtype)"
             )
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise CheckpointError(
-                f"{source}: {name} holds NaN or infinity: copy it again, or take a checkpoint from "
-                "before training diverged"
-            )
+    remedy = "copy it again, or take a checkpoint from before training diverged"
+    _check_finite(model, source, remedy)
+
+
+def _check_finite(model: OpenMythos, source: str, remedy: str) -> None:
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Int8Weight) or tensor.is_meta or not tensor.is_floating_point():
+            continue
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{source}: {name} holds NaN or infinity: {remedy}")
 
 
 def _with_scale(name: str, numbers: Tensor, scale: Tensor | None, path: Path) -> Int8Weight:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from openmythos.errors import InputError
 from openmythos.model.wide import keep_wide
+from openmythos.numbers import real
 
 DEFAULT_THRESHOLD = 0.9  # of a gate that was never trained
 
@@ -251,7 +252,7 @@ def make_rule(name: str, threshold: float | None, learned: Any, readout: Readout
     Raises:
         InputError: no such rule, or a threshold it cannot take.
     """
-    if name not in HALTING:
+    if not isinstance(name, str) or name not in HALTING:
         raise InputError(f"halting={name!r} must be one of {', '.join(HALTING)}")
     return HALTING[name](threshold, learned, readout)
 
@@ -262,6 +263,8 @@ def select(memory: Memory, rows: Tensor | Bool[Tensor, " rows"]) -> Memory:
 
 
 def _between(threshold: float, least: float, most: float) -> float:
+    if real(threshold) is None:
+        raise InputError(f"threshold={threshold!r} must be a finite number")
     if not least < threshold <= most:
         raise InputError(f"threshold={threshold} must be above {least} and at most {most}")
     return threshold

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -34,7 +34,8 @@ class Notes:
     experts: int
     layers: int
     tokens: tuple[int, int]
-    want_states: bool = False
+    want_states: bool | Set[int] = False
+    """After every loop, or after so many loops each."""
     want_routing: bool = False
     given: Int[Tensor, "loops layers batch sequence chosen"] | None = None
     chosen: list[tuple[list[Tensor], Tensor, Tensor | None]] = field(default_factory=list)
@@ -53,7 +54,12 @@ class Notes:
     @property
     def by_token(self) -> bool:
         """Whether states or choices of each loop are wanted, for which loops must run in step."""
-        return self.want_states or self.want_routing
+        return bool(self.want_states) or self.want_routing
+
+    def keep_state(self, loops: int, h: Tensor) -> None:
+        """Write down the state after so many loops, where it is wanted."""
+        if self.want_states is True or (self.want_states and loops in self.want_states):
+            self.states.append(h)
 
     def count(self, chosen: list[Tensor], loop: Tensor, real: Tensor | None = None) -> None:
         """Note the experts chosen at `loop`, one for all or one for each sequence."""

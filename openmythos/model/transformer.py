@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openmythos.config import CachePolicy, HaltingKind, MythosConfig, WeightsKind
+from openmythos.errors import InputError
 from openmythos.model.attention import ATTENTION
 from openmythos.model.cache import Cache, Place, Span
-from openmythos.model.call import check_call, check_window
+from openmythos.model.call import check_call, check_states, check_window
 from openmythos.model.core import Core
 from openmythos.model.halting import DEFAULT_THRESHOLD, Rule, make_rule
 from openmythos.model.injection import START
@@ -41,7 +42,7 @@ class MythosOutput:
     routing: Int[Tensor, "loops layers batch sequence chosen"] | None = None
     """With `return_routing`: experts chosen; -1 where a token had left the core."""
     states: Float[Tensor, "loops batch sequence hidden"] | None = None
-    """With `return_states`: the state after every loop."""
+    """With `return_states`: the state after every loop that was run, or after those wanted."""
     ponder: Float[Tensor, "batch sequence"] | None = None
     """With `halting="act"`: Graves' ponder cost."""
 
@@ -93,7 +94,7 @@ class OpenMythos(nn.Module):
         h0: Float[Tensor, "batch sequence hidden"] | None = None,
         routing: Int[Tensor, "loops layers batch sequence chosen"] | None = None,
         backprop_loops: int | None = None,
-        return_states: bool = False,
+        return_states: bool | Collection[int] = False,
         return_routing: bool = False,
     ) -> MythosOutput:
         """Compute logits for every token.
@@ -111,7 +112,8 @@ class OpenMythos(nn.Module):
             routing: experts to take instead of the routers' choice; the last loop's serve for
                 all later loops.
             backprop_loops: loops with gradient, the last ones; None: all.
-            return_states: also return the state after every loop.
+            return_states: also return the state after every loop; given loop counts, only the
+                states after so many, in their order of size.
             return_routing: also return the experts chosen.
 
         Raises:
@@ -122,7 +124,8 @@ class OpenMythos(nn.Module):
         number = whole(loops)
         loops = loops if number is None else number
         check_call(self, token_ids, loops, cache, mask, positions, h0, routing)
-        check_window(backprop_loops, loops, halting, return_states or return_routing)
+        check_states(return_states)
+        check_window(backprop_loops, loops, halting, bool(return_states) or return_routing)
         rule = self._rule(halting, threshold)
         span = self._span(token_ids, cache, mask, loops)
         rope = self._rope(span, positions)
@@ -219,17 +222,23 @@ class OpenMythos(nn.Module):
         length = self.config.max_length if max_length is None else max_length
         slots = self.config.mean_loops if loops is None else loops
         check_cache_sizes(self.config, batch_size, length, slots, policy)
-        return Cache(
-            [layer.attention.kept for layer in [*self.prelude, *self.coda]],
-            [layer.attention.kept for layer in self.core.layers],  # type: ignore[union-attr, misc]
-            batch_size=batch_size,
-            max_length=length,
-            loops=slots,
-            policy=policy,
-            dtype=self.embed.weight.dtype,
-            device=self.embed.weight.device,
-            owner=self.identity,
-        )
+        try:
+            return Cache(
+                [layer.attention.kept for layer in [*self.prelude, *self.coda]],
+                [layer.attention.kept for layer in self.core.layers],  # type: ignore[union-attr, misc]
+                batch_size=batch_size,
+                max_length=length,
+                loops=slots,
+                policy=policy,
+                dtype=self.embed.weight.dtype,
+                device=self.embed.weight.device,
+                owner=self.identity,
+            )
+        except (RuntimeError, MemoryError):
+            raise InputError(
+                f"loops={slots}, batch_size={batch_size} and max_length={length} must leave room "
+                "for the cache in memory: ask for fewer, or for policy='last'"
+            ) from None
 
     def _rule(self, halting: str, threshold: float | None) -> Rule | None:
         rule = make_rule(halting, threshold, self.core.learned_exits(), self.readout)

@@ -63,13 +63,14 @@ def backprop_loops(mean_loops: int) -> int:
 def loop_probabilities(law: str, mean_loops: int) -> Probabilities:
     """Returns the probability of 1, 2, ..., 3 * mean_loops loops under a law of `DEPTH`.
 
-    What a law puts below 1 counts as 1, and what it puts above 3 * mean_loops as that.
+    A mean of 1 is 1 always, as in a plain transformer: there is nothing below. Of other means,
+    what a law puts below 1 counts as 1, and what it puts above 3 * mean_loops as that.
     """
     if law not in DEPTH:
         raise ConfigError(f"depth={law} must be a known law: choose one of {', '.join(DEPTH)}")
     if mean_loops < 1:
         raise ConfigError(f"mean_loops={mean_loops} must be 1 or more: the core runs at least once")
-    return DEPTH[law](mean_loops)
+    return DEPTH[law](mean_loops) if mean_loops > 1 else fixed(1)
 
 
 def fixed(mean_loops: int) -> Probabilities:
@@ -80,13 +81,12 @@ def fixed(mean_loops: int) -> Probabilities:
 
 
 def near(mean_loops: int) -> Probabilities:
-    """The mean, one loop fewer or one more, each as often; always 1 for a mean of 1.
+    """The mean, one loop fewer or one more, each as often.
 
     Costs a language model less than a wide law, and still keeps it from binding to one depth.
     """
     chances = np.zeros(LONGEST * mean_loops)
-    reach = 1 if mean_loops > 1 else 0
-    chances[mean_loops - 1 - reach : mean_loops + reach] = 1 / (2 * reach + 1)
+    chances[mean_loops - 2 : mean_loops + 1] = 1 / 3
     return chances
 
 
@@ -98,7 +98,7 @@ def uniform(mean_loops: int) -> Probabilities:
 
 
 def poisson(mean_loops: int) -> Probabilities:
-    """Poisson around the mean, as Parcae trains. At least 1, so a mean of 1 becomes 1.36."""
+    """Poisson around the mean, as Parcae trains."""
     return _clipped_poisson(float(mean_loops), longest=LONGEST * mean_loops)
 
 

@@ -220,9 +220,12 @@ def _losses(
 ) -> NDArray[np.float64]:
     """Summed loss in nats of the counted predictions, at every depth."""
     inputs, targets, deepest = ids[:, :-1], ids[:, 1:], max(loops)
-    out = model(inputs, deepest, return_states=True)
+    shallower = sorted(set(loops) - {deepest})
+    out = model(inputs, deepest, return_states=shallower)
     sums = []
     for depth in loops:
-        logits = out.logits if depth == deepest else model.decode(out.states[depth - 1])
+        logits = out.logits
+        if depth != deepest:
+            logits = model.decode(out.states[shallower.index(depth)])
         sums.append((cross_entropy(logits, targets).double() * counted).sum())
     return np.array([float(total) for total in sums])

@@ -23,6 +23,7 @@ END = "<|end|>"
 """Marks the end of a document; id 0 in tokenizers trained here."""
 
 _END_MARKS = (END, "<|endoftext|>")
+_EVERYTHING = "One  two\n\n\tIT's 4_5 \u00e9 e\u0301 \ufb01\u3000\u96ea\U0001f40b <|end|> \r\n "
 _SMALLEST = 257  # every byte, and the end mark
 _PIECE = 1 << 18  # characters; longer texts are encoded in pieces, to bound the memory
 
@@ -34,11 +35,24 @@ class Tokenizer:
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         # The end mark written out in a text is text: only `end_id` itself ends a document.
         inner.encode_special_tokens = True
+        inner.no_truncation()
+        inner.no_padding()
         self._inner = inner
         self._bytes = _bytes_of_tokens(inner)
         self.vocab_size = len(self._bytes)
         self.end_id = _end_id(inner)
         self.fingerprint = _fingerprint(inner)
+        self._check_nothing_is_lost()
+
+    def _check_nothing_is_lost(self) -> None:
+        if getattr(self._inner.model, "dropout", None):
+            raise TokenizerError("dropout must be 0: the same text must have the same tokens")
+        given = self.decode(self.encode(_EVERYTHING))
+        if given != _EVERYTHING:
+            raise TokenizerError(
+                f"text={_EVERYTHING!r} must come back unchanged, but comes as {given!r}: switch "
+                "off the tokenizer's normalizer and add_prefix_space, and let it split as GPT-2's"
+            )
 
     @classmethod
     def train(cls, documents: Iterable[str], *, vocab_size: int) -> "Tokenizer":

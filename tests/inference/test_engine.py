@@ -636,6 +636,18 @@ def test_requests_together_are_all_taken_or_none_and_where_none_waits_all(lm):
     engine.stop()
 
 
+def test_no_document_is_empty_and_where_nothing_else_may_be_drawn_it_is(lm):
+    end = lm.tokenizer.end_id
+    fields = {"token_ids": (end,), "stop_at_end": True, "max_new_tokens": 4}
+    for seed in range(30):
+        sampling = Sampling(temperature=50.0, seed=seed)
+        events = alone(lm, request(**fields, sampling=sampling))
+        first = next(event for event in events if isinstance(event, TokenEvent))
+        assert first.token_id != end
+    only_end = alone(lm, request(**fields, constraint=Spelling([end], [end])))
+    assert only_end[0].token_id == end
+
+
 def test_a_prompt_can_be_read_without_a_token_drawn(lm):
     whole = prompt(lm.model.config.max_length, 3)
     one = request(token_ids=whole, max_new_tokens=0, choices=2, prompt_logprobs=True)

@@ -82,6 +82,27 @@ def test_a_document_ends_at_its_end_mark(lm, monkeypatch):
     assert lm.generate() == "ab"
 
 
+def test_no_document_is_empty(lm, monkeypatch):
+    end = lm.tokenizer.end_id
+
+    def ends(self, h):
+        logits = type(self).readout(self, h)
+        logits[..., end] += 100
+        return logits
+
+    monkeypatch.setattr(lm.model, "readout", ends.__get__(lm.model))
+    pieces = [piece for piece in lm.stream("", seed=1) if piece.token_id is not None]
+    assert len(pieces) == 1  # and then it ends
+    assert pieces[0].token_id != end
+    assert list(lm.stream("a", seed=1)) == []
+
+
+@pytest.mark.parametrize("options", [{"loops": 0}, {"halting": "gate", "threshold": 7}])
+def test_what_does_not_fit_is_refused_before_the_first_piece_is_asked_for(lm, options):
+    with pytest.raises(InputError, match="must be"):
+        lm.stream("a", **options)
+
+
 def test_text_ends_where_max_length_is_reached(lm):
     prompt = "cat " * 20
     room = lm.model.config.max_length - 1 - len(lm.tokenizer.encode(prompt))

@@ -1,5 +1,7 @@
 """A cache changes when work is done, never what comes out."""
 
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -190,3 +192,14 @@ def test_a_cached_call_records_no_gradient_and_gives_the_same_logits(attention):
     assert not out.logits.requires_grad
     assert not any(x.requires_grad for store in cache.core for x in store.data.values())
     assert_close(out.logits, model(token_ids, 3).logits.detach(), **EXACT)
+
+
+def test_a_copied_cache_goes_its_own_way_with_the_same_model(attention):
+    model, token_ids = small(attention), some_ids(1, 6)
+    cache = model.new_cache(1, 8)
+    model(token_ids[:, :3], cache=cache)
+    copied = copy.deepcopy(cache)
+    model(token_ids[:, :1], cache=cache)
+    assert (cache.length, copied.length) == (4, 3)
+    rest = model(token_ids[:, 3:], cache=copied).logits
+    assert_close(rest, model(token_ids).logits[:, 3:], **EXACT)

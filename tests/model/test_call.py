@@ -104,15 +104,37 @@ BAD_CALLS = {
     ),
     "threshold not a number": (
         lambda m: m(IDS, halting="kl", threshold=float("nan")),
-        "threshold=nan must be above 0",
+        "threshold=nan must be a finite number",
+    ),
+    "threshold a word": (
+        lambda m: m(IDS, halting="gate", threshold="0.5"),
+        "threshold='0.5' must be a finite number",
+    ),
+    "a list of rules": (lambda m: m(IDS, halting=["gate"]), "halting=['gate'] must be one of none"),
+    "more loops than can be counted": (
+        lambda m: m(IDS, 10**22),
+        "loops=10000000000000000000000 must be below 2147483648",
+    ),
+    "states of loop 0": (lambda m: m(IDS, return_states=(0, 1)), "return_states holds 0"),
+    "routing of no loop": (
+        lambda m: m(IDS, routing=torch.zeros(0, 2, 2, 4, 2, dtype=torch.int64)),
+        "routing has shape (0, 2, 2, 4, 2), must be (loops, *(2, 2, 4, 2))",
+    ),
+    "routing twice to one expert": (
+        lambda m: m(IDS, routing=torch.zeros(1, 2, 2, 4, 2, dtype=torch.int64)),
+        "routing must hold different experts for a token",
+    ),
+    "cache beyond all memory": (
+        lambda m: m.new_cache(1, loops=2**30),
+        "loops=1073741824, batch_size=1 and max_length=64 must leave room for the cache in memory",
     ),
     "act not learned": (lambda m: m(IDS, halting="act"), "set learned_act=True in its config"),
-    "cache of 0": (lambda m: m.new_cache(0), "batch_size=0 must be an integer of 1 or more"),
+    "cache of 0": (lambda m: m.new_cache(0), "batch_size=0 must be an integer from 1 to"),
     "cache too long": (
         lambda m: m.new_cache(1, 65),
         "max_length=65 must be at most the model's, 64",
     ),
-    "cache of no loops": (lambda m: m.new_cache(1, loops=0), "loops=0 must be an integer of 1"),
+    "cache of no loops": (lambda m: m.new_cache(1, loops=0), "loops=0 must be an integer from 1"),
     "cache of unknown policy": (
         lambda m: m.new_cache(1, policy="first"),
         "policy='first' must be one of per_loop, last",
@@ -175,6 +197,8 @@ def test_routing_for_a_core_without_experts_is_refused():
 
 
 BAD_CONFIGS = {
+    "no heads": ({"num_heads": 0}, "num_heads=0 must be 1 or more"),
+    "negative width": ({"hidden_size": -8}, "hidden_size=-8 must be 1 or more"),
     "heads that do not divide": (
         {"hidden_size": 24, "num_heads": 5},
         "num_heads=5 must divide hidden_size=24",

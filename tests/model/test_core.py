@@ -52,6 +52,34 @@ def test_sequences_of_any_depth_in_a_batch_are_each_as_alone(window, depths):
         assert torch.equal(loads, sum(one.loads[loop] for one in alone if loop < len(one.loads)))
 
 
+@pytest.mark.parametrize("window", [None, 2])
+def test_the_first_state_has_the_same_gradient_whatever_the_shape_of_loops(window):
+    bare = {"injection": "none", "core_output": "none"}
+    model, token_ids = tiny(h0="e", dtype=torch.float64, **bare).train(), some_ids(2, 4)
+    first = torch.randn(2, 4, 24, dtype=torch.float64, requires_grad=True)
+    found = []
+    for loops in (2, torch.tensor([2, 2]), torch.full((2, 4), 2)):
+        window_too = window if not isinstance(loops, torch.Tensor) or loops.ndim < 2 else None
+        own = gradients(model, loss_of(model(token_ids, loops, backprop_loops=window_too)))
+        assert own["embed.weight"].abs().max() > 1
+        out = model(token_ids, loops, h0=first, backprop_loops=window_too)
+        found.append((own, torch.autograd.grad(loss_of(out), first)))
+    assert_close(found[1], found[0], **EXACT)
+    assert_close(found[2], found[0], **EXACT)
+
+
+@pytest.mark.parametrize("loops", ["all", "by sequence", "by token", "rule"])
+def test_the_states_of_some_loops_are_those_of_all(loops):
+    model, token_ids = tiny(dtype=torch.float64), some_ids(2, 4)
+    budget = {"by sequence": some_loops(2), "by token": some_loops(2, 4)}.get(loops, 5)
+    rule = {"halting": "delta", "threshold": 0.5} if loops == "rule" else {}
+    for gradient in (False, True):
+        with torch.set_grad_enabled(gradient):
+            every = model(token_ids, budget, return_states=True, **rule).states
+            some = model(token_ids, budget, return_states=(4, 2), **rule).states
+        assert torch.equal(some, every[[1, 3]])
+
+
 @pytest.mark.parametrize("shape", ["all", "by sequence"])
 def test_loops_before_the_window_are_a_constant(shape):
     model, token_ids = tiny(experts=0, dtype=torch.float64).train(), some_ids(2, 4)
@@ -176,6 +204,20 @@ def test_the_routing_of_a_call_given_back_reproduces_its_logits(loops):
     assert_close(again.logits, out.logits, **EXACT)
     assert torch.equal(again.loads, out.loads)
     assert not torch.allclose(model(token_ids, budget).logits, out.logits)
+
+
+@pytest.mark.parametrize("budget", [4, torch.tensor([4, 3])])
+def test_a_token_that_had_left_goes_on_with_the_experts_it_had_last(budget):
+    model, token_ids = tiny(dtype=torch.float64), some_ids(2, 4)
+    had = torch.tensor([[1, 2, 3, 1], [3, 1, 1, 2]])
+    routing = model(token_ids, had, return_routing=True).routing
+    again = model(token_ids, 4, routing=routing, return_routing=True)
+    for b, t in [(0, 0), (0, 1), (1, 3)]:
+        last = routing[int(had[b, t]) - 1, :, b, t]
+        assert all(torch.equal(loop[:, b, t], last) for loop in again.routing[int(had[b, t]) :])
+    filled = again.routing[: len(routing)]
+    given = model(token_ids, budget, routing=filled).logits
+    assert_close(model(token_ids, budget, routing=routing).logits, given, **EXACT)
 
 
 def test_the_last_loops_routing_serves_all_later_loops():

@@ -263,6 +263,15 @@ def test_a_compiler_that_makes_nothing_leaves_nothing(compiler, monkeypatch, tmp
     assert not list(tmp_path.rglob("*.so"))
 
 
+def test_without_a_home_there_is_no_native_code(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    assert build.library.__wrapped__() is None
+
+
 def test_it_is_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert build.library.__wrapped__() is not None

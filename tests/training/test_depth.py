@@ -28,6 +28,11 @@ def test_every_draw_is_at_least_1_and_at_most_3_times_the_mean(law, mean_loops):
 
 
 @pytest.mark.parametrize("law", DEPTH)
+def test_a_mean_of_one_is_a_plain_transformers_one_loop(law):
+    assert (draw(law, 1) == 1).all()
+
+
+@pytest.mark.parametrize("law", DEPTH)
 @pytest.mark.parametrize("mean_loops", [8, 33])
 def test_the_draws_have_the_asked_mean(law, mean_loops):
     loops = draw(law, mean_loops)
@@ -37,7 +42,7 @@ def test_the_draws_have_the_asked_mean(law, mean_loops):
 
 
 @pytest.mark.parametrize("law", DEPTH)
-@pytest.mark.parametrize("mean_loops", [1, 5, 16])
+@pytest.mark.parametrize("mean_loops", [2, 5, 16])
 def test_the_draws_follow_the_stated_probabilities(law, mean_loops):
     chances = loop_probabilities(law, mean_loops)
     seen = np.bincount(draw(law, mean_loops), minlength=3 * mean_loops + 1)[1:]

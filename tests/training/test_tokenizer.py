@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
 
 from openmythos.errors import TokenizerError
 from openmythos.training import tokenizer as module
@@ -124,6 +124,48 @@ def test_a_tokenizer_without_an_end_mark_is_refused(tmp_path):
     Library(models.BPE(alphabet, [])).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(TokenizerError, match=r"must include one of <\|end\|>"):
         Tokenizer.load(tmp_path)
+
+
+def test_a_file_that_cuts_or_fills_up_texts_does_neither_here(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    library = Library.from_file(str(path))
+    library.enable_truncation(8)
+    library.enable_padding(length=50)
+    library.save(str(path))
+    loaded = Tokenizer.load(path)
+    assert loaded.fingerprint == tokenizer.fingerprint
+    for text in (DOCUMENTS[0] * 9, "a"):
+        assert loaded.encode(text) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("normalizer", normalizers.Lowercase()),
+        ("normalizer", normalizers.NFC()),
+        ("pre_tokenizer", pre_tokenizers.Whitespace()),
+        ("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    ],
+)
+def test_a_tokenizer_that_loses_text_is_refused(tokenizer, tmp_path, part, value):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    library = Library.from_file(str(path))
+    setattr(library, part, value)
+    library.save(str(path))
+    with pytest.raises(TokenizerError, match="must come back unchanged"):
+        Tokenizer.load(path)
+
+
+def test_a_tokenizer_that_draws_lots_is_refused(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"]["dropout"] = 0.5
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(TokenizerError, match="dropout must be 0"):
+        Tokenizer.load(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"version": "1.0", "mod', b"\xff\xfe\x00"])
