@@ -150,6 +150,8 @@ class MythosConfig:
         object.__setattr__(self, "_derived", set())
         self._check_types()
         self._check_kinds()
+        for name in ("hidden_size", "num_heads"):  # others are derived from them
+            self._at_least(name, 1)
         self._fill()
         self._check_sizes()
 
@@ -296,7 +298,7 @@ class MythosConfig:
         """
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{source} must be JSON: {error}") from error
         if not isinstance(fields, dict) or fields.pop("model_type", None) != MODEL_TYPE:
             raise CheckpointError(f"{source} must hold model_type={MODEL_TYPE!r}")
@@ -320,6 +322,10 @@ class MythosConfig:
             raise CheckpointError(f"{path} must exist: {folder} is not a model's folder")
         try:
             text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} must be readable ({error.strerror}): check its permissions"
+            ) from error
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{path} must be JSON in UTF-8: {error}") from error
         return cls.from_json(text, str(path))

@@ -7,6 +7,7 @@ An error of ours becomes one sentence on stderr and exit code 2.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -39,6 +40,8 @@ with this a step takes the same time alone (9.0 against 9.6 s for 45) and shares
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, 2 on bad input, 130 on Ctrl-C."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is loaded
+    if isinstance(sys.stdout, io.TextIOWrapper):  # one that has no bar or no é prints a ? there
+        sys.stdout.reconfigure(errors="replace")
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())

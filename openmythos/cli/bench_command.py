@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from openmythos.speed import Bench
 
 
+LENGTH = 128
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Flags of `openmythos bench`."""
@@ -43,8 +46,8 @@ class Settings:
     batches: tuple[int, ...] = (1, 8)
     """Sequences at once in prefill and decode."""
 
-    length: int = 128
-    """Tokens of a prompt."""
+    length: int | None = None
+    """Tokens of a prompt, at most half of the model's max_length. Default: 128, or that half."""
 
     threads: tuple[int, ...] | None = None
     """Numbers of CPU threads to try. Default: 1 and all cores."""
@@ -63,11 +66,13 @@ def run(settings: Settings) -> None:
         if values is not None and min(values, default=0) < 1:
             raise InputError(f"{name}={values} must hold integers of 1 or more")
     for name in ("length", "repeats"):
-        if getattr(settings, name) < 1:
-            raise InputError(f"{name}={getattr(settings, name)} must be 1 or more")
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name}={value} must be 1 or more")
     from openmythos.speed import bench
 
     model = _model(settings.model)
+    length = _length(settings.length, model.config.max_length)
 
     def report(done: int) -> None:
         if sys.stderr.isatty():
@@ -77,7 +82,7 @@ def run(settings: Settings) -> None:
         model,
         loops=settings.loops,
         batches=settings.batches,
-        length=settings.length,
+        length=length,
         threads=settings.threads,
         repeats=settings.repeats,
         report=report,
@@ -96,8 +101,11 @@ def _model(name: str) -> OpenMythos:
     if name in SCALES:
         from openmythos.config import MythosConfig
         from openmythos.model.transformer import OpenMythos
+        from openmythos.training.memory import check_fits
 
-        return OpenMythos(MythosConfig.preset(name)).eval().to(default_device())
+        config = MythosConfig.preset(name)
+        check_fits(config)
+        return OpenMythos(config).eval().to(default_device())
     if not Path(name).is_dir():
         raise InputError(
             f"model={name!r} must be one of {', '.join(SCALES)}, or the folder of a model or run"
@@ -105,6 +113,19 @@ def _model(name: str) -> OpenMythos:
     from openmythos.inference.language_model import load
 
     return load(name).model.to(default_device())
+
+
+def _length(asked: int | None, max_length: int) -> int:
+    """The prompt's length; the other half of max_length is left to what is written after it."""
+    most = max_length // 2
+    if asked is None:
+        return min(LENGTH, most)
+    if asked > most:
+        raise InputError(
+            f"length={asked} must be at most {most}, half of the model's max_length={max_length}: "
+            "what is written after the prompt needs room"
+        )
+    return asked
 
 
 def _table(name: str, result: Bench) -> str:

@@ -82,20 +82,27 @@ def run(settings: Settings) -> None:
         print("Your text, or /help. Ctrl-D leaves.")
     while not chat.ended:
         try:
-            line = input("> " if asks else "")
+            chat.take(_line("> " if asks else ""))
         except EOFError:
             break
         except KeyboardInterrupt:  # clears the line, as in a shell
             print()
-            continue
-        try:
-            chat.take(line)
         except MythosError as error:
             if not asks:
                 raise
             print(f"openmythos: {error}", file=sys.stderr)
     if asks and not chat.ended:
         print()
+
+
+def _line(prompt: str) -> str:
+    try:
+        return input(prompt)
+    except UnicodeDecodeError:
+        raise InputError(
+            f"standard input must be {sys.stdin.encoding.upper()}, and is not: convert it, for "
+            "example with iconv"
+        ) from None
 
 
 class Chat:

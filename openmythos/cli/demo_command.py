@@ -15,6 +15,7 @@ it stopped; a finished one shows its results at once.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from openmythos.config import MythosConfig
 from openmythos.errors import ConfigError
+from openmythos.training.run import check_folder, finished
 from openmythos.training.settings import OptimizerConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -79,6 +81,7 @@ def run(settings: Settings) -> None:
     from openmythos.cli.shipped_demo import show
 
     dataclasses.replace(RECIPE, steps=settings.steps)  # refused before anything is shown
+    check_folder(settings.run)
     if settings.fresh:
         _check_deletable(settings.run)
     show(settings.run / "plots", OPENING, settings.max_new_tokens)
@@ -100,11 +103,6 @@ def _training_wanted(settings: Settings) -> bool:
         return True
     answer = input(f"\n{RULE}\nTrain a small model of your own now, about four minutes? [Y/n] ")
     return answer.strip().lower() in ("", "y", "yes")
-
-
-def finished(run: Path) -> bool:
-    """Whether a run has written its model, the last thing that it does."""
-    return (run / "model" / "config.json").is_file()
 
 
 def _delete(run: Path) -> None:
@@ -234,11 +232,12 @@ def _draw(lines: list[dict[str, Any]], ppmd: float | None, run: Path) -> None:
 
 
 def _what_next(run: Path) -> str:
+    named = shlex.quote(str(run))
     return f"""
 Try next:
 
-  openmythos generate {run} --prompt 'It is' --loops 16 --halting gate --show-loops
-  openmythos chat {run}
-  openmythos eval {run} --corpus embedded --loops 1 2 3 4 8 32 --halting gate
+  openmythos generate {named} --prompt 'It is' --loops 16 --halting gate --show-loops
+  openmythos chat {named}
+  openmythos eval {named} --corpus embedded --loops 1 2 3 4 8 32 --halting gate
   openmythos info nano
   openmythos train --text my_books/ --preset tiny --steps 2000 --run runs/books"""

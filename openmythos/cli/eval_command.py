@@ -75,7 +75,8 @@ class Settings:
     of the length."""
 
     max_tokens: int | None = None
-    """Measure only about so many tokens from the start. Default: all."""
+    """Measure only so many tokens from the start, and the rest of the window that they begin.
+    Default: all."""
 
     png: Path | None = Path("eval.png")
     """File for the picture of a text: .png, .svg or .pdf. `None` draws none."""

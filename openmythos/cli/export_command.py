@@ -58,7 +58,8 @@ class Settings:
     """Tokens in a window. Default: max_length."""
 
     max_tokens: int | None = None
-    """Measure only about so many tokens from the start. Default: all."""
+    """Measure only so many tokens from the start, and the rest of the window that they begin.
+    Default: all."""
 
     json: bool = False
     """Print one JSON object instead of the table."""

@@ -13,6 +13,7 @@ a checkpoint. The finished model is in RUN/model; see it with `openmythos plot R
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +22,7 @@ import tyro
 
 from openmythos.config import MythosConfig
 from openmythos.errors import CheckpointError, ConfigError
+from openmythos.training.run import unfinished
 from openmythos.training.settings import TrainConfig
 
 PRESET = "--preset"
@@ -110,17 +112,15 @@ def run(settings: Settings) -> None:
             tokenizer=settings.tokenizer,
             start_from=_start(settings),
         )
+    named = shlex.quote(str(trainer.run))
     with Progress(trainer) as progress:
         try:
             trainer.fit(progress.report)
         except Stopped:
-            progress.say(
-                f"stopped after step {trainer.step}: openmythos train --resume {trainer.run}"
-            )
+            progress.say(f"stopped after step {trainer.step}: openmythos train --resume {named}")
             raise KeyboardInterrupt from None
     progress.say(
-        f"finished: openmythos generate {trainer.run} --prompt '...'  |  openmythos plot "
-        f"{trainer.run}"
+        f"finished: openmythos generate {named} --prompt '...'  |  openmythos plot {named}"
     )
 
 
@@ -142,6 +142,11 @@ def _start(settings: Settings) -> Path | None:
                 f"{name}={value} must be left out with --start-from: the shape is that model's own"
             )
     folder = find_model(settings.start_from)
+    if unfinished(folder):
+        raise ConfigError(
+            f"start_from={folder} must be a model or a finished run: finish it with "
+            f"openmythos train --resume {shlex.quote(str(folder))}"
+        )
     return folder / "model" if (folder / "model").is_dir() else folder
 
 
@@ -149,6 +154,12 @@ def _source(settings: Settings) -> dict[str, Any]:
     if (settings.corpus is None) == (settings.text is None):
         raise ConfigError("one of --corpus and --text must be given, and not both")
     if settings.corpus is not None:
+        for name in ("text_field", "held_out"):
+            value = getattr(settings, name)
+            if value != getattr(Settings, name):
+                raise ConfigError(
+                    f"{name}={value} must go with --text: a corpus with a name is split already"
+                )
         return {"corpus": settings.corpus}
     return {
         "text": str(settings.text),

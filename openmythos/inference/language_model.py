@@ -20,6 +20,7 @@ from openmythos.model.quantised import quantise
 from openmythos.model.transformer import OpenMythos
 from openmythos.numbers import whole
 from openmythos.training.machine import measure
+from openmythos.training.run import load_from_run, unfinished
 from openmythos.training.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -161,6 +162,7 @@ class LanguageModel:
             thinking=thinking,
             sampling=sampling,
             vocab_size=self.tokenizer.vocab_size,
+            end_id=self.tokenizer.end_id,
         )
         return self._pieces(((int(n.token_ids), int(n.loops)) for n in tokens), stop)
 
@@ -245,14 +247,12 @@ def load(name: str | Path, weights: WeightsKind | Literal["auto"] | None = None)
             f"model={str(name)!r} must be the folder of a model or of a run, or the name of a "
             f"model that comes with the package ({names})"
         )
-    if (folder / "model").is_dir():
+    if (folder / "model").is_dir() and not unfinished(folder):
         folder = folder / "model"
     if (folder / "config.json").is_file():
         model = load_model(OpenMythos, folder, int8=weights == "int8")
         tokenizer = Tokenizer.load(folder)
     else:
-        from openmythos.training.run import load_from_run
-
         model, tokenizer = load_from_run(folder)
     return LanguageModel(_with_weights(model, weights), tokenizer)
 

@@ -105,6 +105,11 @@ def state_of(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def step_of(path: Path) -> int:
+    """Returns the step of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
+
+
 def exists(run: str | Path) -> bool:
     """Whether a run has a checkpoint, whole or damaged."""
     return bool(_folders(Path(run)))
@@ -269,7 +274,7 @@ def _read_header(folder: Path) -> dict[str, Any]:
         header = json.loads((folder / STATE).read_bytes())
     except FileNotFoundError:
         raise _damaged(folder, f"{STATE} is missing") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _damaged(folder, f"{STATE} is not JSON") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise CheckpointError(
@@ -295,7 +300,7 @@ def _damaged(folder: Path, what: str) -> CheckpointError:
 def _folders(run: Path) -> list[Path]:
     """Returns the checkpoints' folders in the order of their steps."""
     folders = [path for path in run.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()]
-    return sorted(folders, key=lambda folder: int(folder.name[5:]))
+    return sorted(folders, key=step_of)
 
 
 def _header_or_none(folder: Path) -> dict[str, Any] | None:

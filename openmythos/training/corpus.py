@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, final, get_args
+from typing import Any, Literal, final, get_args
 
 from openmythos.errors import DataError
 from openmythos.training.token_file import TokenFile, write_tokens
@@ -250,9 +250,21 @@ def _read_bytes(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"text={str(file)!r} must be readable ({error.strerror}): check its permissions"
-        ) from None
+        raise _unreadable(file, error) from None
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    try:
+        with file.open("rb") as lines:
+            yield from lines
+    except OSError as error:
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: OSError) -> DataError:
+    return DataError(
+        f"text={str(file)!r} must be readable ({error.strerror}): check its permissions"
+    )
 
 
 def _read_text(file: Path, _field: str) -> Iterator[str]:
@@ -261,19 +273,15 @@ def _read_text(file: Path, _field: str) -> Iterator[str]:
 
 def _read_jsonl(file: Path, field: str) -> Iterator[str]:
     offset = 0
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            content = _decode(line, file, offset).strip()
-            offset += len(line)
-            if content:
-                yield _field_of(content, field, f"text={str(file)!r} line {number}")
+    for number, line in enumerate(_lines(file), start=1):
+        content = _decode(line, file, offset).strip()
+        offset += len(line)
+        if content:
+            yield _field_of(content, field, f"text={str(file)!r} line {number}")
 
 
 def _field_of(line: str, field: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} must be JSON ({error.msg}): mend or remove the line") from None
+    row = _row(line, where)
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         fields = ", ".join(row) if isinstance(row, dict) else "none"
         raise DataError(
@@ -286,6 +294,18 @@ def _field_of(line: str, field: str, where: str) -> str:
     return text
 
 
+def _row(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        why = error.msg
+    except ValueError:
+        why = "a number has thousands of digits"
+    except RecursionError:
+        why = "it is nested too deeply"
+    raise DataError(f"{where} must be JSON ({why}): mend or remove the line")
+
+
 def _read_parquet(file: Path, field: str) -> Iterator[str]:
     try:
         import pyarrow
@@ -295,28 +315,38 @@ def _read_parquet(file: Path, field: str) -> Iterator[str]:
             f"text={str(file)!r} must be read by pyarrow, which is not installed: {_INSTALL}"
         ) from None
     try:
-        table = pyarrow.parquet.ParquetFile(file)
-    except (pyarrow.ArrowException, OSError) as error:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            yield from _column(table, field, file)
+    except PermissionError as error:
+        raise _unreadable(file, error) from None
+    except UnicodeDecodeError:
         raise DataError(
-            f"text={str(file)!r} must be a whole Parquet file ({error}): copy it again"
+            f"text={str(file)!r} must be UTF-8 in the column {field!r}: write the file anew"
         ) from None
-    with table:
-        names = table.schema_arrow.names
-        if field not in names:
-            raise DataError(
-                f"text={str(file)!r} must have the column {field!r} (columns: "
-                f"{', '.join(names)}): name the right field"
-            )
-        for batch in table.iter_batches(columns=[field]):
-            for text in batch.column(0).to_pylist():
-                if text is None:
-                    continue
-                if not isinstance(text, str):
-                    raise DataError(
-                        f"text={str(file)!r} must have strings in the column {field!r}, "
-                        f"not {type(text).__name__}: name another field"
-                    )
-                yield text
+    except (pyarrow.ArrowException, OSError) as error:
+        why = str(error).splitlines()[0].rstrip(".")
+        raise DataError(
+            f"text={str(file)!r} must be a whole Parquet file ({why}): copy it again"
+        ) from None
+
+
+def _column(table: Any, field: str, file: Path) -> Iterator[str]:
+    names = table.schema_arrow.names
+    if field not in names:
+        raise DataError(
+            f"text={str(file)!r} must have the column {field!r} (columns: "
+            f"{', '.join(names)}): name the right field"
+        )
+    for batch in table.iter_batches(columns=[field]):
+        for text in batch.column(0).to_pylist():
+            if text is None:
+                continue
+            if not isinstance(text, str):
+                raise DataError(
+                    f"text={str(file)!r} must have strings in the column {field!r}, "
+                    f"not {type(text).__name__}: name another field"
+                )
+            yield text
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {

@@ -86,7 +86,8 @@ def evaluate(
         length: tokens in a window.
         stride: tokens a window advances; smaller gives more context. Default: half of `length`.
         batch_size: windows at once.
-        max_tokens: stop after about so many predictions, for a quick look; None: all.
+        max_tokens: stop with the window that has so many predictions full, for a quick look; None:
+            all.
 
     Raises:
         InputError: no depth, or one below 1; or a window longer than the model's max_length.
@@ -129,7 +130,7 @@ def evaluate_halting(
         length: tokens in a window.
         stride: as for `evaluate`; so are the rest.
         batch_size: windows at once.
-        max_tokens: stop after about so many predictions.
+        max_tokens: as for `evaluate`.
 
     Raises:
         InputError: a value does not fit the model or the rule.
@@ -186,20 +187,19 @@ def _batches(
     if max_tokens is not None and max_tokens < 1:
         raise InputError(f"max_tokens={max_tokens} must be 1 or more")
     windows = file.windows(length, max(1, length // 2) if stride is None else stride)
-    device = model.embed.weight.device
+    count, device = len(windows.starts), model.embed.weight.device
+    if max_tokens is not None:
+        measured = np.cumsum(windows.length - windows.first)
+        count = min(count, int(np.searchsorted(measured, max_tokens)) + 1)
     places = torch.arange(windows.length, device=device)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        tokens = 0
-        for at in range(0, len(windows.starts), batch_size):
-            chunk = slice(at, at + batch_size)
+        for at in range(0, count, batch_size):
+            chunk = slice(at, min(at + batch_size, count))
             token_ids = torch.from_numpy(file.read(windows.starts[chunk], windows.length))
             first = torch.from_numpy(windows.first[chunk]).to(device)
             counted = places >= first.unsqueeze(1)
             yield token_ids.to(device), counted
-            tokens += int(counted.sum())
-            if max_tokens is not None and tokens >= max_tokens:
-                return
 
     return batches()
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openmythos.config import MythosConfig
-from openmythos.errors import CheckpointError
+from openmythos.errors import CheckpointError, ConfigError
 from openmythos.files import write_atomically
 from openmythos.training.settings import OptimizerConfig, TrainConfig
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 SETTINGS = "settings.json"
 METRICS = "metrics.jsonl"
 MODEL = "model"
+TOKENIZER = "tokenizer.json"
+"""Of the finished model's files, the one that is written last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +69,37 @@ class Settings:
             if not ("corpus" in source or {"text", "field", "held_out"} <= set(source)):
                 raise ValueError("source must name a corpus or a text")
             return cls(model, train_config(content["train"]), source)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} must be a whole settings file, but: {error}") from error
+
+
+def check_folder(run: Path) -> None:
+    """Refuse a folder that a run cannot be written into; one that is not there will be made.
+
+    Raises:
+        ConfigError: a file stands in its place, or the system does not let us write.
+    """
+    # Path.exists would raise where a folder above may not be looked into.
+    there = os.path.exists
+    nearest = next(place for place in (run, *run.absolute().parents) if there(place))
+    if not nearest.is_dir():
+        what = "" if nearest == run else f"{nearest} "
+        raise ConfigError(f"run={run} must be a folder, and {what}is a file: choose another path")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"run={run} must be a folder that can be written to, and {nearest} cannot: choose "
+            "another, or change its permissions"
+        )
+
+
+def finished(run: Path) -> bool:
+    """Whether a run has written all of its model, the last thing that it does."""
+    return (run / MODEL / TOKENIZER).is_file()
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether a folder is a run without a finished model, as a kill while it is written leaves."""
+    return (folder / SETTINGS).is_file() and not finished(folder)
 
 
 def train_config(fields: dict[str, Any]) -> TrainConfig:
@@ -83,7 +115,7 @@ def metrics(run: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_bytes().splitlines():
         try:
             found = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(found, dict) and "step" in found:
             yield found
@@ -122,7 +154,7 @@ def load_from_run(run: Path) -> tuple[OpenMythos, Tokenizer]:
     found, tokenizer = checkpoint.load(newest), Tokenizer.load(run)
     if found.state["tokenizer"] != tokenizer.fingerprint:
         raise CheckpointError(
-            f"{run / 'tokenizer.json'} must be the one that {newest} was trained with: put it back"
+            f"{run / TOKENIZER} must be the one that {newest} was trained with: put it back"
         )
     fill(model, found.tensors["model"], str(newest))
     return model.eval(), tokenizer

@@ -183,10 +183,12 @@ def same_until(step: int, one: TrainConfig, other: TrainConfig) -> bool:
     """
     if dataclasses.replace(one, steps=other.steps) != other:
         return False
-    return one.steps == other.steps or all(
-        step <= config.steps - config.optimizer.decay_share * config.steps
-        for config in (one, other)
-    )
+    return one.steps == other.steps or step <= min(decay_begins(one), decay_begins(other))
+
+
+def decay_begins(config: TrainConfig) -> float:
+    """The step at which the learning rates begin to fall."""
+    return config.steps - config.optimizer.decay_share * config.steps
 
 
 def schedule(step: int, steps: int, config: OptimizerConfig) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from openmythos.errors import CheckpointError, ConfigError
 from openmythos.model.transformer import OpenMythos
 from openmythos.training import checkpoint
 from openmythos.training.corpus import Corpus, check_size, open_corpus, open_text, prepare
-from openmythos.training.run import SETTINGS, Settings
-from openmythos.training.settings import TrainConfig
+from openmythos.training.memory import check_fits
+from openmythos.training.run import SETTINGS, Settings, check_folder, train_config
+from openmythos.training.settings import TrainConfig, decay_begins
 from openmythos.training.tokenizer import Tokenizer
 from openmythos.training.trainer import Trainer, check_tensorboard, check_unchanged
 
@@ -40,13 +42,14 @@ def start_run(
     Raises:
         MythosError: something does not fit; nothing was written into `run`.
     """
-    if run.exists() and not run.is_dir():
-        raise ConfigError(f"run={run} must be a folder, and is a file: choose another path")
+    check_folder(run)
     if (run / SETTINGS).exists():
         raise ConfigError(
-            f"run={run} holds a run already: resume it with --resume {run}, or choose another "
-            "folder"
+            f"run={run} holds a run already: resume it with --resume {shlex.quote(str(run))}, or "
+            "choose another folder"
         )
+    if start_from is None:
+        check_fits(model)
     if train.log == "tensorboard":
         check_tensorboard()
     corpus = _open(source)
@@ -97,6 +100,8 @@ def open_run(run: Path, *, steps: int | None = None) -> Trainer:
         MythosError: the folder is no run, or something in it does not fit.
     """
     settings = Settings.load(run)
+    check_folder(run)
+    check_fits(settings.model)
     if steps is not None:
         train = dataclasses.replace(settings.train, steps=steps)
         settings = dataclasses.replace(settings, train=train)
@@ -107,12 +112,24 @@ def open_run(run: Path, *, steps: int | None = None) -> Trainer:
     if newest is not None:  # before anything is tokenised anew
         state = checkpoint.state_of(newest)
         check_unchanged(state, newest, tokenizer=tokens.fingerprint, text=corpus.fingerprint)
+        if steps is not None:
+            _check_until(checkpoint.step_of(newest), train_config(state["train"]), settings.train)
     training, validation = prepare(corpus, tokens, run, least_tokens=least)
     trainer = Trainer(run, settings, tokens, training, validation)
     trainer.resume()
     if steps is not None:
         settings.save(run)
     return trainer
+
+
+def _check_until(step: int, before: TrainConfig, now: TrainConfig) -> None:
+    """Refuse a new number of steps where it would change steps that the run has taken."""
+    begins = min(decay_begins(before), decay_begins(now))
+    if now.steps != before.steps and step > begins:
+        raise CheckpointError(
+            f"until={now.steps} must be left out at step {step}: the learning rate decays from "
+            f"step {begins:g} on, and only before can the number of steps ({before.steps}) change"
+        )
 
 
 def _open(source: dict[str, Any]) -> Corpus:
@@ -148,11 +165,17 @@ def _extended(
     """The shape of a model to start from, with the adapters that are wanted."""
     if tokens.vocab_size > start.vocab_size:
         raise CheckpointError(f"{folder}: its tokenizer does not fit its model")
-    if start.lora_rank not in (0, wanted.lora_rank):
-        raise ConfigError(
-            f"lora_rank={wanted.lora_rank} must be the start_from model's {start.lora_rank}"
-        )
-    return start.replace(lora_rank=wanted.lora_rank, lora_loops=wanted.lora_loops)
+    loops = wanted.open().lora_loops  # None where nobody asked
+    if not start.lora_rank:
+        return start.replace(lora_rank=wanted.lora_rank, lora_loops=loops)
+    for name, value in {"lora_rank": wanted.lora_rank, "lora_loops": loops}.items():
+        own = getattr(start, name)
+        if value not in (None, own):
+            raise ConfigError(
+                f"{name}={value} must be {own}, as in start_from={folder}: its adapters have that "
+                "shape"
+            )
+    return start
 
 
 def _take_weights(trainer: Trainer, start: OpenMythos) -> None:

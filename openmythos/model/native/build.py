@@ -57,8 +57,15 @@ def _compiler() -> str | None:
 
 
 def _folder() -> Path:
-    """Where compiled code is kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Where compiled code is kept: never in a folder that others write to, as it is loaded.
+
+    Raises:
+        OSError: the user has no home directory.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # neither HOME nor an entry in the list of users
+        raise OSError("there is no place to keep compiled code: set XDG_CACHE_HOME") from error
     return Path(base) / "openmythos"
 
 
