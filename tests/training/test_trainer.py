@@ -44,7 +44,7 @@ FAST = {"gate_steps": 0, "evaluate_tokens": 64, "precision": "fp32", "threads": 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "rhyme.txt"
-    lines = [f"The {n} mice ran up the clock, and the clock struck {n % 12}." for n in range(400)]
+    lines = [f"The {n} mice ran up the clock, and the clock struck {n % 12}." for n in range(150)]
     path.write_text("\n\n".join(lines))
     return path
 
