@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from openmythos.config import MythosConfig
+from openmythos.errors import InputError
 from openmythos.model.transformer import OpenMythos, cross_entropy
 from openmythos.training.machine import Machine, matmul_peak, measure
 from openmythos.training.optimizer import build_optimizers
@@ -24,6 +25,8 @@ from openmythos.training.settings import OptimizerConfig
 
 TRAINING_TOKENS = 2048
 """Tokens in a training step."""
+PROMPT = 128
+"""Tokens of a prompt where nobody says how many."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def bench(
     *,
     loops: Sequence[int] = (1, 4, 16),
     batches: Sequence[int] = (1, 8),
-    length: int = 128,
+    length: int | None = None,
     threads: Sequence[int] | None = None,
     repeats: int = 5,
     report: Callable[[int], None] = lambda _: None,
@@ -82,11 +85,16 @@ def bench(
         model: in evaluation mode, on the device to measure.
         loops: depths of prefill and decode; training runs at the mean.
         batches: sequences of prefill and decode.
-        length: tokens of a prompt.
+        length: tokens of a prompt, at most half of the model's max_length; default: 128, or that
+            half.
         threads: numbers of CPU threads to try; default: 1 and all cores.
         repeats: rounds.
         report: told after each round how many are done.
+
+    Raises:
+        InputError: `length` leaves no room for what is written after the prompt.
     """
+    length = _prompt_length(length, model.config.max_length)
     device, before = model.embed.weight.device, torch.get_num_threads()
     machine = measure("auto", device)
     tasks = list(_tasks(model, machine, loops, batches, length))
@@ -111,6 +119,18 @@ def bench(
     ]
     best = {kind: max(v for (k, _), v in peaks.items() if k == kind) for kind, _ in peaks}
     return Bench(machine, best, speeds)
+
+
+def _prompt_length(asked: int | None, max_length: int) -> int:
+    most = max_length // 2
+    if asked is None:
+        return min(PROMPT, most)
+    if asked > most:
+        raise InputError(
+            f"length={asked} must be at most {most}, half of the model's max_length={max_length}: "
+            "what is written after the prompt needs room"
+        )
+    return asked
 
 
 def default_threads(device: torch.device) -> list[int]:
@@ -158,7 +178,6 @@ def _tasks(
     model: OpenMythos, machine: Machine, loops: Sequence[int], batches: Sequence[int], length: int
 ) -> Iterator[Task]:
     yield _training(model.config, machine, model.embed.weight.device)
-    length = min(length, model.config.max_length // 2)
     for batch in batches:
         for depth in loops:
             yield _prefill(model, batch, length, depth)

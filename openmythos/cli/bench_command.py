@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from openmythos.speed import Bench
 
 
-LENGTH = 128
-
-
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Flags of `openmythos bench`."""
@@ -72,7 +69,6 @@ def run(settings: Settings) -> None:
     from openmythos.speed import bench
 
     model = _model(settings.model)
-    length = _length(settings.length, model.config.max_length)
 
     def report(done: int) -> None:
         if sys.stderr.isatty():
@@ -82,7 +78,7 @@ def run(settings: Settings) -> None:
         model,
         loops=settings.loops,
         batches=settings.batches,
-        length=length,
+        length=settings.length,
         threads=settings.threads,
         repeats=settings.repeats,
         report=report,
@@ -113,19 +109,6 @@ def _model(name: str) -> OpenMythos:
     from openmythos.inference.language_model import load
 
     return load(name).model.to(default_device())
-
-
-def _length(asked: int | None, max_length: int) -> int:
-    """The prompt's length; the other half of max_length is left to what is written after it."""
-    most = max_length // 2
-    if asked is None:
-        return min(LENGTH, most)
-    if asked > most:
-        raise InputError(
-            f"length={asked} must be at most {most}, half of the model's max_length={max_length}: "
-            "what is written after the prompt needs room"
-        )
-    return asked
 
 
 def _table(name: str, result: Bench) -> str:

@@ -19,7 +19,8 @@ class EngineSettings:
     chunk: int = 32
     """Most positions of one prompt that enter the core in one tick."""
     max_waiting: int = 1024
-    """Most requests that wait for admission; more are refused."""
+    """Most requests that wait for admission; more are refused. Those submitted together where none
+    waits are all taken."""
     deterministic: bool = True
     """A request gives the same tokens, loops and logprobs, bit for bit, alone and in any company,
     whatever was cached, at any `chunk`. Costs speed where many rows run at once; without it,

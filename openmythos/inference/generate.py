@@ -60,8 +60,8 @@ def generate(
     loops = model.config.mean_loops if thinking.loops is None else thinking.loops
     check_loops(loops, batch, prompt)
     make_rule(thinking.halting, thinking.threshold, model.core.learned_exits(), model.readout)
-    draw_from = _Drawing(sampling, vocab_size, end_id)
-    return _tokens(model, token_ids, max_new_tokens, loops, thinking, mask, draw_from)
+    drawing = _Drawing(sampling, vocab_size, end_id)
+    return _tokens(model, token_ids, max_new_tokens, loops, thinking, mask, drawing)
 
 
 class _Drawing(NamedTuple):
@@ -79,7 +79,7 @@ class _Drawing(NamedTuple):
     def draw(self, logits: Tensor, before: Tensor, generator: torch.Generator | None) -> Tensor:
         """Draw a token for each row, behind the tokens `before`."""
         logits = logits[:, : self.vocab_size]
-        if self.end_id is not None:
+        if self.end_id is not None and bool((before == self.end_id).any()):
             logits = torch.stack(
                 [
                     not_empty(row, int(token), self.end_id)

@@ -234,11 +234,11 @@ class OpenMythos(nn.Module):
                 device=self.embed.weight.device,
                 owner=self.identity,
             )
-        except (RuntimeError, MemoryError):
+        except (RuntimeError, MemoryError) as error:
             raise InputError(
                 f"loops={slots}, batch_size={batch_size} and max_length={length} must leave room "
                 "for the cache in memory: ask for fewer, or for policy='last'"
-            ) from None
+            ) from error
 
     def _rule(self, halting: str, threshold: float | None) -> Rule | None:
         rule = make_rule(halting, threshold, self.core.learned_exits(), self.readout)

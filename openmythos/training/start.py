@@ -15,7 +15,7 @@ from openmythos.training import checkpoint
 from openmythos.training.corpus import Corpus, check_size, open_corpus, open_text, prepare
 from openmythos.training.memory import check_fits
 from openmythos.training.run import SETTINGS, Settings, check_folder, train_config
-from openmythos.training.settings import TrainConfig, decay_begins
+from openmythos.training.settings import TrainConfig, decay_begins, same_until
 from openmythos.training.tokenizer import Tokenizer
 from openmythos.training.trainer import Trainer, check_tensorboard, check_unchanged
 
@@ -124,8 +124,8 @@ def open_run(run: Path, *, steps: int | None = None) -> Trainer:
 
 def _check_until(step: int, before: TrainConfig, now: TrainConfig) -> None:
     """Refuse a new number of steps where it would change steps that the run has taken."""
-    begins = min(decay_begins(before), decay_begins(now))
-    if now.steps != before.steps and step > begins:
+    if not same_until(step, dataclasses.replace(now, steps=before.steps), now):
+        begins = min(decay_begins(before), decay_begins(now))
         raise CheckpointError(
             f"until={now.steps} must be left out at step {step}: the learning rate decays from "
             f"step {begins:g} on, and only before can the number of steps ({before.steps}) change"

@@ -176,7 +176,12 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._decoder.decode(tokenizer.decode_bytes(after))
+        last = b""  # three bytes hold all that a character can have before its last one
+        for token_id in reversed(after):
+            if len(last) >= 3:
+                break
+            last = tokenizer.decode_bytes([token_id]) + last
+        self._decoder.decode(last)
 
     def push(self, token_id: int) -> str:
         """Takes a token and returns the text that it makes whole, possibly none."""

@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from openmythos import MythosConfig, OpenMythos
 from openmythos.model.feed_forward import swiglu
 from openmythos.model.remade import remade
+from tests.tiny import some_ids, tiny
 
 
 def parts():
@@ -92,22 +92,10 @@ def test_a_weight_changed_before_the_backward_pass_is_refused():
 
 @pytest.mark.parametrize("kind", ["swiglu", "relu2"])
 def test_a_model_learns_the_same(kind, monkeypatch):
-    config = MythosConfig(
-        vocab_size=31,
-        hidden_size=32,
-        max_length=16,
-        num_heads=2,
-        mean_loops=3,
-        experts=4,
-        experts_per_token=2,
-        expert_size=24,
-        lora_rank=2,
-        feed_forward=kind,
-    )
-    token_ids = torch.randint(0, 31, (2, 16), generator=torch.Generator().manual_seed(0))
+    token_ids = some_ids(2, 16)
 
     def learned():
-        model = OpenMythos(config)
+        model = tiny(feed_forward=kind, lora_rank=2)
         model(token_ids, 3).logits.square().sum().backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
