@@ -8,11 +8,12 @@ An error of ours becomes one sentence on stderr and exit code 2.
 from __future__ import annotations
 
 import io
-import os
 import sys
 import warnings
 from importlib import import_module
 from typing import Any
+
+from openmythos.cli.process import prepare
 
 COMMANDS = {
     "demo": "See the shipped models write and reason, then train one on real text.",
@@ -31,15 +32,9 @@ COMMANDS = {
 }
 
 
-SPINS = "2000"
-"""How long an idle thread of GNU OpenMP spins before it sleeps. By its default it spins for
-milliseconds, and beside another busy process two threads then train ten times slower than one;
-with this a step takes the same time alone (9.0 against 9.6 s for 45) and shares well."""
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, 2 on bad input, 130 on Ctrl-C."""
-    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is loaded
+    prepare()
     if isinstance(sys.stdout, io.TextIOWrapper):  # one that has no bar or no é prints a ? there
         sys.stdout.reconfigure(errors="replace")
     arguments = sys.argv[1:] if arguments is None else arguments

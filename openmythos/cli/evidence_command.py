@@ -4,6 +4,7 @@ Examples:
     openmythos evidence                             # lists the claims and their hours
     openmythos evidence depth-extrapolation --quick # minutes; shows the shape
     openmythos evidence depth-extrapolation         # hours; the published figures
+    openmythos evidence routing --published docs    # only what docs/evidence does not have
 
 Trainings keep checkpoints in --work and go on where they were stopped. The figures, as JSON and
 PNG, the page with every claim's numbers and the gallery go to --out.
@@ -37,6 +38,10 @@ class Settings:
     only: str = ""
     """Run only the trainings whose names start so; the report takes all that are there."""
 
+    published: Path | None = None
+    """Folder of figures and pages, as of --out, whose results are taken where the settings are the
+    same: to add seeds or rows to `docs` without running the others again."""
+
     work: Path = Path("runs/evidence")
     """Folder of checkpoints and results, kept between calls."""
 
@@ -60,6 +65,7 @@ def run(settings: Settings) -> None:
         quick=settings.quick,
         seeds=settings.seeds,
         only=settings.only,
+        published=settings.published,
         work=settings.work,
         out=settings.out,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,31 @@ def run_cells(cells: Iterable[Cell], work: Path, say: Say) -> dict[str, Result]:
             folder.mkdir(parents=True, exist_ok=True)
             started = time.perf_counter()
             measured = cell.run(folder, _prefixed(say, cell.name))
-            kept = {"settings": cell.settings, "torch": torch.__version__, **measured}
+            kept = {"settings": _as_json(cell.settings), "torch": torch.__version__, **measured}
             kept.setdefault("seconds", time.perf_counter() - started)
-            write_atomically(folder / "result.json", (json.dumps(kept, indent=1) + "\n").encode())
+            _keep(folder, kept)
         results[cell.name] = kept
     return results
+
+
+def take_results(known: Mapping[str, Result], cells: Iterable[Cell], work: Path) -> list[str]:
+    """Keep results that were measured elsewhere; return the names of the cells that took one.
+
+    Args:
+        known: results by the names of their cells.
+        cells: those that have no result in `work` and whose settings are those of the known one
+            take it.
+        work: of `run_cells`.
+    """
+    taken = []
+    for cell in cells:
+        folder, result = work / cell.name, known.get(cell.name)
+        if result is None or not _is_of(result, cell) or (folder / "result.json").is_file():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        _keep(folder, result)
+        taken.append(cell.name)
+    return taken
 
 
 def read_result(folder: Path, cell: Cell) -> Result | None:
@@ -75,12 +95,24 @@ def read_result(folder: Path, cell: Cell) -> Result | None:
         result: Result = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} must be JSON ({error}): delete it to run again") from error
-    if result.get("settings") != json.loads(json.dumps(cell.settings)):
+    if not _is_of(result, cell):
         raise CheckpointError(
             f"{path} must be of the settings asked for: delete its folder to run it again, or "
             "choose another --work"
         )
     return result
+
+
+def _is_of(result: Result, cell: Cell) -> bool:
+    return bool(result.get("settings") == _as_json(cell.settings))
+
+
+def _as_json(settings: dict[str, Any]) -> Any:
+    return json.loads(json.dumps(settings))
+
+
+def _keep(folder: Path, result: Result) -> None:
+    write_atomically(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
 
 
 def _prefixed(say: Say, name: str) -> Say:

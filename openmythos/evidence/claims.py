@@ -46,6 +46,8 @@ class Reproduction:
     seeds: int = 3
     only: str = ""
     """Run only the cells whose names start so; the report takes all that have results."""
+    published: Path | None = None
+    """A folder of figures and pages, as `out`, whose results count as done."""
     work: Path = Path("runs/evidence")
     """Where trainings keep checkpoints and results."""
     out: Path = Path("runs/evidence")
@@ -78,10 +80,10 @@ def reproduce(name: str, how: Reproduction, say: Callable[[str], None]) -> Writt
 
     Raises:
         InputError: no such claim, no seed, or no cell starts with `only`.
-        CheckpointError: kept results were made with other settings.
+        CheckpointError: kept results were made with other settings, or published ones are damaged.
     """
-    from openmythos.evidence.cells import read_result, run_cells
-    from openmythos.evidence.report import write_claim, write_pages
+    from openmythos.evidence.cells import read_result, run_cells, take_results
+    from openmythos.evidence.report import read_claim, write_claim, write_pages
     from openmythos.training.figures import save
 
     module = claim(name)
@@ -93,6 +95,9 @@ def reproduce(name: str, how: Reproduction, say: Callable[[str], None]) -> Writt
         names = ", ".join(cell.name for cell in cells)
         raise InputError(f"only={how.only!r} must begin one of {names}")
     work = how.work / ("quick" if how.quick else "full") / name
+    if how.published is not None:
+        taken = take_results(read_claim(how.published, name)["results"], cells, work)
+        say(f"{len(taken)} of {len(cells)} results are taken from {how.published}")
     run_cells(chosen, work, say)
     found = {cell.name: read_result(work / cell.name, cell) for cell in cells}
     results: dict[str, Result] = {key: value for key, value in found.items() if value is not None}

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openmythos.errors import CheckpointError
+from openmythos.errors import CheckpointError, InputError
 from openmythos.files import write_atomically
 
 INTRODUCTION = """\
@@ -106,11 +106,24 @@ def as_markdown(section: Section) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def read_claim(out: Path, name: str) -> dict[str, Any]:
+    """Return what `write_claim` wrote.
+
+    Raises:
+        InputError: it is not there.
+        CheckpointError: it is damaged.
+    """
+    path = out / "evidence" / f"{name}.json"
+    if not path.is_file():
+        raise InputError(f"published={str(out)!r} must hold {path.relative_to(out)}")
+    return _read(path)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        content["section"], content["title"], content["command"]
-    except (ValueError, KeyError) as error:
+        content["section"], content["title"], content["command"], content["results"].items()
+    except (ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} must be a claim's figures, but: {error!r}") from error
     return content
 

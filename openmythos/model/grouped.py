@@ -1,8 +1,9 @@
 """The grouped product: rows sorted by expert, one matrix per expert, as one operation.
 
 Torch's `grouped_mm` is used where it takes the dtype and the widths; a loop elsewhere (float64,
-MPS, rows not aligned to 16 bytes). Wrapped as a custom operator because torch's fp32 version
-fails on `meta` and under `torch.compile`, and because its backward refuses expanded gradients.
+MPS, rows not aligned to 16 bytes, and halves of a float on a CPU, see `_rounded`). Wrapped as a
+custom operator because torch's fp32 version fails on `meta` and under `torch.compile`, and because
+its backward refuses expanded gradients.
 """
 
 from itertools import pairwise
@@ -31,7 +32,11 @@ def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         return F.grouped_mm(x, weights, offs=ends)
     out = x.new_empty(x.shape[0], weights.shape[2])
     for expert, (start, end) in _ranges(ends):
-        torch.mm(x[start:end], weights[expert], out=out[start:end])
+        rows = _rounded(end - start) if _compiles_by_rows(x) else end - start
+        if start + rows <= len(x):  # what falls on the next experts' rows, these write over
+            torch.mm(x[start : start + rows], weights[expert], out=out[start : start + rows])
+        else:
+            out[start:end] = torch.mm(_padded(x[start:end], rows), weights[expert])[: end - start]
     return out
 
 
@@ -42,7 +47,8 @@ def grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
         return F.grouped_mm(x.t(), y, offs=ends)
     out = x.new_zeros(ends.shape[0], x.shape[1], y.shape[1])
     for expert, (start, end) in _ranges(ends):
-        torch.mm(x[start:end].t(), y[start:end], out=out[expert])
+        rows = _rounded(end - start) if _compiles_by_rows(x) else end - start
+        torch.mm(_padded(x[start:end], rows).t(), _padded(y[start:end], rows), out=out[expert])
     return out
 
 
@@ -50,7 +56,29 @@ def _torch_takes(x: Tensor, *widths: int) -> bool:
     """Whether torch's `grouped_mm` takes this dtype, device and row strides."""
     supported = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     aligned = all(width * x.itemsize % 16 == 0 for width in widths)
-    return supported and aligned and x.device.type != "mps" and x.shape[0] > 0
+    if x.device.type == "mps" or _compiles_by_rows(x):
+        return False
+    return supported and aligned and x.shape[0] > 0
+
+
+def _compiles_by_rows(x: Tensor) -> bool:
+    """Whether the library that multiplies compiles a kernel for each number of rows it meets."""
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _rounded(rows: int) -> int:
+    """Return `rows` rounded up to one of eight sizes an octave: ..., 60, 64, 72, 80, ...
+
+    On a CPU, products of bf16 are oneDNN's, which compiles a kernel for every shape it has not
+    met: milliseconds, against tenths of one for the product. Experts get other numbers of rows at
+    every loop, so that nearly all products would be first ones.
+    """
+    step = 1 << max(0, rows.bit_length() - 4)
+    return -(-rows // step) * step
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    return x if len(x) == rows else F.pad(x, (0, 0, 0, rows - len(x)))
 
 
 def _ranges(ends: Tensor) -> list[tuple[int, tuple[int, int]]]:

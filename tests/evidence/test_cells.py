@@ -5,7 +5,7 @@ import json
 import pytest
 
 from openmythos.errors import CheckpointError
-from openmythos.evidence.cells import Cell, read_result, run_cells
+from openmythos.evidence.cells import Cell, read_result, run_cells, take_results
 
 
 def counting(name, value, calls):
@@ -56,3 +56,16 @@ def test_a_result_is_json_with_its_settings(tmp_path):
     kept = json.loads((tmp_path / "a" / "result.json").read_text())
     assert kept["settings"] == {"size": 1, "pair": [1, 2]}
     assert kept["torch"]
+
+
+def test_known_results_are_taken_where_the_settings_are_theirs(tmp_path):
+    calls = []
+    cells = [counting(name, value, calls) for name, value in (("a", 1), ("b/x", 2), ("c", 3))]
+    known = run_cells([cells[0], counting("b/x", 9, []), cells[2]], tmp_path / "one", print)
+    calls.clear()
+    run_cells([cells[2]], tmp_path / "two", print)  # has its own result already
+    assert take_results(known, cells, tmp_path / "two") == ["a"]
+    results = run_cells(cells, tmp_path / "two", print)
+    assert calls == ["c", "b/x"]
+    assert results["a"] == known["a"]
+    assert results["b/x"]["settings"] == {"size": 2, "pair": [1, 2]}

@@ -1,6 +1,7 @@
 """What is read of a claim comes from its numbers."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -41,7 +42,8 @@ def test_a_missed_expectation_is_shown_as_missed():
 
 def test_pages_hold_the_claims_there_are_in_their_order(tmp_path):
     for name in ("second", "first"):
-        write_claim(tmp_path, name, {"command": f"openmythos evidence {name}"}, SECTION)
+        content = {"command": f"openmythos evidence {name}", "results": {}}
+        write_claim(tmp_path, name, content, SECTION)
     (tmp_path / "evidence" / "first.png").write_bytes(b"")
     write_pages(tmp_path, ["first", "absent", "second"])
     page = (tmp_path / "evidence.md").read_text()
@@ -86,6 +88,11 @@ def test_the_command_is_what_gives_the_figures():
         ("flight", {}, "claim='flight' must be one of depth-extrapolation"),
         ("depth-extrapolation", {"seeds": 0}, "seeds=0 must be 1 or more"),
         ("depth-extrapolation", {"only": "x"}, "only='x' must begin one of core-1/seed-0"),
+        (
+            "routing",
+            {"published": Path("none")},
+            "published='none' must hold evidence/routing.json",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_any_work(tmp_path, name, how, sentence):
@@ -93,3 +100,13 @@ def test_bad_input_is_refused_before_any_work(tmp_path, name, how, sentence):
         reproduce(name, Reproduction(work=tmp_path / "w", out=tmp_path / "o", **how), print)
     assert sentence in str(error.value)
     assert not (tmp_path / "w").exists()
+
+
+def test_published_figures_give_their_own_page_again_without_any_training(tmp_path):
+    docs, said = Path(__file__).parents[2] / "docs", []
+    how = Reproduction(only="core-1/", published=docs, work=tmp_path / "work", out=tmp_path / "out")
+    reproduce("depth-extrapolation", how, said.append)
+    page = "evidence/depth-extrapolation.json"
+    assert (tmp_path / "out" / page).read_bytes() == (docs / page).read_bytes()
+    assert len(said) == 1
+    assert "results are taken from" in said[0]

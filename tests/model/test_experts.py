@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from openmythos.config import MythosConfig
 from openmythos.model import experts as module
 from openmythos.model.experts import Experts, Router
-from openmythos.model.grouped import grouped_mm
+from openmythos.model.grouped import _rounded, grouped_mm
 from openmythos.model.transformer import cross_entropy
 from tests.tiny import SIZES, shake, some_ids, tiny
 
@@ -196,6 +196,33 @@ def test_the_grouped_product_is_a_product_for_each_group(dtype, width):
     tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
     found = grouped_mm(x, weights, ends_of(3, 0, 2, 1))
     assert_close(found, torch.cat(expected), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("counts", [(37, 0, 18, 5), (3, 60, 0, 0), (0, 0, 0, 19)])
+def test_grouped_products_in_bf16_round_rows_up_without_mixing_experts(counts):
+    """Rows of other experts fall into a rounded product: they must not reach its result."""
+    rows = sum(counts)
+    x, weights = torch.randn(rows, 8).bfloat16(), torch.randn(4, 8, 16).bfloat16()
+    grad = torch.randn(rows, 16).bfloat16()
+    last = max(expert for expert, count in enumerate(counts) if count)
+    other = sum(counts[:last])
+    x[:other] = torch.inf
+    x.requires_grad_()
+    weights.requires_grad_()
+    y = grouped_mm(x, weights, ends_of(*counts))
+    y.backward(grad)
+    own, own_grad, w = x[other:].detach().float(), grad[other:].float(), weights[last].float()
+    assert_close(y[other:].float(), own @ w, rtol=2e-2, atol=2e-2)
+    assert_close(x.grad[other:].float(), own_grad @ w.T, rtol=2e-2, atol=4e-2)
+    assert_close(weights.grad[last].float(), own.T @ own_grad, rtol=2e-2, atol=8e-2)
+    absent = [expert for expert, count in enumerate(counts) if not count]
+    assert (weights.grad[absent] == 0).all()
+
+
+def test_rows_of_products_in_bf16_take_few_sizes():
+    sizes = [_rounded(rows) for rows in range(1, 4097)]
+    assert all(rows <= size <= rows * 9 / 8 for rows, size in enumerate(sizes, start=1))
+    assert len(set(sizes)) <= 8 * 12
 
 
 def test_the_grouped_product_takes_no_rows():
