@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-ORDER = 6
-"""Bytes of context that a prediction looks back on."""
+ORDER = 16
+"""Bytes of context that a prediction looks back on. Given 11 MB of training text, held-out messages
+of presidents take 1.491 bits per byte at order 6, 1.374 at 10 and 1.356 at 16; given 1 MB of the
+embedded text, 1.676, 1.661 and 1.662."""
 
 SEPARATOR = b"\n\f\n"
 """Between documents; its bits count and its bytes do not, as with a model's end mark."""
