@@ -46,7 +46,7 @@ class Settings:
     """Folder of a model or of a training run, or the name of a model in the package."""
 
     weights: WeightsKind | Literal["auto"] | None = None
-    """What the weights are in memory; `auto` is bf16 where that is clearly quicker here. Default:
+    """What the weights are in memory; `auto` is bf16 where the model is quicker so here. Default:
     as in the file."""
 
     server: Annotated[ServerSettings, tyro.conf.arg(name="")] = field(

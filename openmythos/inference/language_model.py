@@ -12,6 +12,7 @@ import torch
 from openmythos.config import CachePolicy, HaltingKind, WeightsKind
 from openmythos.errors import CheckpointError, InputError
 from openmythos.inference.generate import generate
+from openmythos.inference.precision import quicker
 from openmythos.inference.sampling import Sampling
 from openmythos.inference.shipped import find_model, shipped
 from openmythos.inference.thinking import Thinking
@@ -19,7 +20,6 @@ from openmythos.model.files import load_model
 from openmythos.model.quantised import quantise
 from openmythos.model.transformer import OpenMythos
 from openmythos.numbers import whole
-from openmythos.training.machine import measure
 from openmythos.training.run import load_from_run, unfinished
 from openmythos.training.tokenizer import Tokenizer
 
@@ -227,7 +227,7 @@ def load(name: str | Path, weights: WeightsKind | Literal["auto"] | None = None)
         name: the folder.
         weights: what they are in memory, whatever the file holds. `int8` takes a quarter of the
             memory, on a CPU (see `openmythos.model.quantised.quantise`); `bf16` half; `auto` is
-            `bf16` where a bf16 product is clearly quicker on this machine, and else `fp32`.
+            `bf16` where this model reads and writes quicker so on this machine, and else `fp32`.
             Default: as `OpenMythos.from_pretrained`.
 
     Raises:
@@ -259,7 +259,7 @@ def load(name: str | Path, weights: WeightsKind | Literal["auto"] | None = None)
 
 def _with_weights(model: OpenMythos, weights: str | None) -> OpenMythos:
     if weights == "auto":
-        weights = measure("auto", model.embed.weight.device).precision
+        return quicker(model)
     if weights == "int8":
         return quantise(model.float())
     return model if weights is None else model.to(DTYPES[weights])

@@ -7,7 +7,7 @@ from tiny import some_ids, tiny
 
 import openmythos
 from openmythos.errors import InputError
-from openmythos.inference import language_model
+from openmythos.inference import precision
 from openmythos.inference.language_model import LanguageModel
 from openmythos.model.quantised import Int8Weight
 from openmythos.training.machine import Machine
@@ -57,18 +57,29 @@ def test_int8_weights_write_what_the_int8_file_means(folders, monkeypatch):
     assert error < 1e-4
 
 
-@pytest.mark.parametrize("faster", ["fp32", "bf16"])
-def test_auto_takes_bf16_where_this_machine_is_quicker_with_it(folders, monkeypatch, faster):
-    asked = []
+@pytest.mark.parametrize(
+    ("products", "writes", "dtype"),
+    [("fp32", None, torch.float32), ("bf16", 0.5, torch.bfloat16), ("bf16", 2.0, torch.float32)],
+)
+def test_auto_takes_bf16_where_this_model_is_quicker_with_it(
+    folders, monkeypatch, products, writes, dtype
+):
+    timed = []
 
-    def measure(precision, device):
-        asked.append((precision, device.type))
-        return Machine(faster, "measured", 1.0)
+    def seconds(model):
+        timed.append(model.embed.weight.dtype)
+        assert writes is not None, "needless where no product is quicker"
+        return writes if timed[-1] == torch.bfloat16 else 1.0
 
-    monkeypatch.setattr(language_model, "measure", measure)
+    monkeypatch.setattr(precision, "measure", lambda *_: Machine(products, "measured", 1.0))
+    monkeypatch.setattr(precision, "seconds", seconds)
     lm = openmythos.load(folders["int8"], weights="auto")
-    assert asked == [("auto", "cpu")]
-    assert lm.model.embed.weight.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[faster]
+    assert lm.model.embed.weight.dtype == dtype
+    assert timed == ([] if writes is None else [torch.float32, torch.bfloat16])
+
+
+def test_the_time_to_read_and_write_is_measured_within_a_models_length():
+    assert 0 < precision.seconds(tiny(max_length=5)) < 60
 
 
 def test_weights_that_do_not_exist_are_refused_before_the_folder_is_read(tmp_path):
