@@ -186,13 +186,18 @@ def mixture():
 
 
 @pytest.mark.parametrize(
-    ("name", "threads"),
-    [("gqa, experts", 1), ("mla, experts", 2)],
+    ("name", "threads", "dtype"),
+    [
+        ("gqa, experts", 1, torch.float32),
+        ("mla, experts", 2, torch.float32),
+        ("gqa, experts", 1, torch.bfloat16),
+    ],
 )
-def test_company_order_and_chunks_change_no_bit(name, threads):
+def test_company_order_and_chunks_change_no_bit(name, threads, dtype):
     torch.set_num_threads(threads)
     try:
         lm, requests = model_of(name), mixture()
+        lm.model.to(dtype)
         expected = [written(alone(lm, one)) for one in requests]
         for settings in ({"chunk": 3}, {"chunk": 16, "budget": 7, "prefix_sharing": False}):
             together = run(ticker_of(lm, **settings), requests)

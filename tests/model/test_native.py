@@ -170,8 +170,9 @@ def test_loops_past_the_cache_with_one_slot(by_torch):
 
 
 @SHAPES
-def test_a_rows_bits_depend_on_no_other_row(kind, monkeypatch):
-    model, ids = wide(**kind), some_ids(40, 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_bits_depend_on_no_other_row(kind, dtype, monkeypatch):
+    model, ids = wide(**kind).to(dtype), some_ids(40, 3)
 
     @torch.inference_mode()
     def together(rows):
@@ -183,6 +184,30 @@ def test_a_rows_bits_depend_on_no_other_row(kind, monkeypatch):
         assert together(ids[some]).equal(whole[:, some])
     monkeypatch.setattr(run, "threads_for", lambda products: 3)
     assert together(ids).equal(whole)
+
+
+@SHAPES
+def test_bf16_is_no_further_from_fp32_than_torchs(kind, by_torch):
+    """Of the same weights, and the same experts, which a rounding may change."""
+    narrow = wide(**kind).bfloat16()
+    assert structure_of(narrow.core.layers[0]) is not None
+    chunks, known = some_ids(3, 8).split((4, 1, 1, 2), dim=1), [None] * 4
+
+    @torch.inference_mode()
+    def outs(model):
+        cache, experts = model.new_cache(batch_size=3, max_length=8), bool(model.config.experts)
+        return [
+            model(chunk, 4, cache=cache, routing=routing, return_routing=experts)
+            for chunk, routing in zip(chunks, known, strict=True)
+        ]
+
+    def error(found):
+        pairs = zip(found, exact, strict=True)
+        return max(float((out.logits.float() - other.logits).abs().max()) for out, other in pairs)
+
+    exact = outs(wide(**kind).bfloat16().float())
+    known = [out.routing for out in exact]
+    assert error(outs(narrow)) <= 1.2 * error(by_torch(lambda: outs(narrow)))
 
 
 @SHAPES

@@ -86,7 +86,7 @@ def playground(reasoner: str | Path = REASONER) -> APIRouter:
         known = describe(server.name, server.ready(), server.settings)
         return json_response({**known, "reasoner": walks.describe()})
 
-    @router.post("/stream", responses=STREAMED)
+    @router.post("/stream", response_class=Response, responses=STREAMED)
     async def stream(body: CompletionBody, server: Server) -> Response:
         """Continue a text: a stream of tokens with their ids, loops and losses."""
         loaded = server.ready()

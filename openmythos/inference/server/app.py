@@ -24,8 +24,14 @@ from openmythos import __version__
 from openmythos.inference.server import chat, completions
 from openmythos.inference.server.errors import add_handlers, json_response
 from openmythos.inference.server.metrics import CONTENT_TYPE
-from openmythos.inference.server.middleware import CountAnswers, LimitBody, RequireKey
-from openmythos.inference.server.schemas import ErrorBody, ModelCard, ModelList, refuse_model
+from openmythos.inference.server.middleware import CountAnswers, LimitBody, RequireKey, is_within
+from openmythos.inference.server.schemas import (
+    ErrorBody,
+    Health,
+    ModelCard,
+    ModelList,
+    refuse_model,
+)
 from openmythos.inference.server.serving import Serving, serving
 
 FAILURES = (400, 401, 404, 405, 408, 413, 422, 429, 500, 503)
@@ -33,6 +39,7 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": "An error, in OpenAI's shape"}
     for status in FAILURES
 }
+TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
 
 router = APIRouter()
 Server = Annotated[Serving, Depends(serving)]
@@ -72,13 +79,17 @@ def create_app(
     app.add_middleware(LimitBody, most=server.settings.max_body_bytes)
     if server.settings.api_key is not None:
         app.add_middleware(RequireKey, key=server.settings.api_key)
+        _describe_key(app)
     app.add_middleware(CountAnswers, metrics=server.metrics)  # the last added stands first
     return app
 
 
 @final
 class Rest(Mount):
-    """What no other route is about: a path that one has, with another method, is answered 405."""
+    """What no other route is about, to be read.
+
+    A path that a route has, with another method, is answered 405; any other, sent something, 404.
+    """
 
     def __init__(self, path: str, app: ASGIApp, others: Sequence[BaseRoute]) -> None:
         super().__init__(path, app)
@@ -86,6 +97,8 @@ class Rest(Mount):
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Match where no other route knows the path."""
+        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
+            return Match.NONE, {}
         if any(route.matches(scope)[0] is not Match.NONE for route in self._others):
             return Match.NONE, {}
         return super().matches(scope)
@@ -108,14 +121,18 @@ class Fresh(StaticFiles):
         return response
 
 
-@router.get("/health")
+@router.get(
+    "/health",
+    response_model=Health,
+    responses={503: {"model": Health, "description": "Requests are not taken"}},
+)
 async def health(server: Server) -> Response:
     """Tell whether requests are taken: 200, or 503 while loading, draining or after a failure."""
     state = server.state
     return json_response({"status": state}, 200 if state == "ready" else 503)
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=Response, responses=TEXT)
 async def metrics(server: Server) -> Response:
     """Show what is counted, for Prometheus."""
     return Response(server.metrics.page(), media_type=CONTENT_TYPE)
@@ -132,6 +149,16 @@ async def model(model: str, server: Server) -> Response:
     """Describe the model."""
     refuse_model(model, server.name)
     return json_response(_card(server))
+
+
+def _describe_key(app: FastAPI) -> None:
+    """Say in the interface's description what `RequireKey` wants: FastAPI does not know of it."""
+    described = app.openapi()
+    described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in described["paths"].items():
+        if is_within(path, "/v1"):
+            for operation in operations.values():
+                operation["security"] = [{"key": []}]
 
 
 def _card(server: Serving) -> dict[str, Any]:

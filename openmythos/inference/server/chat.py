@@ -88,7 +88,7 @@ class ChatWriter:
     def whole(self, events: Sequence[Event]) -> dict[str, Any]:
         """All of it."""
         return {
-            "message": {"role": "assistant", "content": text_of(events)},
+            "message": {"role": "assistant", "content": text_of(events), "refusal": None},
             **self._rest(events),
         }
 
@@ -101,7 +101,7 @@ class ChatWriter:
                 for token in tokens
                 if token.logprob is not None
             ]
-            rest["logprobs"] = {"content": content}
+            rest["logprobs"] = {"content": content, "refusal": None}
         if self._body.return_loops:
             rest["loops"] = [token.loops for token in tokens]
         return rest

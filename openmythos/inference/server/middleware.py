@@ -27,7 +27,7 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer 401."""
-        guarded = scope["type"] == "http" and _is_within(scope["path"], "/v1")
+        guarded = scope["type"] == "http" and is_within(scope["path"], "/v1")
         if guarded and not self._admits(Headers(scope=scope).get("authorization", "")):
             error = ApiError(
                 401,
@@ -138,5 +138,6 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _is_within(path: str, root: str) -> bool:
+def is_within(path: str, root: str) -> bool:
+    """Whether a path is `root` or below it."""
     return path == root or path.startswith(f"{root}/")

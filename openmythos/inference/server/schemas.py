@@ -1,29 +1,34 @@
 """The bodies of requests and answers, field by field, after OpenAI's API.
 
-A field that is not here is refused unless its value asks for nothing: `IDLE` has the values of
-OpenAI's and vLLM's further fields that do.
+A field that is not here is refused unless its value asks for nothing: `REQUEST_IDLE` and
+`MESSAGE_IDLE` have the values of OpenAI's and vLLM's further fields that do.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
 
 from openmythos.config import CachePolicy, HaltingKind
 from openmythos.inference.server.errors import ApiError, invalid, shortened
+from openmythos.inference.server.serving import State
 
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
-# An error for every item of a long list would take a thousand times the memory of the body.
-TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
-Texts = Annotated[list[str], Field(fail_fast=True)]
 MOST_LOGPROBS = 20
 MOST_STOPS = 16
+# What `json_schema_extra` says here is checked further on, in words that a union of types has not.
+# An error for every item of a long list would take a thousand times the memory of the body.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
+Prompts = Annotated[list[TokenIds], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
+Texts = Annotated[list[str], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
+Stop = Annotated[str, Field(json_schema_extra={"minLength": 1})]
+Stops = Annotated[list[Stop], Field(fail_fast=True, json_schema_extra={"maxItems": MOST_STOPS})]
 
-IDLE: dict[str, tuple[Any, ...]] = {
+REQUEST_IDLE: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
-    "annotations": ([],),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
@@ -40,22 +45,37 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "stop_token_ids": ([],),
     "store": (False,),
     "suffix": ("",),
-    "tool_calls": ([],),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
 }
-"""Fields that are not supported, and the values with which they change nothing."""
+"""Fields of a request that are not supported, and the values with which they change nothing."""
 
-LABELS = ("metadata", "prompt_cache_key", "safety_identifier", "user")
-"""Fields that say who asks and never what for; any value will do."""
+MESSAGE_IDLE: dict[str, tuple[Any, ...]] = {"annotations": ([],), "tool_calls": ([],)}
+"""The same of messages: a client may send a reply back as its library keeps it."""
+
+
+def describe(schema: dict[str, Any], body: type[Body]) -> None:
+    """Make the JSON schema of a body as strict as `Body.refuse_unknown` and further checks are."""
+    idle = {name: {"enum": [*values, None]} for name, values in body.IDLE.items()}
+    schema["properties"] |= idle | {name: {} for name in body.LABELS}
+    schema["additionalProperties"] = {"type": "null"}
+    if body.NEEDED:
+        schema["required"] = [*schema.get("required", ()), *body.NEEDED]
 
 
 class Body(BaseModel):
     """Part of a request: types are exact, and fields that are not known are kept, to be judged."""
 
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, json_schema_extra=describe)
+
+    IDLE: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Fields that are not supported, and the values with which they change nothing."""
+    LABELS: ClassVar[tuple[str, ...]] = ()
+    """Fields that say who asks and never what for; any value will do."""
+    NEEDED: ClassVar[tuple[str, ...]] = ()
+    """Fields that only look optional, so that a sentence can say what lacks them."""
 
     def refuse_unknown(self, path: str = "") -> None:
         """Check the further fields.
@@ -64,16 +84,24 @@ class Body(BaseModel):
             ApiError: one asks for something that is not done here.
         """
         for name, value in (self.model_extra or {}).items():
-            if value is None or name in LABELS or value in IDLE.get(name, ()):
+            values = self.IDLE.get(name, ())
+            if value is None or name in self.LABELS or _is_one_of(value, values):
                 continue
             field = path + name
-            idle = " or ".join(repr(value) for value in IDLE.get(name, ()))
+            idle = " or ".join(map(repr, values))
             remedy = f"{idle}, or be left out" if idle else "left out"
             raise invalid(
                 f"{field}={shortened(value)} must be {remedy}: it is not supported here",
                 field,
-                "unsupported_parameter" if name in IDLE else "unknown_parameter",
+                "unsupported_parameter" if values else "unknown_parameter",
             )
+
+
+def _is_one_of(value: Any, others: tuple[Any, ...]) -> bool:
+    """Whether JSON takes a value for one of `others`: Python also takes True for 1."""
+    return any(
+        value == other and isinstance(value, bool) == isinstance(other, bool) for other in others
+    )
 
 
 class StreamOptions(Body):
@@ -106,12 +134,15 @@ class ResponseFormat(Body):
 class Generation(Body):
     """What completions and chat have in common."""
 
+    IDLE = REQUEST_IDLE
+    LABELS = ("metadata", "prompt_cache_key", "safety_identifier", "user")
+
     model: str | None = None
     """Name of the served model; may be left out."""
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, lt=1 << 31)] | None = 1
-    stop: str | Texts | None = None
+    stop: Stop | Stops | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
@@ -171,10 +202,10 @@ class Generation(Body):
 class CompletionBody(Generation):
     """The body of `POST /v1/completions`."""
 
-    prompt: str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)] = ""
+    prompt: str | TokenIds | Texts | Prompts | None = ""
     """Text, which starts a document; or token ids, taken as they are; or a list of either."""
     max_tokens: Count | None = 16
-    best_of: Count | None = None
+    best_of: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     """No other than `n`: nothing is made and thrown away."""
     echo: bool | None = False
     """Begin the text with the prompt; with `logprobs`, those of the prompt too."""
@@ -197,15 +228,20 @@ class CompletionBody(Generation):
 class TextPart(Body):
     """Text in a list of parts."""
 
-    type: str
-    text: str | None = None
+    NEEDED = ("text",)
+
+    type: Annotated[str, Field(json_schema_extra={"const": "text"})]
+    text: str | SkipJsonSchema[None] = None
 
 
 class ChatMessage(Body):
     """One turn."""
 
+    IDLE = MESSAGE_IDLE
+    NEEDED = ("content",)
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | SkipJsonSchema[None] = None
 
 
 class ChatBody(Generation):
@@ -288,6 +324,8 @@ class ChatLogprobs(BaseModel):
     """An entry for each token."""
 
     content: list[ChatTokenLogprob]
+    refusal: None
+    """Nothing is refused in a reply; OpenAI's API requires the field."""
 
 
 class ChatReply(BaseModel):
@@ -295,6 +333,8 @@ class ChatReply(BaseModel):
 
     role: Literal["assistant"]
     content: str
+    refusal: None
+    """As in `ChatLogprobs`."""
 
 
 class ChatChoice(BaseModel):
@@ -316,6 +356,12 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+
+
+class Health(BaseModel):
+    """The answer of `GET /health`, whatever its status."""
+
+    status: State
 
 
 class ModelCard(BaseModel):

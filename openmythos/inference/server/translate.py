@@ -115,7 +115,7 @@ def _request(
 
 def _prompts(body: CompletionBody, loaded: Loaded) -> tuple[list[list[int]], bool]:
     """Return the token ids of each prompt, and whether they were text."""
-    prompt, tokenizer = body.prompt, loaded.lm.tokenizer
+    prompt, tokenizer = "" if body.prompt is None else body.prompt, loaded.lm.tokenizer
     if isinstance(prompt, str):
         prompt = [prompt]
     if not prompt:

@@ -107,6 +107,10 @@ def _load(path: Path) -> ctypes.CDLL:
     found.run_layer.argtypes, found.run_layer.restype = [layer, call], None
     found.run_core.argtypes = [ctypes.POINTER(CoreStructure), call]
     found.run_core.restype = None
-    found.run_linear.argtypes = [pointer, number, number, pointer, pointer, number, pointer, number]
+    found.run_linear.argtypes = [
+        *(pointer, number, number),  # rows
+        *(pointer, number, pointer),  # weight
+        *(number, pointer, number),  # outputs, and by how many threads
+    ]
     found.run_linear.restype = None
     return found

@@ -18,7 +18,7 @@ from openmythos.model.adapters import LoopLinear, LoopLora
 from openmythos.model.attention import GroupedQueryAttention, LatentAttention
 from openmythos.model.experts import Experts, Router
 from openmythos.model.feed_forward import FeedForward
-from openmythos.model.native.structures import LayerStructure, Map, Stack
+from openmythos.model.native.structures import KINDS, LayerStructure, Map, Stack
 from openmythos.model.norm import RMSNorm
 from openmythos.model.quantised import Int8Weight
 
@@ -104,13 +104,17 @@ def _address(tensor: Tensor) -> int:
 
 def _structure(layer: Layer) -> LayerStructure:
     attention, part = layer.attention, layer.feed_forward
-    eps = layer.attention_norm.eps
+    eps, gain = layer.attention_norm.eps, layer.attention_norm.weight
+    kinds = {p.dtype for p in layer.parameters() if not isinstance(p, Int8Weight)}
+    if len(kinds) > 1 or gain.dtype not in KINDS:
+        raise _Cannot
     made = LayerStructure(
-        hidden=_wide(len(layer.attention_norm.weight)),
+        kind=KINDS[gain.dtype],
+        hidden=_wide(len(gain)),
         sandwich=layer.placement == "sandwich",
         interleaved=attention.pairing == "interleaved",
         eps=eps,
-        attention_norm=_numbers(layer.attention_norm.weight),
+        attention_norm=_numbers(gain),
         feed_forward_norm=_numbers(layer.feed_forward_norm.weight),
         out=_map(attention.out),
     )
@@ -168,10 +172,10 @@ def _wide(width: int) -> int:
 
 
 def _numbers(tensor: Tensor | None) -> int | None:
-    """Address of fp32 numbers that follow each other."""
+    """Address of fp32 or bf16 numbers that follow each other."""
     if tensor is None:
         return None
-    if tensor.dtype != torch.float32 or type(tensor) is not nn.Parameter:
+    if tensor.dtype not in (torch.float32, torch.bfloat16) or type(tensor) is not nn.Parameter:
         raise _Cannot
     if not tensor.is_contiguous() or tensor.device.type != "cpu":
         raise _Cannot
@@ -180,8 +184,8 @@ def _numbers(tensor: Tensor | None) -> int | None:
 
 def _map(linear: LoopLinear) -> Map:
     outputs, inputs = linear.weight.shape
-    weight, scale = _weight(linear.weight, transposed=False)
-    made = Map(weight=weight, scale=scale, outputs=outputs, inputs=_wide(inputs))
+    made = Map(outputs=outputs, inputs=_wide(inputs))
+    made.weight, made.scale, made.kind = _weight(linear.weight, transposed=False)
     if linear.lora is not None:
         made.loops, made.rank, _ = linear.lora.down.shape
         made.down, made.up = _numbers(linear.lora.down), _numbers(linear.lora.up)
@@ -190,15 +194,16 @@ def _map(linear: LoopLinear) -> Map:
 
 def _stack(weight: Tensor) -> Stack:
     _, inputs, outputs = weight.shape
-    address, scale = _weight(weight, transposed=True)
-    return Stack(weight=address, scale=scale, inputs=_wide(inputs), outputs=_wide(outputs))
+    made = Stack(inputs=_wide(inputs), outputs=_wide(outputs))
+    made.weight, made.scale, made.kind = _weight(weight, transposed=True)
+    return made
 
 
-def _weight(weight: Tensor, *, transposed: bool) -> tuple[int | None, int | None]:
-    """Addresses of a weight and of its int8 scales."""
+def _weight(weight: Tensor, *, transposed: bool) -> tuple[int | None, int | None, int]:
+    """Addresses of a weight and of its int8 scales, and what its numbers are."""
     if not isinstance(weight, Int8Weight):
-        return _numbers(weight), None
+        return _numbers(weight), None, KINDS[weight.dtype]
     numbers = weight.numbers.mT if transposed else weight.numbers
     if not numbers.is_contiguous() or not weight.scale.is_contiguous():
         raise _Cannot
-    return numbers.data_ptr(), weight.scale.data_ptr()
+    return numbers.data_ptr(), weight.scale.data_ptr(), KINDS[numbers.dtype]

@@ -25,36 +25,42 @@ typedef int32_t whole_four __attribute__((vector_size(16)));
 typedef float four __attribute__((vector_size(16), may_alias));
 typedef float four_anywhere __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int8_t bytes_anywhere __attribute__((vector_size(8), aligned(1), may_alias));
+typedef uint16_t bf16;  /* the upper half of a float */
+typedef uint16_t halves_anywhere __attribute__((vector_size(16), aligned(2), may_alias));
+
+/* What numbers are. Beside int8 matrices, all else of a layer is fp32. */
+enum { FP32, INT8, BF16 };
 
 /* What `openmythos.model.native.structures` declares, field by field. */
 
 typedef struct {
-    const void *weight;  /* (outputs, inputs), fp32 or int8; null: there is no such map */
+    const void *weight;  /* (outputs, inputs); null: there is no such map */
     const float *scale;  /* (outputs), of int8 */
-    const float *down;   /* (loops, rank, inputs), depth-wise LoRA; null: none */
-    const float *up;     /* (loops, outputs, rank) */
-    int64_t outputs, inputs, rank, loops;
+    const void *down;    /* (loops, rank, inputs), depth-wise LoRA; null: none */
+    const void *up;      /* (loops, outputs, rank) */
+    int64_t kind, outputs, inputs, rank, loops;
 } Map;
 
 typedef struct {
-    const void *weight;  /* fp32: (experts, inputs, outputs); int8: (experts, outputs, inputs) */
+    const void *weight;  /* (experts, inputs, outputs); int8: (experts, outputs, inputs) */
     const float *scale;  /* (experts, outputs), of int8 */
-    int64_t outputs, inputs;
+    int64_t kind, outputs, inputs;
 } Stack;
 
 typedef struct {
+    int64_t kind;  /* of what is kept, and of all weights but int8 matrices: FP32 or BF16 */
     int64_t hidden, heads, kv_heads, head_dim;
     int64_t latent, nope, rope, value;  /* of latent attention; latent 0: grouped queries */
     int64_t interleaved, sandwich, swiglu, size;
     int64_t experts, chosen, expert_size;
     float eps, routed_scale, balance_rate, score_scale;
-    const float *attention_norm, *feed_forward_norm;
-    const float *attention_out_norm, *feed_forward_out_norm;  /* null: placement `pre` */
-    const float *qk_scale, *qk_bias;                          /* (heads + kv_heads, head_dim) */
-    const float *q_norm, *kv_norm, *q_scale, *k_scale;        /* of latent attention */
-    const float *kv_up;                                       /* (heads, nope + value, latent) */
+    const void *attention_norm, *feed_forward_norm;
+    const void *attention_out_norm, *feed_forward_out_norm;  /* null: placement `pre` */
+    const void *qk_scale, *qk_bias;                          /* (heads + kv_heads, head_dim) */
+    const void *q_norm, *kv_norm, *q_scale, *k_scale;        /* of latent attention */
+    const void *kv_up;                                       /* (heads, nope + value, latent) */
     Map qkv, q_down, q_up, kv_down, out, w_in, w_out;
-    const float *router;     /* (experts, hidden) */
+    const void *router;      /* (experts, hidden) */
     const int32_t *balance;  /* (experts) */
     Stack experts_in, experts_out;
 } Layer;
@@ -65,7 +71,7 @@ typedef struct {
     const float *cos, *sin;       /* (rope_rows, rotated); row r has number r mod rope_rows */
     int64_t loop;                 /* for LoRA; added to each row's own */
     const int64_t *loops;         /* (rows); null: 0 */
-    float *keys, *values;         /* (places, kept) */
+    void *keys, *values;          /* (places, kept) */
     const int64_t *write, *also;  /* (rows) places of a row's own entry; also: -1 for none */
     const int64_t *const *read;   /* (rows) lists of places that a row sees; null: they follow */
     const int64_t *first;         /* (rows) the first place of each, where they follow */
@@ -93,12 +99,12 @@ typedef struct {
 typedef struct {
     int64_t loops, layers, start, slots;  /* loop t, from `start`, has slot min(t, slots - 1) */
     const Layer *const *layer;     /* (layers) */
-    float *const *keys, *const *values;  /* (layers), their slot 0 */
-    int64_t keys_step, values_step;      /* from slot to slot */
+    void *const *keys, *const *values;  /* (layers), their slot 0 */
+    int64_t keys_step, values_step;     /* numbers from slot to slot */
     int64_t places_step;  /* from loop to loop in the call's `write`, `also` and `read` */
     const float *carry;  /* (hidden), times h, before each loop; null: 1 */
     const float *drive;  /* (rows, hidden), added then; null: 0 */
-    const float *norm;   /* (hidden), after each loop; null: none */
+    const void *norm;    /* (hidden), after each loop; null: none */
     Exits *exits;        /* null: all rows run all loops */
     float eps;
 } Core;
@@ -121,6 +127,36 @@ INLINE wide widen(const int8_t *x) {
 #else
     return __builtin_convertvector(*(const bytes_anywhere *)x, wide);
 #endif
+}
+INLINE wide widen_bf16(const bf16 *x) {
+#ifdef __AVX2__
+    __m128i halves = _mm_loadu_si128((const __m128i *)x);
+    return (wide)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+#else
+    return (wide)(__builtin_convertvector(*(const halves_anywhere *)x, whole) << 16);
+#endif
+}
+/* The nearest bf16, of two as near the even one; NaN stays NaN. */
+INLINE bf16 narrow(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    if (x != x) return (bf16)(bits >> 16 | 64);
+    return (bf16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* Numbers of a kind, FP32 or BF16, that lie at x. */
+INLINE const void *at(const void *x, int64_t i, int64_t kind) {
+    return (const char *)x + i * (kind == BF16 ? (int64_t)sizeof(bf16) : (int64_t)sizeof(float));
+}
+INLINE wide read(const void *x, int64_t i, int64_t kind) {
+    return kind == BF16 ? widen_bf16((const bf16 *)x + i) : load((const float *)x + i);
+}
+INLINE float read_one(const void *x, int64_t i, int64_t kind) {
+    if (kind != BF16) return ((const float *)x)[i];
+    uint32_t bits = (uint32_t)((const bf16 *)x)[i] << 16;
+    float found;
+    memcpy(&found, &bits, sizeof(found));
+    return found;
 }
 /* z + x y, rounded once where the processor can. Compilers choose by themselves where they fuse, and
    not alike in every copy of a loop, so they are told not to, and this says where. */
@@ -152,9 +188,9 @@ INLINE four sums(const wide *v) {
     return (MIX(even[0], even[1], 0, 1, 4, 5) + MIX(even[0], even[1], 2, 3, 6, 7)) +
            (MIX(odd[0], odd[1], 0, 1, 4, 5) + MIX(odd[0], odd[1], 2, 3, 6, 7));
 }
-INLINE float dot(const float *x, const float *y, int64_t n) {
+INLINE float dot(const float *x, const void *y, int64_t n, int64_t kind) {
     wide total = all(0);
-    for (int64_t i = 0; i < n; i += LANES) total = fuse(load(x + i), load(y + i), total);
+    for (int64_t i = 0; i < n; i += LANES) total = fuse(load(x + i), read(y, i, kind), total);
     return sum(total);
 }
 INLINE wide smaller(wide x, wide y) {
@@ -242,12 +278,25 @@ INLINE void ask(const char *ahead, int64_t bytes) {
                             inputs, y + r * y_row + o, y_row, 0, 0);                            \
     }
 
-PRODUCT(product, float, load)
+PRODUCT(product_fp32, float, load)
 PRODUCT(product_int8, int8_t, widen)
+PRODUCT(product_bf16, bf16, widen_bf16)
+
+/* y[from:to] = x (rows, inputs) times w (outputs, inputs) transposed. */
+static void product(const float *x, int64_t rows, int64_t x_row, const void *w, int64_t kind,
+                    const float *scale, int64_t inputs, int64_t from, int64_t to, float *y,
+                    int64_t y_row) {
+    if (kind == INT8)
+        product_int8(x, rows, x_row, w, scale, inputs, from, to, y, y_row);
+    else if (kind == BF16)
+        product_bf16(x, rows, x_row, w, 0, inputs, from, to, y, y_row);
+    else
+        product_fp32(x, rows, x_row, w, 0, inputs, from, to, y, y_row);
+}
 
 /* Add x (rows, inputs) times w (inputs, outputs) to y, or set it, for a few inputs and rows. */
 INLINE void columns_tile(int rows, int inputs, int set, const float *x, int64_t x_row,
-                         const float *w, int64_t outputs, float *y, int64_t y_row,
+                         const void *w, int64_t kind, int64_t outputs, float *y, int64_t y_row,
                          const char *ahead, int64_t step) {
     wide input[2][4];
     for (int r = 0; r < rows; r++)
@@ -257,7 +306,7 @@ INLINE void columns_tile(int rows, int inputs, int set, const float *x, int64_t 
         ask(ahead, step);
         for (int r = 0; r < rows; r++) total[r] = set ? all(0) : load(y + r * y_row + o);
         for (int i = 0; i < inputs; i++) {
-            wide weight = load(w + i * outputs + o);
+            wide weight = read(w, i * outputs + o, kind);
             for (int r = 0; r < rows; r++) total[r] = fuse(input[r][i], weight, total[r]);
         }
         for (int r = 0; r < rows; r++) store(y + r * y_row + o, total[r]);
@@ -265,18 +314,18 @@ INLINE void columns_tile(int rows, int inputs, int set, const float *x, int64_t 
 }
 
 /* x (rows, inputs) times w (inputs, outputs): w is read in its own order, four inputs at a time. */
-static void columns(const float *x, int64_t rows, int64_t x_row, const float *w, int64_t inputs,
-                    int64_t outputs, float *y, int64_t y_row) {
-    int64_t part = 4 * outputs * (int64_t)sizeof(float) / ((rows + 1) / 2);
-    int64_t step = part * LANES / outputs;
+INLINE void columns_of(int64_t kind, const float *x, int64_t rows, int64_t x_row, const void *w,
+                       int64_t inputs, int64_t outputs, float *y, int64_t y_row) {
+    int64_t size = (const char *)at(w, 4 * outputs, kind) - (const char *)w;
+    int64_t part = size / ((rows + 1) / 2), step = part * LANES / outputs;
     for (int64_t i = 0; i < inputs; i += 4) {
-        const float *at = w + i * outputs;
-        const char *ahead = (const char *)(at + 4 * outputs);
+        const void *four_inputs = at(w, i * outputs, kind);
+        const char *ahead = (const char *)four_inputs + size;
         int64_t r = 0;
 #define COLUMNS(ROWS, SET)                                                                       \
     for (; r + ROWS <= rows; r += ROWS, ahead += part)                                           \
-    columns_tile(ROWS, 4, SET, x + r * x_row + i, x_row, at, outputs, y + r * y_row, y_row, ahead, \
-                 step)
+    columns_tile(ROWS, 4, SET, x + r * x_row + i, x_row, four_inputs, kind, outputs,             \
+                 y + r * y_row, y_row, ahead, step)
         if (i == 0) {
             COLUMNS(2, 1);
             COLUMNS(1, 1);
@@ -286,6 +335,13 @@ static void columns(const float *x, int64_t rows, int64_t x_row, const float *w,
         }
 #undef COLUMNS
     }
+}
+static void columns(const float *x, int64_t rows, int64_t x_row, const void *w, int64_t kind,
+                    int64_t inputs, int64_t outputs, float *y, int64_t y_row) {
+    if (kind == BF16)  /* each with loads of its own */
+        columns_of(BF16, x, rows, x_row, w, inputs, outputs, y, y_row);
+    else
+        columns_of(FP32, x, rows, x_row, w, inputs, outputs, y, y_row);
 }
 
 /* One thread's share of a call */
@@ -327,23 +383,23 @@ static int64_t loop_of(const Call *call, int64_t row, int64_t last) {
 static void map(const Map *m, const Call *call, Thread t, const float *x, float *y) {
     int64_t from, to;
     share(t, m->outputs, 4, &from, &to);
-    if (m->scale)
-        product_int8(x, call->rows, m->inputs, m->weight, m->scale, m->inputs, from, to, y,
-                     m->outputs);
-    else
-        product(x, call->rows, m->inputs, m->weight, 0, m->inputs, from, to, y, m->outputs);
+    product(x, call->rows, m->inputs, m->weight, m->kind, m->scale, m->inputs, from, to, y,
+            m->outputs);
     wait_for_all(t);
     if (!m->down) return;
+    int64_t kind = m->kind == BF16 ? BF16 : FP32;
     share(t, call->rows, 1, &from, &to);
     for (int64_t row = from; row < to; row++) {
         int64_t loop = loop_of(call, row, m->loops - 1);
-        const float *down = m->down + loop * m->rank * m->inputs;
-        const float *up = m->up + loop * m->outputs * m->rank;
+        const void *down = at(m->down, loop * m->rank * m->inputs, kind);
+        const void *up = at(m->up, loop * m->outputs * m->rank, kind);
         float inner[m->rank];
-        product(x + row * m->inputs, 1, m->inputs, down, 0, m->inputs, 0, m->rank, inner, m->rank);
+        product(x + row * m->inputs, 1, m->inputs, down, kind, 0, m->inputs, 0, m->rank, inner,
+                m->rank);
         for (int64_t o = 0; o < m->outputs; o++) {
             float total = 0;
-            for (int64_t i = 0; i < m->rank; i++) total += up[o * m->rank + i] * inner[i];
+            for (int64_t i = 0; i < m->rank; i++)
+                total += read_one(up, o * m->rank + i, kind) * inner[i];
             y[row * m->outputs + o] += total;
         }
     }
@@ -352,9 +408,10 @@ static void map(const Map *m, const Call *call, Thread t, const float *x, float 
 
 /* Rows */
 
-static void normalise(const float *x, const float *gain, float eps, int64_t n, float *y) {
-    wide scale = all(1.0f / sqrtf(dot(x, x, n) / (float)n + eps));
-    for (int64_t i = 0; i < n; i += LANES) store(y + i, load(x + i) * scale * load(gain + i));
+static void normalise(const float *x, const void *gain, int64_t kind, float eps, int64_t n,
+                      float *y) {
+    wide scale = all(1.0f / sqrtf(dot(x, x, n, FP32) / (float)n + eps));
+    for (int64_t i = 0; i < n; i += LANES) store(y + i, load(x + i) * scale * read(gain, i, kind));
 }
 
 static void rotate(float *x, const float *cos, const float *sin, int64_t n, int64_t interleaved) {
@@ -367,10 +424,10 @@ static void rotate(float *x, const float *cos, const float *sin, int64_t n, int6
     memcpy(x, turned, n * sizeof(float));
 }
 
-static void residual(const Layer *l, const float *gain, float *h, float *y) {
-    if (gain && !l->sandwich) normalise(y, gain, l->eps, l->hidden, y);
+static void residual(const Layer *l, const void *gain, float *h, float *y) {
+    if (gain && !l->sandwich) normalise(y, gain, l->kind, l->eps, l->hidden, y);
     for (int64_t i = 0; i < l->hidden; i += LANES) store(h + i, load(h + i) + load(y + i));
-    if (gain && l->sandwich) normalise(h, gain, l->eps, l->hidden, h);
+    if (gain && l->sandwich) normalise(h, gain, l->kind, l->eps, l->hidden, h);
 }
 
 static void activate(int64_t swiglu, const float *x, int64_t size, float scale, float *y) {
@@ -409,37 +466,46 @@ static float soften(float *scores, int64_t count) {
 }
 
 /* y = sum over keys of weight * entry, where an entry's first `n` numbers start at `offset`. */
-static void weigh(const Call *call, int64_t row, const float *scores, float scale,
-                  const float *entries, int64_t kept, int64_t offset, int64_t n, float *y) {
+INLINE void weigh(const Call *call, int64_t row, const float *scores, float scale,
+                  const void *entries, int64_t kind, int64_t kept, int64_t offset, int64_t n,
+                  float *y) {
     for (int64_t i = 0; i < n; i += 4 * LANES) {
         wide total[4] = {all(0), all(0), all(0), all(0)};
         int vectors = n - i >= 4 * LANES ? 4 : (int)((n - i) / LANES);
         for (int64_t key = 0; key < call->counts[row]; key++) {
-            const float *entry = entries + place_of(call, row, key) * kept + offset + i;
+            int64_t entry = place_of(call, row, key) * kept + offset + i;
             wide weight = all(scores[key]);
             if (vectors == 4)
                 for (int v = 0; v < 4; v++)
-                    total[v] = fuse(weight, load(entry + v * LANES), total[v]);
+                    total[v] = fuse(weight, read(entries, entry + v * LANES, kind), total[v]);
             else
                 for (int v = 0; v < vectors; v++)
-                    total[v] = fuse(weight, load(entry + v * LANES), total[v]);
+                    total[v] = fuse(weight, read(entries, entry + v * LANES, kind), total[v]);
         }
         for (int v = 0; v < vectors; v++) store(y + i + v * LANES, total[v] * all(scale));
     }
 }
 
-static void keep(const Call *call, int64_t row, float *entries, int64_t kept, const float *entry) {
-    memcpy(entries + call->write[row] * kept, entry, kept * sizeof(float));
+static void put(void *entries, int64_t first, int64_t kind, const float *entry, int64_t kept) {
+    if (kind == BF16)
+        for (int64_t i = 0; i < kept; i++) ((bf16 *)entries)[first + i] = narrow(entry[i]);
+    else
+        memcpy((float *)entries + first, entry, kept * sizeof(float));
+}
+
+static void keep(const Call *call, int64_t row, void *entries, int64_t kind, int64_t kept,
+                 const float *entry) {
+    put(entries, call->write[row] * kept, kind, entry, kept);
     if (call->also && call->also[row] >= 0)
-        memcpy(entries + call->also[row] * kept, entry, kept * sizeof(float));
+        put(entries, call->also[row] * kept, kind, entry, kept);
 }
 
 static const float *angles(const Call *call, const float *table, int64_t row, int64_t n) {
     return table + row % call->rope_rows * n;
 }
 
-static float *grouped_attention(const Layer *l, const Call *call, Thread t, const float *x,
-                                float *work, float *scores) {
+INLINE float *grouped_attention(const Layer *l, int64_t kind, const Call *call, Thread t,
+                                const float *x, float *work, float *scores) {
     int64_t d = l->head_dim, heads = l->heads, turned = heads + l->kv_heads, from, to;
     int64_t width = l->qkv.outputs, kept = l->kv_heads * d;
     float *qkv = work, *y = work + call->rows * width;
@@ -451,12 +517,12 @@ static float *grouped_attention(const Layer *l, const Call *call, Thread t, cons
         for (int64_t head = 0; head < turned; head++) {
             float *q = own + head * d;
             if (l->qk_bias)
-                for (int64_t i = 0; i < d; i++) q[i] += l->qk_bias[head * d + i];
-            if (l->qk_scale) normalise(q, l->qk_scale + head * d, l->eps, d, q);
+                for (int64_t i = 0; i < d; i++) q[i] += read_one(l->qk_bias, head * d + i, kind);
+            if (l->qk_scale) normalise(q, at(l->qk_scale, head * d, kind), kind, l->eps, d, q);
             rotate(q, cos, sin, d, l->interleaved);
         }
-        keep(call, row, call->keys, kept, own + heads * d);
-        keep(call, row, call->values, kept, own + turned * d);
+        keep(call, row, call->keys, kind, kept, own + heads * d);
+        keep(call, row, call->values, kind, kept, own + turned * d);
     }
     wait_for_all(t);
     share(t, call->rows * heads, 1, &from, &to);
@@ -464,19 +530,19 @@ static float *grouped_attention(const Layer *l, const Call *call, Thread t, cons
         int64_t row = item / heads, head = item % heads, offset = head * l->kv_heads / heads * d;
         const float *q = qkv + row * width + head * d;
         for (int64_t key = 0; key < call->counts[row]; key++) {
-            const float *k = call->keys + place_of(call, row, key) * kept + offset;
-            scores[key] = dot(q, k, d) * l->score_scale;
+            const void *k = at(call->keys, place_of(call, row, key) * kept + offset, kind);
+            scores[key] = dot(q, k, d, kind) * l->score_scale;
         }
         float scale = soften(scores, call->counts[row]);
-        weigh(call, row, scores, scale, call->values, kept, offset, d, y + item * d);
+        weigh(call, row, scores, scale, call->values, kind, kept, offset, d, y + item * d);
     }
     wait_for_all(t);
     return y;
 }
 
 /* Absorbed: queries are mapped into the latent, and the kept latents are keys and values. */
-static float *latent_attention(const Layer *l, const Call *call, Thread t, const float *x,
-                               float *work, float *scores) {
+INLINE float *latent_attention(const Layer *l, int64_t kind, const Call *call, Thread t,
+                               const float *x, float *work, float *scores) {
     int64_t rows = call->rows, width = l->nope + l->rope, kept = l->latent + l->rope, from, to;
     float *latent = work, *query = latent + rows * kept, *y = query + rows * l->heads * width;
     float *narrow = y + rows * l->heads * l->value;
@@ -486,7 +552,7 @@ static float *latent_attention(const Layer *l, const Call *call, Thread t, const
         share(t, rows, 1, &from, &to);
         for (int64_t row = from; row < to; row++) {
             float *own = narrow + row * l->q_down.outputs;
-            normalise(own, l->q_norm, l->eps, l->q_down.outputs, own);
+            normalise(own, l->q_norm, kind, l->eps, l->q_down.outputs, own);
         }
         wait_for_all(t);
         x = narrow;
@@ -497,13 +563,14 @@ static float *latent_attention(const Layer *l, const Call *call, Thread t, const
         const float *cos = angles(call, call->cos, row, l->rope);
         const float *sin = angles(call, call->sin, row, l->rope);
         float *own = latent + row * kept, *key = own + l->latent;
-        if (l->k_scale) normalise(key, l->k_scale, l->eps, l->rope, key);
+        if (l->k_scale) normalise(key, l->k_scale, kind, l->eps, l->rope, key);
         rotate(key, cos, sin, l->rope, l->interleaved);
-        normalise(own, l->kv_norm, l->eps, l->latent, own);
-        keep(call, row, call->keys, kept, own);
+        normalise(own, l->kv_norm, kind, l->eps, l->latent, own);
+        keep(call, row, call->keys, kind, kept, own);
         for (int64_t head = 0; head < l->heads; head++) {
             float *q = query + (row * l->heads + head) * width;
-            if (l->q_scale) normalise(q, l->q_scale + head * width, l->eps, width, q);
+            if (l->q_scale)
+                normalise(q, at(l->q_scale, head * width, kind), kind, l->eps, width, q);
             rotate(q + l->nope, cos, sin, l->rope, l->interleaved);
         }
     }
@@ -511,22 +578,33 @@ static float *latent_attention(const Layer *l, const Call *call, Thread t, const
     share(t, rows * l->heads, 1, &from, &to);
     for (int64_t item = from; item < to; item++) {
         int64_t row = item / l->heads, head = item % l->heads;
-        const float *to_key = l->kv_up + head * (l->nope + l->value) * l->latent;
-        const float *to_value = to_key + l->nope * l->latent, *q = query + item * width;
+        const void *to_key = at(l->kv_up, head * (l->nope + l->value) * l->latent, kind);
+        const void *to_value = at(to_key, l->nope * l->latent, kind);
+        const float *q = query + item * width;
         float mapped[l->latent];
-        columns(q, 1, width, to_key, l->nope, l->latent, mapped, l->latent);
+        columns(q, 1, width, to_key, kind, l->nope, l->latent, mapped, l->latent);
         for (int64_t key = 0; key < call->counts[row]; key++) {
-            const float *k = call->keys + place_of(call, row, key) * kept;
-            float score = dot(mapped, k, l->latent) + dot(q + l->nope, k + l->latent, l->rope);
+            const void *k = at(call->keys, place_of(call, row, key) * kept, kind);
+            float score = dot(mapped, k, l->latent, kind);
+            score += dot(q + l->nope, at(k, l->latent, kind), l->rope, kind);
             scores[key] = score * l->score_scale;
         }
         float scale = soften(scores, call->counts[row]);
-        weigh(call, row, scores, scale, call->keys, kept, 0, l->latent, mapped);
-        product(mapped, 1, l->latent, to_value, 0, l->latent, 0, l->value, y + item * l->value,
-                l->value);
+        weigh(call, row, scores, scale, call->keys, kind, kept, 0, l->latent, mapped);
+        product(mapped, 1, l->latent, to_value, kind, 0, l->latent, 0, l->value,
+                y + item * l->value, l->value);
     }
     wait_for_all(t);
     return y;
+}
+
+static float *attention(const Layer *l, const Call *call, Thread t, const float *x, float *work,
+                        float *scores) {
+    if (l->kind == BF16)  /* each with loads of its own */
+        return l->latent ? latent_attention(l, BF16, call, t, x, work, scores)
+                         : grouped_attention(l, BF16, call, t, x, work, scores);
+    return l->latent ? latent_attention(l, FP32, call, t, x, work, scores)
+                     : grouped_attention(l, FP32, call, t, x, work, scores);
 }
 
 /* Feed-forward */
@@ -547,7 +625,7 @@ static void feed_forward(const Layer *l, const Call *call, Thread t, const float
 static void route(const Layer *l, const Call *call, int64_t row, const float *x, float *scores,
                   float *weights) {
     int64_t *choice = call->choice + row * l->chosen;
-    product(x, 1, l->hidden, l->router, 0, l->hidden, 0, l->experts, scores, l->experts);
+    product(x, 1, l->hidden, l->router, l->kind, 0, l->hidden, 0, l->experts, scores, l->experts);
     if (call->given)
         memcpy(choice, call->given + row * l->chosen, l->chosen * sizeof(int64_t));
     else {
@@ -574,11 +652,11 @@ static void route(const Layer *l, const Call *call, int64_t row, const float *x,
 
 static void multiply(const Stack *s, int64_t expert, const float *x, int64_t rows, float *y) {
     int64_t size = s->inputs * s->outputs;
-    if (s->scale)
+    if (s->kind == INT8)
         product_int8(x, rows, s->inputs, (const int8_t *)s->weight + expert * size,
                      s->scale + expert * s->outputs, s->inputs, 0, s->outputs, y, s->outputs);
     else
-        columns(x, rows, s->inputs, (const float *)s->weight + expert * size, s->inputs,
+        columns(x, rows, s->inputs, at(s->weight, expert * size, s->kind), s->kind, s->inputs,
                 s->outputs, y, s->outputs);
 }
 
@@ -645,15 +723,15 @@ static void run(const Layer *l, const Call *call, Thread t) {
     float *work = z + rows * hidden + t.count * lanes(call->most_keys);
     share(t, rows, 1, &from, &to);
     for (int64_t row = from; row < to; row++)
-        normalise(call->h + row * hidden, l->attention_norm, l->eps, hidden, x + row * hidden);
+        normalise(call->h + row * hidden, l->attention_norm, l->kind, l->eps, hidden,
+                  x + row * hidden);
     wait_for_all(t);
-    float *attended = l->latent ? latent_attention(l, call, t, x, work, scores)
-                                : grouped_attention(l, call, t, x, work, scores);
+    float *attended = attention(l, call, t, x, work, scores);
     map(&l->out, call, t, attended, y);
     for (int64_t row = from; row < to; row++) {
         float *h = call->h + row * hidden;
         residual(l, l->attention_out_norm, h, y + row * hidden);
-        normalise(h, l->feed_forward_norm, l->eps, hidden, x + row * hidden);
+        normalise(h, l->feed_forward_norm, l->kind, l->eps, hidden, x + row * hidden);
     }
     wait_for_all(t);
     if (l->experts) {
@@ -681,13 +759,13 @@ static int fires(Exits *exits, int64_t row, const float *h, int64_t n) {
     }
     float moved = sqrtf(sum(total)), threshold = exits->thresholds[row];
     if (exits->kinds[row] == GATE) {
-        float length = sqrtf(dot(h, h, n)) + 1e-8f;
-        float logit = dot(h, exits->gate, n) * sqrtf((float)n) / length +
+        float length = sqrtf(dot(h, h, n, FP32)) + 1e-8f;
+        float logit = dot(h, exits->gate, n, FP32) * sqrtf((float)n) / length +
                       exits->gate[n] * logf(moved / length + 1e-6f) + *exits->bias;
         return 1.0f / (1.0f + expf(-logit)) >= threshold;
     }
     int was = exits->quiet[row];
-    exits->quiet[row] = moved < threshold * sqrtf(dot(before, before, n));
+    exits->quiet[row] = moved < threshold * sqrtf(dot(before, before, n, FP32));
     return was && exits->quiet[row];
 }
 
@@ -699,7 +777,8 @@ static void run_loops(const Core *core, Call call, Thread t) {
     int64_t from, to, hidden = l->hidden, last = core->loops - 1;
     share(t, call.rows, 1, &from, &to);
     for (int64_t loop = 0; loop <= last; loop++) {
-        int64_t at = core->start + loop, slot = at < core->slots ? at : core->slots - 1;
+        int64_t number = core->start + loop;
+        int64_t slot = number < core->slots ? number : core->slots - 1;
         for (int64_t row = 0; exits && row < call.rows; row++)
             if (exits->fired[row] || exits->budgets[row] == loop + 1) last = loop;
         for (int64_t row = from; row < to; row++) {
@@ -712,8 +791,8 @@ static void run_loops(const Core *core, Call call, Thread t) {
         }
         for (int64_t layer = 0; layer < core->layers; layer++) {
             l = core->layer[layer];
-            call.keys = core->keys[layer] + slot * core->keys_step;
-            call.values = core->values[layer] + slot * core->values_step;
+            call.keys = (void *)at(core->keys[layer], slot * core->keys_step, l->kind);
+            call.values = (void *)at(core->values[layer], slot * core->values_step, l->kind);
             run(l, &call, t);
             if (call.choice) call.choice += call.rows * l->chosen;
         }
@@ -722,7 +801,7 @@ static void run_loops(const Core *core, Call call, Thread t) {
         if (call.read) call.read += core->places_step;
         if (core->norm)
             for (int64_t row = from; row < to; row++)
-                normalise(call.h + row * hidden, core->norm, core->eps, hidden,
+                normalise(call.h + row * hidden, core->norm, l->kind, core->eps, hidden,
                           call.h + row * hidden);
         call.loop++;
         for (int64_t row = from; exits && row < to; row++) {
@@ -753,8 +832,8 @@ void run_layer(const Layer *l, const Call *call) {
 }
 
 /* y (rows, outputs) = x (rows, inputs) times w (outputs, inputs) transposed. */
-void run_linear(const float *x, int64_t rows, int64_t inputs, const void *w, const float *scale,
-                int64_t outputs, float *y, int64_t threads) {
+void run_linear(const float *x, int64_t rows, int64_t inputs, const void *w, int64_t kind,
+                const float *scale, int64_t outputs, float *y, int64_t threads) {
     (void)threads;
 #ifdef _OPENMP
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
@@ -766,9 +845,6 @@ void run_linear(const float *x, int64_t rows, int64_t inputs, const void *w, con
 #endif
         int64_t from, to;
         share(t, outputs, 4, &from, &to);
-        if (scale)
-            product_int8(x, rows, inputs, w, scale, inputs, from, to, y, outputs);
-        else
-            product(x, rows, inputs, w, 0, inputs, from, to, y, outputs);
+        product(x, rows, inputs, w, kind, scale, inputs, from, to, y, outputs);
     }
 }

@@ -1,8 +1,9 @@
 """Hand few rows on the CPU to the native code: through a layer, a whole core, or a linear map.
 
-It takes fp32 states, fp32 or int8 weights, few rows, and keys kept in a cache: reading weights and
-starting operations is then all the time there is. Everything else goes through torch, with the same
-result but for rounding. A row's bits do not depend on the other rows of a call.
+It takes fp32, bf16 or int8 weights, few rows, and keys kept in a cache: reading weights and
+starting operations is then all the time there is. It computes in fp32 whatever the weights are.
+Everything else goes through torch, with the same result but for rounding. A row's bits do not
+depend on the other rows of a call.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from openmythos.model.cache import Cache, Entries, Place, Span
 from openmythos.model.native.build import library
 from openmythos.model.native.describe import LANES, hooked, structure_of
 from openmythos.model.native.exits import Exits
-from openmythos.model.native.structures import CallStructure, CoreStructure, LayerStructure
+from openmythos.model.native.structures import (
+    KINDS,
+    CallStructure,
+    CoreStructure,
+    LayerStructure,
+)
 from openmythos.model.quantised import Int8Weight
 from openmythos.model.rope import Rope
 
@@ -33,6 +39,9 @@ if TYPE_CHECKING:
 MOST_ROWS = 64
 """With more rows torch's products are quicker."""
 
+FLOATS = (torch.float32, torch.bfloat16)
+"""Of rows and of what is kept."""
+
 LEAST_PRODUCTS = 2**17
 """Multiplications that are worth a thread: some 10 us of work."""
 
@@ -40,12 +49,12 @@ _scratch = threading.local()
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the native code takes rows `(*rows, width)`: fp32, on the CPU, without gradient."""
+    """Whether the native code takes rows `(*rows, width)`: on the CPU, without gradient."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
     if torch._C._len_torch_dispatch_stack():  # somebody watches torch's operations
         return False
-    if type(x) is not Tensor or x.dtype != torch.float32 or x.device.type != "cpu":
+    if type(x) is not Tensor or x.dtype not in FLOATS or x.device.type != "cpu":
         return False
     if not 0 < x.numel() <= MOST_ROWS * x.shape[-1] or torch.is_autocast_enabled("cpu"):
         return False
@@ -55,7 +64,7 @@ def takes(x: Tensor) -> bool:
 def takes_all(model: OpenMythos) -> bool:
     """Whether every layer and map of a model runs natively: rows then depend on nothing else."""
     weight = model.embed.weight
-    if library() is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
+    if library() is None or weight.dtype not in FLOATS or weight.device.type != "cpu":
         return False
     layers = [*model.prelude, *model.core.layers, *model.coda]
     owners = (model.core.injection, model.core_output)
@@ -89,7 +98,10 @@ def run_layer(
     if structure is None or found is None:
         return None
     data, entries = found
-    new = h.clone(memory_format=torch.contiguous_format)
+    kept = list(data.values())
+    if not _keeps(structure, kept[0]):
+        return None
+    new = _fresh(h)
     choice = _choice(structure, *h.shape[:-1])
     loops = None
     if _corrects(structure) and loop.ndim:
@@ -100,12 +112,11 @@ def run_layer(
     given = None if given is None else given.contiguous()
     call = _call([structure], new, rope, entries)
     call.loops, call.given, call.choice = _at(loops), _at(given), _at(choice)
-    kept = list(data.values())
     call.keys, call.values = kept[0].data_ptr(), kept[-1].data_ptr()
     code = library()
     assert code is not None
     code.run_layer(structure, call)
-    return new, choice
+    return new.to(h.dtype), choice
 
 
 def run_loops(
@@ -184,21 +195,23 @@ def _run_core(
 ) -> tuple[Tensor, list[list[Tensor]]] | None:
     """Run loops in so many slots of a cache; without `slots`, at places given for each loop."""
     kind = core.config.injection
-    if kind == "linear" or not takes(h) or hooked([core.injection, *core.layers]):
+    if kind == "linear" or not takes(h) or h.dtype != torch.float32:
+        return None
+    if hooked([core.injection, *core.layers]):
         return None
     found = [layer_here(layer, rows.span) for layer in core.layers]  # type: ignore[arg-type]
     structures = [part for part in found if part is not None]
     norm = None if core.norm is None else core.norm.weight
-    if len(structures) < len(found) or not _plain(norm):
+    kept = [list(part.values()) for part in data]
+    if len(structures) < len(found) or not _plain(norm) or not _keeps(structures[0], kept[0][0]):
         return None
-    new = h.clone(memory_format=torch.contiguous_format)
+    new = _fresh(h)
     choice = _choice(structures[0], loops, len(structures), *h.shape[:-1])
     call = _call(structures, new, rows.rope, entries)
     call.choice, call.loops, call.loop = _at(choice), _at(first), start
     leaving = None if exits is None else exits.structure(h.shape[-1])
-    kept = [list(part.values()) for part in data]
     drive = rows.drive.contiguous() if kind != "none" else None
-    carry = rows.carry.contiguous() if kind in ("lti", "free") else None
+    carry = rows.carry.float().contiguous() if kind in ("lti", "free") else None
     layers = _pointers([ctypes.addressof(part) for part in structures])
     keys = _pointers([part[0].data_ptr() for part in kept])
     values = _pointers([part[-1].data_ptr() for part in kept])
@@ -237,12 +250,13 @@ def linear(
         numbers, scale = weight.numbers, weight.scale
     if code is None or not takes(x) or not _plain(numbers) or x.shape[-1] % LANES:
         return F.linear(x, weight)
-    x = x.contiguous()
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    wide = x.float().contiguous()
+    y = wide.new_empty(*x.shape[:-1], weight.shape[0])
     rows = x.numel() // x.shape[-1]
+    parts = numbers.data_ptr(), KINDS[numbers.dtype], _at(scale)
     sizes = weight.shape[0], y.data_ptr(), threads_for(rows * weight.numel())
-    code.run_linear(x.data_ptr(), rows, x.shape[-1], numbers.data_ptr(), _at(scale), *sizes)
-    return y
+    code.run_linear(wide.data_ptr(), rows, x.shape[-1], *parts, *sizes)
+    return y.to(x.dtype)
 
 
 class FewRowsLinear(nn.Linear):
@@ -258,11 +272,21 @@ def threads_for(products: int) -> int:
 
 
 def _plain(numbers: Tensor | None) -> bool:
-    """Whether these are fp32 or int8 numbers that follow each other, or nothing."""
+    """Whether these are numbers of a known kind that follow each other, or nothing."""
     if numbers is None:
         return True
-    known = numbers.dtype in (torch.float32, torch.int8) and numbers.device.type == "cpu"
+    known = numbers.dtype in KINDS and numbers.device.type == "cpu"
     return known and numbers.is_contiguous()
+
+
+def _keeps(structure: LayerStructure, kept: Tensor) -> bool:
+    """Whether entries of a cache are the kind of numbers that a layer keeps."""
+    return KINDS.get(kept.dtype) == structure.kind
+
+
+def _fresh(h: Tensor) -> Tensor:
+    """Return rows in fp32 that may be written over."""
+    return h.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _call(
@@ -272,7 +296,7 @@ def _call(
     assert code is not None
     rows = h.numel() // h.shape[-1]
     threads = threads_for(rows * _numbers_read(structures[0]))
-    cos, sin = rope.cos.contiguous(), rope.sin.contiguous()
+    cos, sin = rope.cos.float().contiguous(), rope.sin.float().contiguous()
     size = max(code.work_size(part, rows, entries.most, threads) for part in structures)
     call = CallStructure(
         rows=rows,

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import ctypes
 
+import torch
+
 _pointer, _number, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+KINDS = {torch.float32: 0, torch.int8: 1, torch.bfloat16: 2}
+"""Numbers that the native code reads, and what it calls them."""
 
 
 def _fields(kind: type, names: str) -> list[tuple[str, type]]:
@@ -16,21 +21,21 @@ class Map(ctypes.Structure):
 
     _fields_ = [
         *_fields(_pointer, "weight scale down up"),
-        *_fields(_number, "outputs inputs rank loops"),
+        *_fields(_number, "kind outputs inputs rank loops"),
     ]
 
 
 class Stack(ctypes.Structure):
     """One matrix for each expert."""
 
-    _fields_ = [*_fields(_pointer, "weight scale"), *_fields(_number, "outputs inputs")]
+    _fields_ = [*_fields(_pointer, "weight scale"), *_fields(_number, "kind outputs inputs")]
 
 
 class LayerStructure(ctypes.Structure):
     """A layer's sizes, and where its weights lie."""
 
     _fields_ = [
-        *_fields(_number, "hidden heads kv_heads head_dim latent nope rope value"),
+        *_fields(_number, "kind hidden heads kv_heads head_dim latent nope rope value"),
         *_fields(_number, "interleaved sandwich swiglu size experts chosen expert_size"),
         *_fields(_real, "eps routed_scale balance_rate score_scale"),
         *_fields(_pointer, "attention_norm feed_forward_norm"),

@@ -5,7 +5,7 @@ from fake_engine import SAID, client_of, language_model
 from fastapi import APIRouter, Depends
 from prometheus_client.parser import text_string_to_metric_families
 
-from openmythos.inference.server.schemas import ModelCard, ModelList
+from openmythos.inference.server.schemas import Health, ModelCard, ModelList
 from openmythos.inference.server.serving import Serving, length_limit, serving
 
 
@@ -88,6 +88,8 @@ def test_pages_are_added_by_routes_and_a_folder(tmp_path):
         assert client.get("/v1/models", headers=headers).json()["object"] == "list"
         assert client.get("/../../etc/passwd").status_code == 404
         assert client.get("/none.js").json()["error"]["code"] == "not_found"
+        missing = client.post("/v1/embeddings", headers=headers)  # no file takes what is sent
+        assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
         for method in ("GET", "PUT", "DELETE", "OPTIONS"):  # a route's, and no file of that name
             response = client.request(method, "/v1/completions", headers=headers)
             assert (response.status_code, response.headers["Allow"]) == (405, "POST")
@@ -102,6 +104,41 @@ def test_the_interface_is_described_without_pages_from_elsewhere():
             body = answers[status]["content"]["application/json"]["schema"]
             assert body == {"$ref": "#/components/schemas/ErrorBody"}
         assert client.get("/docs").status_code == client.get("/redoc").status_code == 404
+
+
+def test_the_description_names_the_key_where_one_is_wanted():
+    with client_of(api_key="k") as client:
+        described = client.get("/openapi.json").json()
+        (name,) = described["components"]["securitySchemes"]
+        for path, operations in described["paths"].items():
+            for operation in operations.values():
+                wanted = [{name: []}] if path.startswith("/v1/") else None
+                assert operation.get("security") == wanted, path
+    with client_of() as client:
+        assert "securitySchemes" not in client.get("/openapi.json").json()["components"]
+
+
+def test_health_and_metrics_are_described_as_they_are():
+    with client_of() as client:
+        paths = client.get("/openapi.json").json()["paths"]
+        for status in ("200", "503"):
+            body = paths["/health"]["get"]["responses"][status]["content"]["application/json"]
+            assert body["schema"] == {"$ref": "#/components/schemas/Health"}
+        Health.model_validate(client.get("/health").json())
+        assert set(paths["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
+
+
+def test_bodies_are_described_as_strictly_as_they_are_read():
+    with client_of() as client:
+        schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    for name in ("CompletionBody", "ChatBody", "ChatMessage", "StreamOptions", "JsonSchema"):
+        assert schemas[name]["additionalProperties"] == {"type": "null"}, name
+    assert schemas["ChatBody"]["properties"]["frequency_penalty"] == {"enum": [0, None]}
+    assert schemas["ChatBody"]["properties"]["user"] == {}
+    assert schemas["ChatMessage"]["required"] == ["role", "content"]
+    assert {"type": "null"} not in schemas["ChatMessage"]["properties"]["content"]["anyOf"]
+    assert schemas["TextPart"]["required"] == ["type", "text"]
+    assert schemas["TextPart"]["properties"]["type"]["const"] == "text"
 
 
 def test_the_length_is_the_models_or_less():

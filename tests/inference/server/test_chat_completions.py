@@ -40,7 +40,7 @@ def test_a_reply_is_a_message_of_the_assistant(client):
     assert answer["choices"] == [
         {
             "index": 0,
-            "message": {"role": "assistant", "content": SAID},
+            "message": {"role": "assistant", "content": SAID, "refusal": None},
             "logprobs": None,
             "finish_reason": "stop",
         }
