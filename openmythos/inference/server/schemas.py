@@ -107,11 +107,12 @@ def _is_one_of(value: Any, others: tuple[Any, ...]) -> bool:
 class StreamOptions(Body):
     """How a stream ends."""
 
+    IDLE = {"include_obfuscation": (False,)}
+
     include_usage: bool = False
     """One more chunk at the end, without choices, with the usage."""
     continuous_usage_stats: bool = False
     """With `include_usage`: the usage so far in every chunk. Not OpenAI's."""
-    include_obfuscation: Literal[False] = False
 
 
 class JsonSchema(Body):

@@ -51,7 +51,7 @@ def of_chat(body: ChatBody, loaded: Loaded, settings: ServerSettings) -> Request
         ApiError, InputError: a field does not fit.
     """
     _check_choices(1, body, settings)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs must go with logprobs=true", "top_logprobs")
     asked, name = body.max_completion_tokens, "max_completion_tokens"
     if body.max_tokens is not None:

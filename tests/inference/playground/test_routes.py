@@ -82,6 +82,11 @@ def test_a_gate_that_learned_nothing_is_told_from_one_that_can_fire():
     assert routes.rules(model)[1]["fires"]
 
 
+def test_a_stream_is_described_as_nothing_else(client):
+    described = client.get("/openapi.json").json()["paths"][f"{BASE}/stream"]["post"]
+    assert set(described["responses"]["200"]["content"]) == {"text/event-stream"}
+
+
 def test_a_stream_tells_each_token_with_its_loops_and_loss(client):
     body = {"prompt": "The mice ran", "max_tokens": 40, "loops": 5, "halting": "delta"}
     *chunks, last = events_of(client.post(f"{BASE}/stream", json=body))

@@ -109,7 +109,9 @@ def test_usage_comes_with_the_stream_where_it_is_wanted(client):
 
 
 def test_each_token_has_its_bytes_and_the_likeliest_beside_it(client):
-    content = chat(client, logprobs=True, top_logprobs=2)["choices"][0]["logprobs"]["content"]
+    given = chat(client, logprobs=True, top_logprobs=2)["choices"][0]["logprobs"]
+    assert given["refusal"] is None
+    content = given["content"]
     assert b"".join(bytes(entry["bytes"]) for entry in content).decode() == SAID
     first = content[0]
     assert (first["token"], first["bytes"], first["logprob"]) == ("The", [*b"The"], -0.5)

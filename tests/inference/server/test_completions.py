@@ -53,6 +53,7 @@ def test_every_form_of_a_prompt_reaches_the_engine(client, tokenizer):
     for prompt, expected in [
         (TEXT, [[end, *ids]]),
         ("", [[end]]),
+        (None, [[end]]),
         ([TEXT, "a"], [[end, *ids], [end, *tokenizer.encode("a")]]),
         (ids, [ids]),
         ([ids, [7]], [ids, [7]]),

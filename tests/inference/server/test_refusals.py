@@ -61,6 +61,11 @@ BOTH = [
         "stream_options.include_all",
         "stream_options.include_all=1 must be left out",
     ),
+    (
+        {"stream": True, "stream_options": {"include_obfuscation": 0}},
+        "stream_options.include_obfuscation",
+        "stream_options.include_obfuscation=0 must be False, or be left out",
+    ),
     ({"loops": 0}, "loops", "loops=0 must be greater than or equal to 1"),
     ({"loops": 65}, "loops", "loops=65 must be at most 64, this server's max_loops"),
     ({"halting": "sleep"}, "halting", "halting='sleep' must be 'none', 'gate'"),
@@ -248,6 +253,7 @@ def test_what_asks_for_nothing_is_let_through(client):
         "tools": [],
         "user": "me",
         "metadata": {"a": "b"},
+        "top_logprobs": 0,
     }
     response = client.post(CHAT, json={"messages": HELLO, **idle, "service_tier": "auto"})
     assert response.status_code == 200
