@@ -28,7 +28,7 @@ test: $(READY)  ## Run the tests (under 5 minutes)
 	$(PYTEST) $(ARGS)
 
 soak: $(READY)  ## Run the long tests: load, fuzzing, a browser, killed and resumed runs
-	$(PIP_INSTALL) playwright
+	$(PIP_INSTALL) playwright schemathesis
 	$(PYTEST) -m soak --timeout 3600 $(ARGS)
 
 lint: $(READY)  ## Check style, format and types

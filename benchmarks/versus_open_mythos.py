@@ -1,7 +1,7 @@
 """The same shapes in this package and in PyPI's open-mythos 0.5.0, in one interleaved run.
 
     pip install --no-deps open-mythos==0.5.0
-    python benchmarks/versus_open_mythos.py [--attention mla] [--repeats 5] [--json]
+    python benchmarks/versus_open_mythos.py [--attention mla] [--repeats 5] [--only decode] [--json]
 
 `--no-deps` because it pins another torch and asks for packages that its model does not use; its
 `main` module alone is imported. Vocabulary 4096, width 256, 8 heads, 4 KV heads, 32 routed
@@ -217,40 +217,55 @@ def best_medians(ours: Work, theirs: Work, repeats: int) -> tuple[float, float]:
     return best[0], best[1]
 
 
-def measure_all(attention: str, repeats: int) -> dict[str, dict[str, float]]:
-    """All rows: tokens per second of both sides and their ratio."""
-    ours, theirs = our_model(attention).train(), their_model(attention).train()
-    trained, decoded = BATCH * LENGTH, DECODED
-    against = train_theirs(theirs)
-    rows: dict[str, tuple[int, Work, Work]] = {
-        "training, fp32, same optimizer": (trained, train_ours(ours, "same"), against),
-        "training, default recipe": (trained, train_ours(ours, "default"), against),
-        "training, default recipe, gradient through 4 loops": (
-            trained,
-            train_ours(ours, "window"),
-            against,
-        ),
-    }
+Row = tuple[int, Callable[[], Work], Callable[[], Work]]
+"""Tokens of a call, and what makes each side's."""
+
+
+def measure_all(attention: str, repeats: int, only: str) -> dict[str, dict[str, float]]:
+    """The rows whose names start with `only`: tokens per second of both sides, and their ratio."""
+    ours, theirs = our_model(attention), their_model(attention)
     results = {}
-    for name, (tokens, mine, other) in rows.items():
-        results[name] = row(tokens, *best_medians(mine, other, repeats))
-    ours.eval(), theirs.eval()
-    for batch in (1, 8):
-        results[f"prefill, batch {batch}"] = row(
-            batch * LENGTH,
-            *best_medians(prefill_ours(ours, batch), prefill_theirs(theirs, batch), repeats),
-        )
-        results[f"decode, batch {batch}"] = row(
-            batch * decoded,
-            *best_medians(decode_ours(ours, batch), decode_theirs(theirs, batch), repeats),
-        )
-    eighth = quantise(copy.deepcopy(ours))
-    for batch in (1, 8):
-        results[f"decode, batch {batch}, our weights in int8"] = row(
-            batch * decoded,
-            *best_medians(decode_ours(eighth, batch), decode_theirs(theirs, batch), repeats),
-        )
+    for name, (tokens, mine, other) in rows_of(ours, theirs).items():
+        if name.startswith(only):
+            training = name.startswith("training")
+            ours.train(training), theirs.train(training)
+            results[name] = row(tokens, *best_medians(mine(), other(), repeats))
     return results
+
+
+def rows_of(ours: OpenMythos, theirs: nn.Module) -> dict[str, Row]:
+    """All rows; those in bf16 only where its products are quick."""
+    rows: dict[str, Row] = {}
+    recipes = {
+        "training, fp32, same optimizer": "same",
+        "training, default recipe": "default",
+        "training, default recipe, gradient through 4 loops": "window",
+    }
+    for name, recipe in recipes.items():
+        rows[name] = (
+            BATCH * LENGTH,
+            lambda recipe=recipe: train_ours(ours, recipe),  # type: ignore[misc]
+            lambda: train_theirs(theirs),
+        )
+    forms: dict[str, Callable[[OpenMythos], OpenMythos]] = {
+        "": lambda model: model,
+        ", our weights in int8": quantise,
+    }
+    if measure("auto", torch.device("cpu")).precision == "bf16":
+        forms[", our weights in bf16"] = lambda model: model.bfloat16()
+    tasks = {"prefill": (prefill_ours, prefill_theirs), "decode": (decode_ours, decode_theirs)}
+    for form, change in forms.items():
+        for task, (mine, other) in tasks.items():
+            for batch in (1, 8):
+                tokens = batch * (DECODED if task == "decode" else LENGTH)
+                rows[f"{task}, batch {batch}{form}"] = (
+                    tokens,
+                    lambda change=change, mine=mine, batch=batch: mine(  # type: ignore[misc]
+                        change(copy.deepcopy(ours)), batch
+                    ),
+                    lambda other=other, batch=batch: other(theirs, batch),  # type: ignore[misc]
+                )
+    return rows
 
 
 def row(tokens: int, ours: float, theirs: float) -> dict[str, float]:
@@ -349,6 +364,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--attention", choices=["gqa", "mla"], default="gqa")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", default="", help="rows whose names start so")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--memory", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     settings = parser.parse_args()
@@ -357,9 +373,11 @@ def main() -> None:
     if settings.memory:
         print(memory_of(settings.memory, settings.attention))
         return
-    rows = measure_all(settings.attention, settings.repeats)
-    rows["training, peak MiB above the model"] = peak_memory(settings.attention)
-    limit = decode_limit(settings.attention)
+    rows = measure_all(settings.attention, settings.repeats, settings.only)
+    memory = "training, peak MiB above the model"
+    if memory.startswith(settings.only):
+        rows[memory] = peak_memory(settings.attention)
+    limit = {} if settings.only else decode_limit(settings.attention)
     if settings.json:
         print(json.dumps({"rows": rows, "decode_limit": limit}, indent=2))
         return
@@ -369,7 +387,9 @@ def main() -> None:
     for name, values in rows.items():
         ours, theirs, ratio = (values[key] for key in ("ours", "theirs", "ratio"))
         print(f"| {name} | {ours:,.0f} | {theirs:,.0f} | {ratio:.2f} |")
-    print("\ndecode, batch 1, one thread: " + ", ".join(f"{k} {v:.3g}" for k, v in limit.items()))
+    if limit:
+        found = ", ".join(f"{key} {value:.3g}" for key, value in limit.items())
+        print(f"\ndecode, batch 1, one thread: {found}")
 
 
 if __name__ == "__main__":

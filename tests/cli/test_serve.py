@@ -6,6 +6,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from command_line import openmythos
@@ -117,3 +118,40 @@ def test_a_key_is_the_flags_or_the_environments(monkeypatch):
     monkeypatch.setenv(serve_command.KEY, "not one")
     with pytest.raises(ConfigError, match="api_key must be printable ASCII"):
         serve_command.with_key(ServerSettings())
+
+
+IDLE = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "core_rows")
+
+
+@pytest.mark.soak
+def test_rubbish_made_from_its_own_description_breaks_nothing(run):
+    """Bodies by schemathesis, right and wrong: no 5xx, and afterwards nothing is left of them."""
+    program = Path(sys.executable).with_name("schemathesis")
+    if not program.is_file():
+        pytest.skip("no schemathesis: say make soak")
+    code = "from openmythos.cli import main; main()"
+    limits = ["--max-model-len", "48", "--max-loops", "8"]
+    command = [sys.executable, "-c", code, "serve", run, "--port", "0", *limits]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as it:
+        try:
+            address = it.stdout.readline().split()[4]
+            root = address.removesuffix("/v1")
+            check = ["--checks", "not_a_server_error", "--max-examples", "100", "--seed", "1"]
+            limit = ["--max-time", "300", "--request-timeout", "60", "--no-color"]
+            fuzz = [program, "run", f"{root}/openapi.json", *check, *limit]
+            done = subprocess.run(fuzz, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stdout[-4000:]
+            body = {"prompt": "The mice", "max_tokens": 8, "temperature": 0, "loops": 3}
+            with urllib.request.urlopen(post(address, body), timeout=60) as answer:
+                text = json.load(answer)["choices"][0]["text"]
+            options = {"max_new_tokens": 8, "temperature": 0, "loops": 3}
+            assert text == library.load(run).generate("The mice", **options)
+            with urllib.request.urlopen(f"{root}/metrics", timeout=60) as page:
+                lines = page.read().decode().splitlines()
+            left = [line for line in lines if any(f":{name}" in line for name in IDLE)]
+            values = [line.split()[-1] for line in left if not line.startswith("#")]
+            assert values == ["0.0"] * len(IDLE)
+            it.send_signal(signal.SIGTERM)
+            assert it.wait(60) == 0
+        finally:
+            it.kill()
