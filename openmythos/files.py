@@ -20,7 +20,10 @@ def write_atomically(path: str | Path, content: bytes | Callable[[Path], object]
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
         if callable(content):
+            temporary.touch()  # some writers make a file that nobody else may read
+            mode = temporary.stat().st_mode
             content(temporary)
+            temporary.chmod(mode)
         else:
             temporary.write_bytes(content)
         flush_to_disk(temporary)

@@ -95,6 +95,17 @@ def test_a_file_is_a_half_or_a_quarter_as_large(tmp_path):
     assert sizes["int8"] < 0.35 * sizes["fp32"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="of POSIX modes")
+def test_a_saved_model_may_be_read_by_whom_the_users_mask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        model_of().save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {file.name: oct(file.stat().st_mode & 0o777) for file in tmp_path.iterdir()}
+    assert set(modes.values()) == {"0o640"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_without_a_word_for_its_weights_a_model_is_saved_and_loaded_as_it_is(tmp_path, dtype):
     model = model_of().to(dtype)
