@@ -29,7 +29,7 @@ openmythos train --text mix --held-out 0.01 --tokenizer "$tokenizer" --run engli
   --gate-steps 0 --evaluate-every 450 --precision bf16 --threads 1 --seed 0
 
 openmythos train --start-from english --corpus sotu --run messages \
-  --steps 1250 --batch-size 8 --length 512 --depth near --optimizer.decay-share 0.9 \
+  --steps 1150 --batch-size 8 --length 512 --depth near --optimizer.decay-share 0.9 \
   --optimizer.warmup-steps 50 --optimizer.muon-lr 0.02 --optimizer.adam-lr 5e-3 \
   --evaluate-every 200 --precision bf16 --threads 1 --seed 0
 
