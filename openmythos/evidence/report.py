@@ -68,9 +68,8 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 def write_claim(out: Path, name: str, content: dict[str, Any], section: Section) -> Path:
     """Write a claim's JSON, which holds its section too; return its path."""
-    folder = out / "evidence"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+    path = _figures(out, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
     whole = {**content, "section": as_markdown(section), "title": section.title}
     write_atomically(path, (json.dumps(whole, indent=1) + "\n").encode())
     return path
@@ -84,7 +83,7 @@ def write_pages(out: Path, order: Sequence[str]) -> list[Path]:
     """
     claims = {}
     for name in order:
-        path = out / "evidence" / f"{name}.json"
+        path = _figures(out, name)
         if path.is_file():
             claims[name] = _read(path)
     pages = {"evidence.md": _evidence(claims), "gallery.md": _gallery(out, claims)}
@@ -113,10 +112,14 @@ def read_claim(out: Path, name: str) -> dict[str, Any]:
         InputError: it is not there.
         CheckpointError: it is damaged.
     """
-    path = out / "evidence" / f"{name}.json"
+    path = _figures(out, name)
     if not path.is_file():
         raise InputError(f"published={str(out)!r} must hold {path.relative_to(out)}")
     return _read(path)
+
+
+def _figures(out: Path, name: str) -> Path:
+    return out / "evidence" / f"{name}.json"
 
 
 def _read(path: Path) -> dict[str, Any]:
