@@ -13,6 +13,7 @@ loops. Every figure is the best of one and two threads for each side; ratios are
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import importlib
 import json
@@ -34,6 +35,7 @@ from torch.nn import functional as F
 
 from openmythos import MythosConfig, OpenMythos
 from openmythos.model.quantised import quantise
+from openmythos.training.compiled import CompiledLayers
 from openmythos.training.depth import sample_loops
 from openmythos.training.machine import matmul_peak, measure
 from openmythos.training.optimizer import build_optimizers
@@ -107,14 +109,16 @@ def train_ours(model: OpenMythos, recipe: str) -> Work:
     """One optimizer step: `same` as theirs, or this package's `default` recipe."""
     ids = torch.randint(0, VOCAB, (BATCH, LENGTH + 1))
     step = 0
+    layers: contextlib.AbstractContextManager[None]
     if recipe == "same":
         optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        bf16 = False
+        bf16, layers = False, contextlib.nullcontext()
     else:
         optimizer = build_optimizers(
             model.named_parameters(), OptimizerConfig(), fused_splits=model.fused_splits()
         )
         bf16 = measure("auto", torch.device("cpu")).precision == "bf16"
+        layers = CompiledLayers(model, sizes_vary=True)
 
     def work() -> None:
         nonlocal step
@@ -124,9 +128,10 @@ def train_ours(model: OpenMythos, recipe: str) -> Work:
             loops = torch.from_numpy(drawn)
         step += 1
         window = 4 if recipe == "window" else None
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            logits = model(ids[:, :-1], loops, backprop_loops=window).logits
-        F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
+        with layers:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+                logits = model(ids[:, :-1], loops, backprop_loops=window).logits
+            F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -60,9 +60,10 @@ class Progress:
         """Take one line of the run's metrics."""
         if not self.announced and self.trainer.machine is not None:
             machine = self.trainer.machine
+            compiled = "; layers are compiled" if self.trainer.compiled else ""
             self.say(
                 f"precision {machine.precision} ({machine.reason}); matrix products peak at "
-                f"{machine.peak / 1e9:.0f} GFLOP/s here"
+                f"{machine.peak / 1e9:.0f} GFLOP/s here{compiled}"
             )
             self.announced = True
         if "validation" in line:

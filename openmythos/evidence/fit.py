@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from openmythos.errors import ConfigError
 from openmythos.model.files import fill, storable
 from openmythos.model.transformer import OpenMythos
 from openmythos.training import checkpoint
+from openmythos.training.compiled import CompiledLayers, compiling_pays
 from openmythos.training.optimizer import build_optimizers
 from openmythos.training.settings import OptimizerConfig, schedule
 
@@ -122,12 +124,14 @@ def fit(
         step, seconds = found.step, found.state["seconds"]
         course.level, course.mean = found.state["level"], found.state["mean"]
     started, losses = time.perf_counter() - seconds, []
+    layers = _layers(model, config, batch(0, config.levels - 1))
     model.train()
     while step < config.steps:
         optimizers.set_lr(schedule(step, config.steps, config.optimizer))
         optimizers.zero_grad()
-        loss, loads = _loss(model, batch(step, course.level), config)
-        loss.backward()
+        with layers:
+            loss, loads = _loss(model, batch(step, course.level), config)
+            loss.backward()
         norm = optimizers.step()
         if loads is not None:
             model.core.rebalance(loads)
@@ -147,6 +151,18 @@ def fit(
             checkpoint.save(folder, step, tensors, state, keep=1)
     model.eval()
     return time.perf_counter() - started, course.level
+
+
+def _layers(model: OpenMythos, config: FitConfig, largest: Batch) -> AbstractContextManager[None]:
+    """Compile the layers where the training is long; a context for its steps."""
+    tokens, length = largest.token_ids.numel(), largest.token_ids.shape[-1]
+    loops = float(torch.as_tensor(largest.loops).float().mean())
+    once, loop = model.flops(length // 2, 0), model.core.flops(length // 2)
+    flops = 3 * config.steps * tokens * (once + loops * loop)
+    one_size = config.levels == 1 and not isinstance(largest.loops, Tensor)
+    if not compiling_pays("auto", flops, torch.device("cpu")):
+        return nullcontext()
+    return CompiledLayers(model, sizes_vary=not one_size)
 
 
 class Course:

@@ -77,6 +77,7 @@ def _require_finite(config: object) -> None:
 
 
 Precision = Literal["auto", "fp32", "bf16"]
+Compile = Literal["auto", "always", "never"]
 TrainedPart = Literal["all", "adapters"]
 
 
@@ -121,8 +122,9 @@ class TrainConfig:
     threads: int | None = None
     """CPU threads. Default: as many as torch takes."""
 
-    compile: bool = False
-    """Compile the core's layers with torch.compile; slow to start."""
+    compile: Compile = "auto"
+    """Compile the layers with torch.compile, which takes half a minute at the start: `auto` does on
+    the CPU where the run is long enough and there is a C++ compiler."""
 
     checkpoint_activations: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
@@ -161,7 +163,13 @@ class TrainConfig:
                 f"accumulation={self.accumulation} must divide batch_size={self.batch_size}: "
                 "parts are of one size"
             )
-        for name, kind in {"depth": DepthLaw, "precision": Precision, "train": TrainedPart}.items():
+        kinds = {
+            "depth": DepthLaw,
+            "precision": Precision,
+            "compile": Compile,
+            "train": TrainedPart,
+        }
+        for name, kind in kinds.items():
             if getattr(self, name) not in get_args(kind):
                 names = ", ".join(get_args(kind))
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {names}")

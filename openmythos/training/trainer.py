@@ -27,6 +27,7 @@ from openmythos.errors import CheckpointError, ConfigError
 from openmythos.model.files import fill, storable
 from openmythos.model.transformer import MythosOutput, OpenMythos, cross_entropy
 from openmythos.training import checkpoint
+from openmythos.training.compiled import CompiledLayers, compiling_pays
 from openmythos.training.depth import backprop_loops, sample_loops
 from openmythos.training.evaluate import Evaluation, evaluate
 from openmythos.training.gate import GateReport, Labelled, train_gate
@@ -78,6 +79,8 @@ class Trainer:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         self.machine: Machine | None = None
+        self.compiled: bool | None = None
+        self._layers: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         self.model = OpenMythos(self.model_config, seed=self.config.seed).to(self.device)
         self.model.core.checkpointing = self.config.checkpoint_activations
         self._choose_parameters()
@@ -116,9 +119,12 @@ class Trainer:
         """Decide precision and kernels once; a resumed run takes over what was decided."""
         if self.machine is None:
             self.machine = measure(self.config.precision, self.device)
-        if self.config.compile:
-            for layer in self.model.core.layers:
-                layer.compile(dynamic=True)
+        if self.compiled is None:
+            all_depths = np.full(self.config.batch_size, self.model_config.mean_loops)
+            flops = self.config.steps * self._flops(all_depths)
+            self.compiled = compiling_pays(self.config.compile, flops, self.device)
+        if self.compiled:
+            self._layers = CompiledLayers(self.model, sizes_vary=self.config.depth != "fixed")
 
     def _between_steps(self, write: Report) -> None:
         done = self.step == self.config.steps
@@ -192,8 +198,9 @@ class Trainer:
         depth = self._depth(samples)
         total, loads, flops = 0.0, None, 0.0
         for part in np.split(np.arange(config.batch_size), config.accumulation):
-            out, loss = self._forward(samples[part], depth[part])
-            (loss / config.tokens_per_step).backward()
+            with self._layers:
+                out, loss = self._forward(samples[part], depth[part])
+                (loss / config.tokens_per_step).backward()
             total += float(loss.detach())
             flops += self._flops(depth[part])
             if (counted := out.loads) is not None:
@@ -365,6 +372,7 @@ class Trainer:
             "text": self.training.source_fingerprint,
             "threads": torch.get_num_threads(),
             "precision": None if self.machine is None else self.machine.precision,
+            "compiled": self.compiled,
             "torch": torch.__version__,
         }
         return checkpoint.save(
@@ -397,6 +405,7 @@ class Trainer:
         if precision is not None:
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
             self.machine = Machine(precision, "as before", matmul_peak(dtype, self.device))
+            self.compiled = found.state.get("compiled", False)
         cut_metrics(self.run, self.step)
         return True
 

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 import openmythos
 from openmythos import MythosConfig, OpenMythos, Tokenizer
 from openmythos.errors import CheckpointError, ConfigError, DataError
-from openmythos.training import checkpoint, memory
+from openmythos.training import checkpoint, compiled, memory
 from openmythos.training.run import METRICS, Settings, load_from_run, metrics
 from openmythos.training.settings import OptimizerConfig, TrainConfig
 from openmythos.training.start import open_run, start_run
@@ -112,6 +112,55 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, text
         first, second = ([x.get(key) for x in metrics(run)] for run in (whole, cut))
         assert first == second
     torch.set_num_threads(1)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own code
+@pytest.mark.parametrize(
+    "depth", ["fixed", pytest.param("uniform", marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
+)
+def test_compiled_layers_learn_as_plain_ones_and_resume_to_the_bit(tmp_path, text, depth):
+    whole, cut, plain = tmp_path / "whole", tmp_path / "cut", tmp_path / "plain"
+    core_alone = {"prelude_layers": 0, "coda_layers": 0}
+    options = {"model": core_alone, "depth": depth, "threads": 2, "steps": 6, "evaluate_every": 2}
+    start(plain, text, compile="never", **options).fit()
+    torch.compiler.reset()
+    model = start(whole, text, compile="always", **options).fit()
+    assert all(type(layer).forward == layer.forward.__func__ for layer in model.core.layers)
+    assert not torch.are_deterministic_algorithms_enabled()
+    trainer = start(cut, text, compile="always", **options)
+
+    def stop(line):
+        trainer._stop = trainer.step == 3
+
+    with pytest.raises(Stopped):
+        trainer.fit(stop)
+    if depth != "fixed":
+        torch.compiler.reset()  # as in another process, which meets other sizes first
+    again = open_run(cut)
+    again.fit()
+    assert again.compiled
+    assert same(whole, cut)
+    losses = [[line["loss"] for line in metrics(run) if "loss" in line] for run in (whole, plain)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    torch.set_num_threads(1)
+
+
+def test_compiling_is_chosen_by_the_length_of_a_training(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(compiled, "_problem", lambda: None)
+    assert compiled.compiling_pays("auto", 10 * compiled.LEAST_FLOPS, cpu)
+    assert not compiled.compiling_pays("auto", compiled.LEAST_FLOPS / 10, cpu)
+    assert not compiled.compiling_pays("auto", 10 * compiled.LEAST_FLOPS, cuda)
+    assert compiled.compiling_pays("always", 0.0, cuda)
+    assert not compiled.compiling_pays("never", 10 * compiled.LEAST_FLOPS, cpu)
+
+
+def test_without_a_compiler_a_training_is_not_compiled(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(compiled, "_problem", lambda: "no C++ compiler")
+    assert not compiled.compiling_pays("auto", 10 * compiled.LEAST_FLOPS, cpu)
+    with pytest.raises(ConfigError, match=r"compile='always'.*no C\+\+ compiler"):
+        compiled.compiling_pays("always", 0.0, cpu)
 
 
 def test_a_run_without_a_checkpoint_yet_starts_over(tmp_path, text):

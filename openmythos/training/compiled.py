@@ -1,0 +1,117 @@
+"""Layers compiled by torch for the steps of a training, where that pays.
+
+Norms, rotations, activations and residuals of a small model take as long as its products; a
+compiler fuses them. Only the passes that carry gradient are compiled: measurements come in many
+shapes, and each would be compiled anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import deterministic
+
+from openmythos.errors import ConfigError
+from openmythos.model.transformer import OpenMythos
+from openmythos.training.settings import Compile
+
+LEAST_FLOPS = 3e13
+"""Operations of a training from which compiling pays: about ten minutes of one core."""
+
+_memory: Any = deterministic  # its settings have no types
+
+VARIANTS = 64
+"""Most times that torch compiles a layer: by kind, dtype, and one or many loops in a call."""
+
+
+def compiling_pays(choice: Compile, flops: float, device: torch.device) -> bool:
+    """Decide whether the layers of a training are compiled.
+
+    Args:
+        choice: `auto` compiles on the CPU, where the training is long enough and torch finds a
+            C++ compiler.
+        flops: floating-point operations of the whole training.
+        device: where it runs.
+
+    Raises:
+        ConfigError: `always`, and torch cannot compile here.
+    """
+    if choice == "always" and (problem := _problem()):
+        raise ConfigError(
+            f"compile='always' must have a compiler that torch can use, but: {problem}; install "
+            "g++ or set CXX, or take compile='auto'"
+        )
+    if choice != "auto":
+        return choice == "always"
+    return device.type == "cpu" and flops >= LEAST_FLOPS and _problem() is None
+
+
+@cache
+def _problem() -> str | None:
+    """Why torch cannot compile here; None where it can."""
+    try:
+        torch.compile(torch.neg)(torch.ones(8))
+    except (RuntimeError, OSError) as error:
+        return str(error).strip().split("\n")[0]
+    return None
+
+
+class CompiledLayers:
+    """A context in which layers run compiled wherever they carry gradient.
+
+    A run that is interrupted inside and goes on in another process gives the same bits: sums over
+    chosen rows keep their order, which torch must be asked for in compiled code.
+    """
+
+    def __init__(self, model: OpenMythos, *, sizes_vary: bool) -> None:
+        """Prepare; a layer is compiled when it first runs.
+
+        Args:
+            model: its layers are compiled.
+            sizes_vary: whether batches differ in size from step to step or loop to loop; one
+                compiled form then serves them all, in whichever order they come.
+        """
+        limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+        torch._dynamo.config.recompile_limit = limit
+        layers = (*model.prelude, *model.core.layers, *model.coda)
+        dynamic = True if sizes_vary else None
+        self._calls = [(layer, _with_gradient(layer, dynamic)) for layer in layers]
+        self._before = (False, False, True)
+
+    def __enter__(self) -> None:
+        self._before = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            _memory.fill_uninitialized_memory,
+        )
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        _memory.fill_uninitialized_memory = False  # costs time, changes nothing
+        for layer, call in self._calls:
+            layer.forward = call
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for layer, _ in self._calls:
+            del layer.forward
+        enabled, warn_only, fill = self._before
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        _memory.fill_uninitialized_memory = fill
+
+
+def _with_gradient(layer: nn.Module, dynamic: bool | None) -> Callable[..., Any]:
+    plain = layer.forward
+    compiled = torch.compile(plain, dynamic=dynamic)
+
+    def forward(*given: Any) -> Any:
+        return compiled(*given) if torch.is_grad_enabled() else plain(*given)
+
+    return forward
