@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openmythos.model.native.run import linear
+from openmythos.model.native.run import drive, linear
 from openmythos.model.wide import keep_wide
 
 FLOOR = 2.0**-8  # A <= exp(-2^-8) < 1 - 2^-9: representable below 1 even in bf16
@@ -88,6 +88,9 @@ class LTI(nn.Module):
 
     def prepare(self, e: Float[Tensor, "*rows hidden"]) -> tuple[Tensor, Carry]:
         """Return B e and A, both in fp32 or wider."""
+        done = drive(e, self.weight, self.decay, FLOOR, LARGEST_STEP)
+        if done is not None:
+            return done
         step = LARGEST_STEP * torch.tanh(F.softplus(self.decay.step) / LARGEST_STEP)
         return linear(e.to(self.weight.dtype), self.weight) * step, self.A
 

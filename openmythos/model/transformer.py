@@ -23,10 +23,10 @@ from openmythos.model.core import Core
 from openmythos.model.halting import DEFAULT_THRESHOLD, Rule, make_rule
 from openmythos.model.injection import START
 from openmythos.model.layer import Layer
-from openmythos.model.native.run import FewRowsLinear
+from openmythos.model.native.run import FewRowsLinear, run_after, run_before, run_readout
 from openmythos.model.norm import RMSNorm
 from openmythos.model.notes import CoreOutput, Notes
-from openmythos.model.rope import Rope, rope_table
+from openmythos.model.rope import Rope, rope_rows, rope_table
 from openmythos.numbers import whole
 
 
@@ -158,10 +158,14 @@ class OpenMythos(nn.Module):
         self, token_ids: Int[Tensor, "*rows"], rope: Rope, places: Iterator[Place]
     ) -> Float[Tensor, "*rows hidden"]:
         """Embed tokens and run the prelude: e, which enters every loop."""
+        own = [next(places) for _ in self.prelude]
+        done = run_before(self, token_ids, rope, own)
+        if done is not None:
+            return done
         once = torch.zeros((), dtype=torch.int64, device=token_ids.device)
         x = self.embed(token_ids) * self.config.embedding_scale
-        for layer in self.prelude:
-            x, _ = layer(x, rope, once, next(places))
+        for layer, place in zip(self.prelude, own, strict=True):
+            x, _ = layer(x, rope, once, place)
         e = x if self.prelude_norm is None else self.prelude_norm(x)
         return e
 
@@ -169,11 +173,15 @@ class OpenMythos(nn.Module):
         self, h: Float[Tensor, "*rows hidden"], rope: Rope, places: Iterator[Place]
     ) -> Float[Tensor, "*rows hidden"]:
         """Run the coda on the core's states; `readout` makes logits of the result."""
+        own = [next(places) for _ in self.coda]
+        done = run_after(self, h, rope, own)
+        if done is not None:
+            return done
         y = h.to(self.embed.weight.dtype)
         y = y if self.core_output is None else self.core_output(y)
         once = torch.zeros((), dtype=torch.int64, device=h.device)
-        for layer in self.coda:
-            y, _ = layer(y, rope, once, next(places))
+        for layer, place in zip(self.coda, own, strict=True):
+            y, _ = layer(y, rope, once, place)
         return y
 
     def decode(
@@ -193,6 +201,9 @@ class OpenMythos(nn.Module):
 
     def readout(self, y: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
         """Norm and head: logits of a state, without the coda."""
+        done = run_readout(self, y)
+        if done is not None:
+            return done
         y = y if self.norm is None else self.norm(y)
         logits = self.head(y.to(self.head.weight.dtype))
         return logits if self.config.logit_scale == 1 else logits * self.config.logit_scale
@@ -253,14 +264,14 @@ class OpenMythos(nn.Module):
         return cache.begin(sequence, mask, loops if isinstance(loops, int) else int(loops.max()))
 
     def _rope(self, span: Span, positions: Tensor | None) -> Rope:
-        where = span.index if positions is None else positions
-        if positions is None and span.start is not None:
-            where = where[:1]  # the same for every sequence
         dim = ATTENTION[self.config.attention].rope_dim(self.config)
+        base, pairing = self.config.rope_base, self.config.rope_pairing
         dtype = self.embed.weight.dtype
-        return rope_table(
-            where, dim, self.config.rope_base, self.config.rope_pairing, dtype
-        ).per_head()
+        if positions is None and span.start is not None:  # the same for every sequence
+            count, device = span.sequence, span.index.device
+            return rope_rows(span.start, count, dim, base, pairing, dtype, device).per_head()
+        where = span.index if positions is None else positions
+        return rope_table(where, dim, base, pairing, dtype).per_head()
 
     def _outer_places(self, span: Span, cache: Cache | None) -> Iterator[Place]:
         for number in range(len(self.prelude) + len(self.coda)):

@@ -21,6 +21,8 @@ from openmythos.model.native.structures import (
     CallStructure,
     CoreStructure,
     LayerStructure,
+    LinearStructure,
+    OuterStructure,
 )
 
 SOURCE = Path(__file__).with_name("layer.c")
@@ -107,10 +109,18 @@ def _load(path: Path) -> ctypes.CDLL:
     found.run_layer.argtypes, found.run_layer.restype = [layer, call], None
     found.run_core.argtypes = [ctypes.POINTER(CoreStructure), call]
     found.run_core.restype = None
+    found.run_outer.argtypes = [ctypes.POINTER(OuterStructure), call]
+    found.run_outer.restype = None
     found.run_linear.argtypes = [
-        *(pointer, number, number),  # rows
-        *(pointer, number, pointer),  # weight
-        *(number, pointer, number),  # outputs, and by how many threads
+        ctypes.POINTER(LinearStructure),
+        *(pointer, number),  # rows
+        *(pointer, pointer, number),  # result, scratch, threads
     ]
+    found.run_constants.argtypes = [
+        *(pointer, pointer, number),  # raw numbers
+        *(ctypes.c_float, ctypes.c_float),  # floor, largest step
+        *(pointer, pointer),  # results
+    ]
+    found.run_constants.restype = None
     found.run_linear.restype = None
     return found

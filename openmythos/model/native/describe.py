@@ -6,9 +6,9 @@ native code does not know, is left to torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,12 +18,20 @@ from openmythos.model.adapters import LoopLinear, LoopLora
 from openmythos.model.attention import GroupedQueryAttention, LatentAttention
 from openmythos.model.experts import Experts, Router
 from openmythos.model.feed_forward import FeedForward
-from openmythos.model.native.structures import KINDS, LayerStructure, Map, Stack
+from openmythos.model.native.structures import (
+    KINDS,
+    LayerStructure,
+    LinearStructure,
+    Map,
+    OuterStructure,
+    Stack,
+)
 from openmythos.model.norm import RMSNorm
 from openmythos.model.quantised import Int8Weight
 
 if TYPE_CHECKING:
     from openmythos.model.layer import Layer
+    from openmythos.model.transformer import OpenMythos
 
 LANES = 8
 """Widths must be multiples of it."""
@@ -42,8 +50,8 @@ Part = tuple[dict[str, Any], str, object]
 class Described:
     """What was found, which stands until something changes."""
 
-    structure: LayerStructure | None
-    """None: the native code cannot take the layer."""
+    structure: Any
+    """None: the native code cannot take it."""
     modules: list[nn.Module]
     hooked: bool
     parts: list[Part]
@@ -64,8 +72,32 @@ def structure_of(layer: Layer) -> LayerStructure | None:
     """Return the layer for the native code, None where it cannot take it."""
     found = _described.get(layer)
     if found is None or not found.stands():
-        found = _described[layer] = _describe(layer)
-    return found.structure
+        inner = list(layer.modules())[1:]  # the layer itself has been entered already
+        found = _described[layer] = _describe([layer, *inner], inner, lambda: _structure(layer))
+    made: LayerStructure | None = found.structure
+    return made
+
+
+class Outside(NamedTuple):
+    """What a model does once, but for its layers: templates to which a call adds these."""
+
+    before: OuterStructure
+    """Embedding and the prelude's norm."""
+    after: OuterStructure
+    """From the core to the coda."""
+    readout: LinearStructure
+    """Norm and head."""
+
+
+def outside_of(model: OpenMythos) -> Outside | None:
+    """Return what stands around a model's core, None where the native code cannot take it."""
+    found = _described.get(model)
+    if found is None or not found.stands():
+        own = (model.embed, model.prelude_norm, model.core_output, model.norm, model.head)
+        modules = [part for part in own if part is not None]
+        found = _described[model] = _describe(modules, modules, lambda: _outside(model))
+    made: Outside | None = found.structure
+    return made
 
 
 def hooked(modules: Sequence[nn.Module]) -> bool:
@@ -77,21 +109,28 @@ class _Cannot(Exception):  # noqa: N818 - not an error, only the end of a descri
     """The native code has no form for this."""
 
 
-def _describe(layer: Layer) -> Described:
-    modules = list(layer.modules())
+def _describe(
+    watched: Sequence[nn.Module], inner: Sequence[nn.Module], make: Callable[[], Any]
+) -> Described:
+    """Make a description, and remember what of the watched modules it rests on."""
     parts: list[Part] = []
-    for module in modules:
+    for module in watched:
         for held in (module._modules, module._parameters, module._buffers):
             parts += [(held, name, part) for name, part in held.items()]
-    inner = modules[1:]  # the layer itself has been entered already
-    known = all(type(m) in KNOWN and "forward" not in vars(m) for m in inner)
-    structure, watched = None, hooked(inner)
-    if known and not watched:
+    known = all(_known(module) for module in inner)
+    structure, seen = None, hooked(inner)
+    if known and not seen:
         try:
-            structure = _structure(layer)
+            structure = make()
         except _Cannot:
             structure = None
-    return Described(structure, inner, watched, parts, _addresses(parts))
+    return Described(structure, list(inner), seen, parts, _addresses(parts))
+
+
+def _known(module: nn.Module) -> bool:
+    from openmythos.model.native.run import FewRowsLinear
+
+    return type(module) in (*KNOWN, nn.Embedding, FewRowsLinear) and "forward" not in vars(module)
 
 
 def _addresses(parts: list[Part]) -> list[int]:
@@ -132,6 +171,31 @@ def _structure(layer: Layer) -> LayerStructure:
         made.size, made.swiglu = _wide(dense.size), dense.parts == 2
         made.w_in, made.w_out = _map(dense.w_in), _map(dense.w_out)
     return made
+
+
+def _outside(model: OpenMythos) -> Outside:
+    config, width = model.config, _wide(model.config.hidden_size)
+    before = OuterStructure(hidden=width, scale=config.embedding_scale, eps=config.norm_eps)
+    before.embedding = _matrix(model.embed.weight)
+    before.last_norm, before.kind = _norm(model.prelude_norm)
+    after = OuterStructure(hidden=width, scale=1, eps=config.norm_eps)
+    if isinstance(model.core_output, nn.Linear):
+        after.output = _matrix(model.core_output.weight)
+    else:
+        after.first_norm, after.kind = _norm(model.core_output)
+    readout = LinearStructure(eps=config.norm_eps, factor=config.logit_scale)
+    readout.map = _matrix(model.head.weight)
+    readout.norm, readout.norm_kind = _norm(model.norm)
+    return Outside(before, after, readout)
+
+
+def _norm(norm: nn.Module | None) -> tuple[int | None, int]:
+    """Address of a norm's gain, and what its numbers are."""
+    if norm is None:
+        return None, 0
+    gain = norm.weight
+    assert isinstance(gain, Tensor)
+    return _numbers(gain), KINDS[gain.dtype]
 
 
 def _describe_grouped(made: LayerStructure, attention: GroupedQueryAttention) -> None:
@@ -182,10 +246,15 @@ def _numbers(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr()
 
 
-def _map(linear: LoopLinear) -> Map:
-    outputs, inputs = linear.weight.shape
+def _matrix(weight: Tensor) -> Map:
+    outputs, inputs = weight.shape
     made = Map(outputs=outputs, inputs=_wide(inputs))
-    made.weight, made.scale, made.kind = _weight(linear.weight, transposed=False)
+    made.weight, made.scale, made.kind = _weight(weight, transposed=False)
+    return made
+
+
+def _map(linear: LoopLinear) -> Map:
+    made = _matrix(linear.weight)
     if linear.lora is not None:
         made.loops, made.rank, _ = linear.lora.down.shape
         made.down, made.up = _numbers(linear.lora.down), _numbers(linear.lora.up)

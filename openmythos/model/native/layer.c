@@ -109,6 +109,26 @@ typedef struct {
     float eps;
 } Core;
 
+typedef struct {
+    int64_t kind, hidden, layers;
+    const Layer *const *layer;          /* (layers) */
+    void *const *keys, *const *values;  /* (layers) */
+    const int64_t *ids;      /* (rows) tokens whose embeddings the rows are; null: the rows are given */
+    Map embedding;           /* (vocabulary, hidden) */
+    Map output;              /* what the core's states pass first; null: nothing */
+    const void *first_norm;  /* (hidden), before the layers; null: none */
+    const void *last_norm;   /* (hidden), after them */
+    float scale, eps;        /* scale: of embeddings */
+} Outer;
+
+typedef struct {
+    Map map;
+    const void *norm;    /* (inputs), of x; null: none */
+    const float *times;  /* (outputs), of y; null: 1 */
+    int64_t norm_kind;
+    float eps, factor;   /* factor: of all of y */
+} Linear;
+
 /* Vectors */
 
 #ifdef __clang__
@@ -831,10 +851,57 @@ void run_layer(const Layer *l, const Call *call) {
     run_core(&once, call);
 }
 
-/* y (rows, outputs) = x (rows, inputs) times w (outputs, inputs) transposed. */
-void run_linear(const float *x, int64_t rows, int64_t inputs, const void *w, int64_t kind,
-                const float *scale, int64_t outputs, float *y, int64_t threads) {
+/* Layers that run once, and what stands before and behind them. */
+static void run_once(const Outer *o, Call call, Thread t) {
+    int64_t from, to, n = o->hidden;
+    share(t, call.rows, 1, &from, &to);
+    for (int64_t row = from; o->ids && row < to; row++) {
+        int64_t id = o->ids[row];
+        wide scale = all(o->scale);
+        for (int64_t i = 0; i < n; i += LANES) {
+            wide x = o->embedding.kind == INT8
+                         ? widen((const int8_t *)o->embedding.weight + id * n + i) *
+                               all(o->embedding.scale[id])
+                         : read(o->embedding.weight, id * n + i, o->embedding.kind);
+            store(call.h + row * n + i, x * scale);
+        }
+    }
+    if (o->output.weight) {
+        map(&o->output, &call, t, call.h, call.work);
+        memcpy(call.h + from * n, call.work + from * n, (to - from) * n * sizeof(float));
+        wait_for_all(t);
+    }
+    for (int64_t row = from; o->first_norm && row < to; row++)
+        normalise(call.h + row * n, o->first_norm, o->kind, o->eps, n, call.h + row * n);
+    for (int64_t layer = 0; layer < o->layers; layer++) {
+        call.keys = o->keys[layer];
+        call.values = o->values[layer];
+        run(o->layer[layer], &call, t);
+    }
+    for (int64_t row = from; o->last_norm && row < to; row++)
+        normalise(call.h + row * n, o->last_norm, o->kind, o->eps, n, call.h + row * n);
+}
+
+void run_outer(const Outer *outer, const Call *call) {
+#ifdef _OPENMP
+    if (call->threads > 1) {
+#pragma omp parallel num_threads((int)call->threads)
+        run_once(outer, *call, (Thread){omp_get_thread_num(), omp_get_num_threads()});
+        return;
+    }
+#endif
+    run_once(outer, *call, (Thread){0, 1});
+}
+
+/* y (rows, outputs) = x (rows, inputs) times the map transposed; `work` is as large as x. */
+void run_linear(const Linear *l, const float *x, int64_t rows, float *y, float *work,
+                int64_t threads) {
+    const Map *m = &l->map;
     (void)threads;
+    for (int64_t row = 0; l->norm && row < rows; row++)
+        normalise(x + row * m->inputs, l->norm, l->norm_kind, l->eps, m->inputs,
+                  work + row * m->inputs);
+    if (l->norm) x = work;
 #ifdef _OPENMP
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
 #endif
@@ -844,7 +911,25 @@ void run_linear(const float *x, int64_t rows, int64_t inputs, const void *w, int
         if (threads > 1) t = (Thread){omp_get_thread_num(), omp_get_num_threads()};
 #endif
         int64_t from, to;
-        share(t, outputs, 4, &from, &to);
-        product(x, rows, inputs, w, kind, scale, inputs, from, to, y, outputs);
+        share(t, m->outputs, 4, &from, &to);
+        product(x, rows, m->inputs, m->weight, m->kind, m->scale, m->inputs, from, to, y,
+                m->outputs);
+        for (int64_t row = 0; row < rows; row++) {
+            float *own = y + row * m->outputs;
+            for (int64_t o = from; l->times && o < to; o++) own[o] *= l->times[o];
+            for (int64_t o = from; l->factor != 1 && o < to; o++) own[o] *= l->factor;
+        }
+    }
+}
+
+/* The constants of a linear time-invariant injection, from its raw numbers. */
+static float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); }
+
+void run_constants(const float *step, const float *rate, int64_t n, float floor, float largest,
+                   float *times, float *carry) {
+    for (int64_t i = 0; i < n; i++) {
+        float wide_step = softplus(step[i]);
+        times[i] = largest * tanhf(wide_step / largest);
+        carry[i] = expf(-(floor + wide_step * softplus(rate[i])));
     }
 }

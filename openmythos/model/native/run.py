@@ -1,4 +1,4 @@
-"""Hand few rows on the CPU to the native code: through a layer, a whole core, or a linear map.
+"""Hand few rows on the CPU to the native code: through layers, a whole core, or a linear map.
 
 It takes fp32, bf16 or int8 weights, few rows, and keys kept in a cache: reading weights and
 starting operations is then all the time there is. It computes in fp32 whatever the weights are.
@@ -20,19 +20,23 @@ from torch.nn import functional as F
 
 from openmythos.model.cache import Cache, Entries, Place, Span
 from openmythos.model.native.build import library
-from openmythos.model.native.describe import LANES, hooked, structure_of
+from openmythos.model.native.describe import LANES, hooked, outside_of, structure_of
 from openmythos.model.native.exits import Exits
 from openmythos.model.native.structures import (
     KINDS,
     CallStructure,
     CoreStructure,
     LayerStructure,
+    LinearStructure,
+    Map,
+    OuterStructure,
 )
 from openmythos.model.quantised import Int8Weight
 from openmythos.model.rope import Rope
 
 if TYPE_CHECKING:
     from openmythos.model.core import Core, Rows
+    from openmythos.model.injection import Decay
     from openmythos.model.layer import Layer
     from openmythos.model.transformer import OpenMythos
 
@@ -50,15 +54,19 @@ _scratch = threading.local()
 
 def takes(x: Tensor) -> bool:
     """Whether the native code takes rows `(*rows, width)`: on the CPU, without gradient."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.dtype not in FLOATS:
+        return False
+    return _takes_rows(x, x.shape[-1])
+
+
+def _takes_rows(x: Tensor, width: int) -> bool:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     if torch._C._len_torch_dispatch_stack():  # somebody watches torch's operations
         return False
-    if type(x) is not Tensor or x.dtype not in FLOATS or x.device.type != "cpu":
+    if type(x) is not Tensor or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
-    if not 0 < x.numel() <= MOST_ROWS * x.shape[-1] or torch.is_autocast_enabled("cpu"):
-        return False
-    return library() is not None
+    return 0 < x.numel() <= MOST_ROWS * width and library() is not None
 
 
 def takes_all(model: OpenMythos) -> bool:
@@ -241,22 +249,133 @@ def _run_core(
     return new, [] if choice is None else [list(one) for one in choice[:loops]]
 
 
+def run_before(
+    model: OpenMythos, token_ids: Int[Tensor, "*rows"], rope: Rope, places: Sequence[Place]
+) -> Float[Tensor, "*rows hidden"] | None:
+    """Return what `OpenMythos.before_core` returns; None where torch must do it."""
+    if not places or not _takes_rows(token_ids, 1):
+        return None
+    found = outside_of(model)
+    if found is None:
+        return None
+    h = torch.empty(*token_ids.shape, model.config.hidden_size)
+    ids = token_ids.contiguous()
+    done = _run_outer(found.before, h, rope, model.prelude, places, ids)  # type: ignore[arg-type]
+    return h.to(model.embed.weight.dtype) if done else None
+
+
+def run_after(
+    model: OpenMythos, h: Float[Tensor, "*rows hidden"], rope: Rope, places: Sequence[Place]
+) -> Float[Tensor, "*rows hidden"] | None:
+    """Return what `OpenMythos.after_core` returns; None where torch must do it."""
+    if not places or not takes(h):
+        return None
+    found = outside_of(model)
+    if found is None:
+        return None
+    new = _fresh(h)
+    done = _run_outer(found.after, new, rope, model.coda, places)  # type: ignore[arg-type]
+    return new.to(model.embed.weight.dtype) if done else None
+
+
+def _run_outer(
+    template: OuterStructure,
+    h: Tensor,
+    rope: Rope,
+    layers: Sequence[Layer],
+    places: Sequence[Place],
+    token_ids: Tensor | None = None,
+) -> bool:
+    """Run layers once, in place; say whether the native code could."""
+    structures, kept, entries = [], [], None
+    for layer, place in zip(layers, places, strict=True):
+        structure = layer_here(layer, place.span)
+        found = None if place.store is None else place.store.entries(place.span, place.slot)
+        if structure is None or found is None:
+            return False
+        own = list(found[0].values())
+        if not _keeps(structure, own[0]) or (entries is not None and found[1] is not entries):
+            return False
+        structures.append(structure)
+        kept.append(own)
+        entries = found[1]
+    if hooked(layers) or entries is None:
+        return False
+    call = _call(structures, h, rope, entries)
+    addresses = _pointers([ctypes.addressof(part) for part in structures])
+    keys = _pointers([part[0].data_ptr() for part in kept])
+    values = _pointers([part[-1].data_ptr() for part in kept])
+    outer = OuterStructure.from_buffer_copy(template)
+    outer.layers, outer.layer = len(structures), ctypes.addressof(addresses)
+    outer.keys, outer.values = ctypes.addressof(keys), ctypes.addressof(values)
+    outer.ids = _at(token_ids)
+    code = library()
+    assert code is not None
+    code.run_outer(outer, call)
+    return True
+
+
+def run_readout(
+    model: OpenMythos, y: Float[Tensor, "*rows hidden"]
+) -> Float[Tensor, "*rows vocab"] | None:
+    """Return what `OpenMythos.readout` returns; None where torch must do it."""
+    if not takes(y):
+        return None
+    found = outside_of(model)
+    if found is None:
+        return None
+    return _run_linear(found.readout, y).to(model.head.weight.dtype)
+
+
+def drive(
+    e: Float[Tensor, "*rows hidden"], weight: Tensor, decay: Decay, floor: float, largest: float
+) -> tuple[Float[Tensor, "*rows hidden"], Float[Tensor, " hidden"]] | None:
+    """Return what `LTI.prepare` returns, in fp32; None where torch must do it."""
+    step, rate, made = decay.step, decay.rate, _structure_of(weight)
+    wide = step.dtype == rate.dtype == torch.float32 and step.is_contiguous()
+    if made is None or not wide or not rate.is_contiguous() or not takes(e):
+        return None
+    times, carry = torch.empty_like(step), torch.empty_like(rate)
+    code = library()
+    assert code is not None
+    raw = step.data_ptr(), rate.data_ptr(), len(step)
+    code.run_constants(*raw, floor, largest, times.data_ptr(), carry.data_ptr())
+    made.times = times.data_ptr()
+    return _run_linear(made, e), carry
+
+
 def linear(
     x: Float[Tensor, "*rows inputs"], weight: Float[Tensor, "outputs inputs"]
 ) -> Float[Tensor, "*rows outputs"]:
     """Return `x weight^T`; native for few rows."""
-    code, numbers, scale = library(), weight, None
+    made = _structure_of(weight) if takes(x) else None
+    return F.linear(x, weight) if made is None else _run_linear(made, x).to(x.dtype)
+
+
+def _structure_of(weight: Tensor) -> LinearStructure | None:
+    """A matrix `(outputs, inputs)` as the native code reads it; None where it cannot."""
+    numbers, scale = weight, None
     if isinstance(weight, Int8Weight):
         numbers, scale = weight.numbers, weight.scale
-    if code is None or not takes(x) or not _plain(numbers) or x.shape[-1] % LANES:
-        return F.linear(x, weight)
-    wide = x.float().contiguous()
-    y = wide.new_empty(*x.shape[:-1], weight.shape[0])
-    rows = x.numel() // x.shape[-1]
-    parts = numbers.data_ptr(), KINDS[numbers.dtype], _at(scale)
-    sizes = weight.shape[0], y.data_ptr(), threads_for(rows * weight.numel())
-    code.run_linear(wide.data_ptr(), rows, x.shape[-1], *parts, *sizes)
-    return y.to(x.dtype)
+    outputs, inputs = weight.shape
+    if not _plain(numbers) or not _plain(scale) or inputs % LANES:
+        return None
+    found = Map(outputs=outputs, inputs=inputs, kind=KINDS[numbers.dtype])
+    found.weight, found.scale = numbers.data_ptr(), _at(scale)
+    return LinearStructure(map=found, factor=1)
+
+
+def _run_linear(structure: LinearStructure, x: Tensor) -> Tensor:
+    """Return rows in fp32."""
+    outputs, inputs = structure.map.outputs, structure.map.inputs
+    wide, rows = x.float().contiguous(), x.numel() // inputs
+    y = wide.new_empty(*x.shape[:-1], outputs)
+    work = _work(wide.numel()).data_ptr() if structure.norm else None
+    code = library()
+    assert code is not None
+    threads = threads_for(rows * outputs * inputs)
+    code.run_linear(structure, wide.data_ptr(), rows, y.data_ptr(), work, threads)
+    return y
 
 
 class FewRowsLinear(nn.Linear):

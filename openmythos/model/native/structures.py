@@ -60,6 +60,29 @@ class CallStructure(ctypes.Structure):
     ]
 
 
+class OuterStructure(ctypes.Structure):
+    """Layers that run once, and what stands before and behind them."""
+
+    _fields_ = [
+        *_fields(_number, "kind hidden layers"),
+        *_fields(_pointer, "layer keys values ids"),
+        *_fields(Map, "embedding output"),
+        *_fields(_pointer, "first_norm last_norm"),
+        *_fields(_real, "scale eps"),
+    ]
+
+
+class LinearStructure(ctypes.Structure):
+    """A linear map with a norm before it and factors behind it."""
+
+    _fields_ = [
+        ("map", Map),
+        *_fields(_pointer, "norm times"),
+        *_fields(_number, "norm_kind"),
+        *_fields(_real, "eps factor"),
+    ]
+
+
 class ExitsStructure(ctypes.Structure):
     """When rows leave the core, and which rules have fired."""
 
