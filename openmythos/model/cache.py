@@ -431,6 +431,15 @@ class Cache:
         Raises:
             CacheError: the call does not fit behind what is cached.
         """
+        self.make_room(sequence, mask, loops)
+        return Span.after(self.lengths, sequence, mask, self.device)
+
+    def make_room(self, sequence: int, mask: Tensor | None, loops: int) -> None:
+        """Grow, or collapse, to what a call needs.
+
+        Raises:
+            CacheError: the call does not fit behind what is cached.
+        """
         new = [sequence] * self.batch_size if mask is None else mask.sum(1).tolist()
         after = [n + k for n, k in zip(self.lengths, new, strict=True)]
         if max(after) > self.max_length:
@@ -444,12 +453,15 @@ class Cache:
                 store.collapse()
             elif not decoding and store.slots < loops:
                 store.grow(loops)
-        return Span.after(self.lengths, sequence, mask, self.device)
 
     def commit(self, span: Span) -> None:
         """Count the call's tokens as cached."""
         real = span.real
         new = [span.sequence] * self.batch_size if real is None else real.sum(1).tolist()
+        self.advance(new)
+
+    def advance(self, new: Sequence[int]) -> None:
+        """Count so many more tokens of each sequence as cached."""
         self.lengths = [n + k for n, k in zip(self.lengths, new, strict=True)]
 
     def slot_of(self, loop: int) -> int:

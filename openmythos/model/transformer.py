@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openmythos.config import CachePolicy, HaltingKind, MythosConfig, WeightsKind
+from openmythos.config import CachePolicy, HaltingKind, MythosConfig, RopePairing, WeightsKind
 from openmythos.errors import InputError
 from openmythos.model.attention import ATTENTION
 from openmythos.model.cache import Cache, Place, Span
@@ -24,6 +24,7 @@ from openmythos.model.halting import DEFAULT_THRESHOLD, Rule, make_rule
 from openmythos.model.injection import START
 from openmythos.model.layer import Layer
 from openmythos.model.native.run import FewRowsLinear, run_after, run_before, run_readout
+from openmythos.model.native.whole import plan_of
 from openmythos.model.norm import RMSNorm
 from openmythos.model.notes import CoreOutput, Notes
 from openmythos.model.rope import Rope, rope_rows, rope_table
@@ -127,6 +128,12 @@ class OpenMythos(nn.Module):
         check_states(return_states)
         check_window(backprop_loops, loops, halting, bool(return_states) or return_routing)
         rule = self._rule(halting, threshold)
+        noted = bool(return_states) or return_routing
+        plain = all(given is None for given in (mask, positions, h0, routing, rule)) and not noted
+        if cache is not None and isinstance(loops, int) and plain:
+            done = self._decode(token_ids, loops, cache)
+            if done is not None:
+                return done
         span = self._span(token_ids, cache, mask, loops)
         rope = self._rope(span, positions)
         places = self._outer_places(span, cache)
@@ -153,6 +160,22 @@ class OpenMythos(nn.Module):
             cache.commit(span)
         taken = core.loops if span.real is None else core.loops * span.real
         return MythosOutput(logits, taken, core.notes, core.routing, core.states, core.ponder)
+
+    def _decode(self, token_ids: Tensor, loops: int, cache: Cache) -> MythosOutput | None:
+        """Run everything in one native call where few tokens allow it."""
+        batch, sequence = token_ids.shape
+        cache.make_room(sequence, None, loops)
+        plan = plan_of(self, cache, token_ids, loops)
+        if plan is None:
+            return None
+        start = cache.length
+        logits, choice = plan.run(token_ids, loops, start, self._rope_from(start, sequence))
+        cache.advance([sequence] * batch)
+        notes = Notes(self.config.experts, self.config.core_layers, (batch, sequence))
+        if choice is not None:
+            notes.count(list(choice.unbind(1)), torch.arange(loops))
+        taken = torch.full((batch, sequence), loops)
+        return MythosOutput(logits.to(self.head.weight.dtype), taken, notes)
 
     def before_core(
         self, token_ids: Int[Tensor, "*rows"], rope: Rope, places: Iterator[Place]
@@ -264,14 +287,19 @@ class OpenMythos(nn.Module):
         return cache.begin(sequence, mask, loops if isinstance(loops, int) else int(loops.max()))
 
     def _rope(self, span: Span, positions: Tensor | None) -> Rope:
-        dim = ATTENTION[self.config.attention].rope_dim(self.config)
-        base, pairing = self.config.rope_base, self.config.rope_pairing
-        dtype = self.embed.weight.dtype
         if positions is None and span.start is not None:  # the same for every sequence
-            count, device = span.sequence, span.index.device
-            return rope_rows(span.start, count, dim, base, pairing, dtype, device).per_head()
+            return self._rope_from(span.start, span.sequence)
         where = span.index if positions is None else positions
-        return rope_table(where, dim, base, pairing, dtype).per_head()
+        return rope_table(where, *self._rope_kind()).per_head()
+
+    def _rope_from(self, start: int, count: int) -> Rope:
+        """Angles of `count` positions from `start` on."""
+        return rope_rows(start, count, *self._rope_kind(), self.embed.weight.device).per_head()
+
+    def _rope_kind(self) -> tuple[int, float, RopePairing, torch.dtype]:
+        config = self.config
+        dim = ATTENTION[config.attention].rope_dim(config)
+        return dim, config.rope_base, config.rope_pairing, self.embed.weight.dtype
 
     def _outer_places(self, span: Span, cache: Cache | None) -> Iterator[Place]:
         for number in range(len(self.prelude) + len(self.coda)):

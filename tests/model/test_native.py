@@ -1,14 +1,16 @@
 """The native code: torch's results, for every kind of layer, and rows that stand alone."""
 
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from openmythos.model import core
+from openmythos.model import core, transformer
 from openmythos.model.halting import HALTING, Gate
 from openmythos.model.layer import Layer
-from openmythos.model.native import build, run
+from openmythos.model.native import build, run, whole
 from openmythos.model.native.describe import structure_of
 from openmythos.model.quantised import Int8Weight, quantise
 from tests.tiny import some_ids, tiny
@@ -167,6 +169,88 @@ def test_loops_past_the_cache_with_one_slot(by_torch):
         return torch.cat([model(ids[:, n : n + 1], 4, cache=cache).logits for n in (4, 5)], 1)
 
     assert_close(last(), by_torch(last), rtol=1e-4, atol=2e-5)
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """The plans by which whole models run, in order; `"off"` in front turns them off."""
+    made = []
+
+    def spy(*arguments):
+        if made[:1] == ["off"]:
+            return None
+        made.append(whole.plan_of(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(transformer, "plan_of", spy)
+    return made
+
+
+@SHAPES
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+def test_a_whole_model_in_one_call_gives_the_bits_of_its_parts(kind, weights, plans, monkeypatch):
+    change = {"fp32": torch.nn.Module.float, "bf16": torch.nn.Module.bfloat16, "int8": quantise}
+    model = change[weights](wide(mean_loops=2, **kind))
+    together, outs = written(model, 3)
+    assert len({id(plan) for plan in plans}) == 3  # 4, 1 and 2 tokens
+    assert all(plans)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "threads_for", lambda products: 3)
+        patch.setattr(whole, "threads_for", lambda products: 3)
+        assert written(model, 3)[0].equal(together)
+    plans.insert(0, "off")
+    apart, others = written(model, 3)
+    assert together.equal(apart)
+    for out, other in zip(outs, others, strict=True):
+        assert out.loops.equal(other.loops)
+        assert out.logits.dtype == other.logits.dtype
+        if model.config.experts:
+            assert out.loads.equal(other.loads)
+
+
+@torch.no_grad()
+def test_a_plan_is_made_anew_when_model_or_cache_change(plans, by_torch):
+    model, ids = wide(mean_loops=2), some_ids(2, 9)
+
+    def scores():
+        cache, found = model.new_cache(batch_size=2, max_length=9), []
+        for at in range(9):
+            if at == 3:
+                model.core.layers[0].attention.out = changed[0]
+            if at == 4:
+                model.core.injection.decay.step.data = changed[1].clone()
+            if at == 6:
+                cache.rollback(2)
+            loops = 2 if at < 5 else 4
+            found.append(model(ids[:, at : at + 1], loops, cache=cache).logits)
+        copied = copy.deepcopy(cache)
+        found.append(model(ids[:, :1], 4, cache=copied).logits)
+        found.append(model(ids[:, :1], 4, cache=cache).logits)
+        model.core.layers[0].attention.out, model.core.injection.decay.step.data = before
+        return torch.cat(found, 1)
+
+    other = wide(mean_loops=2)
+    other.core.layers[0].attention.out.weight.mul_(-1)
+    changed = other.core.layers[0].attention.out, torch.full((32,), 1.5)
+    before = model.core.layers[0].attention.out, model.core.injection.decay.step.data
+    native = scores()
+    assert all(plans)
+    assert len({id(plan) for plan in plans}) == 5
+    assert_close(native, by_torch(scores), rtol=1e-4, atol=2e-5)
+    assert native[:, -1].equal(native[:, -2])
+
+
+def test_a_hook_anywhere_has_no_plan(plans):
+    model = wide(mean_loops=2)
+    for module in (model.core, model.core.injection, model.head, model.embed, model.prelude[0]):
+        calls = []
+        handle = module.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        written(model, 3)
+        assert calls
+        assert not any(plans)
+        handle.remove()
+    written(model, 3)
+    assert plans[-1] is not None
 
 
 @SHAPES

@@ -22,6 +22,7 @@ from openmythos.model.native.structures import (
     CoreStructure,
     LayerStructure,
     LinearStructure,
+    ModelStructure,
     OuterStructure,
 )
 
@@ -111,6 +112,8 @@ def _load(path: Path) -> ctypes.CDLL:
     found.run_core.restype = None
     found.run_outer.argtypes = [ctypes.POINTER(OuterStructure), call]
     found.run_outer.restype = None
+    found.run_model.argtypes = [ctypes.POINTER(ModelStructure), call]
+    found.run_model.restype = None
     found.run_linear.argtypes = [
         ctypes.POINTER(LinearStructure),
         *(pointer, number),  # rows

@@ -129,6 +129,20 @@ typedef struct {
     float eps, factor;   /* factor: of all of y */
 } Linear;
 
+typedef struct {
+    const Outer *before, *after;
+    const Linear *drive;  /* from the prelude's output to what enters each loop; null: itself */
+    const Linear *readout;
+    Core *core;
+    const float *step, *rate;  /* (hidden) raw numbers of the injection; null: its carry is there */
+    float *times, *carry;      /* (hidden) what is made of them */
+    float *e, *driven;         /* (rows, hidden) scratch */
+    float *logits;             /* (rows, vocabulary) */
+    int64_t injected, first_is_e, kind;
+    int64_t outer_threads, drive_threads, core_threads, readout_threads;
+    float floor, largest;
+} Model;
+
 /* Vectors */
 
 #ifdef __clang__
@@ -932,4 +946,33 @@ void run_constants(const float *step, const float *rate, int64_t n, float floor,
         times[i] = largest * tanhf(wide_step / largest);
         carry[i] = expf(-(floor + wide_step * softplus(rate[i])));
     }
+}
+
+/* As a tensor of that kind holds them. */
+static void rounded(float *x, int64_t n, int64_t kind) {
+    for (int64_t i = 0; kind == BF16 && i < n; i++) {
+        bf16 half = narrow(x[i]);
+        x[i] = read_one(&half, 0, BF16);
+    }
+}
+
+/* Token ids to logits, for rows that all run the same loops. */
+void run_model(const Model *m, const Call *given) {
+    Call call = *given;
+    int64_t hidden = m->before->hidden, n = call.rows * hidden;
+    call.threads = m->outer_threads;
+    run_outer(m->before, &call);
+    rounded(call.h, n, m->kind);
+    memcpy(m->e, call.h, n * sizeof(float));
+    if (m->step)
+        run_constants(m->step, m->rate, hidden, m->floor, m->largest, m->times, m->carry);
+    if (m->drive) run_linear(m->drive, m->e, call.rows, m->driven, 0, m->drive_threads);
+    m->core->drive = m->drive ? m->driven : m->injected ? m->e : 0;
+    if (!m->first_is_e) memset(call.h, 0, n * sizeof(float));
+    call.threads = m->core_threads;
+    run_core(m->core, &call);
+    call.threads = m->outer_threads;
+    run_outer(m->after, &call);
+    rounded(call.h, n, m->kind);
+    run_linear(m->readout, call.h, call.rows, m->logits, call.work, m->readout_threads);
 }

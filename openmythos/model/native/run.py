@@ -56,10 +56,11 @@ def takes(x: Tensor) -> bool:
     """Whether the native code takes rows `(*rows, width)`: on the CPU, without gradient."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.dtype not in FLOATS:
         return False
-    return _takes_rows(x, x.shape[-1])
+    return takes_rows(x, x.shape[-1])
 
 
-def _takes_rows(x: Tensor, width: int) -> bool:
+def takes_rows(x: Tensor, width: int) -> bool:
+    """Whether the native code takes so few rows of `width` numbers or ids."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     if torch._C._len_torch_dispatch_stack():  # somebody watches torch's operations
@@ -79,7 +80,7 @@ def takes_all(model: OpenMythos) -> bool:
     maps = [getattr(owner, "weight", None) for owner in owners]
     known = all(structure_of(layer) is not None for layer in layers)
     sound = model.config.hidden_size % LANES == 0 and model.config.injection != "linear"
-    return known and sound and all(_plain(part) for part in maps)
+    return known and sound and all(plain(part) for part in maps)
 
 
 def layer_here(layer: Layer, span: Span) -> LayerStructure | None:
@@ -211,7 +212,7 @@ def _run_core(
     structures = [part for part in found if part is not None]
     norm = None if core.norm is None else core.norm.weight
     kept = [list(part.values()) for part in data]
-    if len(structures) < len(found) or not _plain(norm) or not _keeps(structures[0], kept[0][0]):
+    if len(structures) < len(found) or not plain(norm) or not _keeps(structures[0], kept[0][0]):
         return None
     new = _fresh(h)
     choice = _choice(structures[0], loops, len(structures), *h.shape[:-1])
@@ -253,7 +254,7 @@ def run_before(
     model: OpenMythos, token_ids: Int[Tensor, "*rows"], rope: Rope, places: Sequence[Place]
 ) -> Float[Tensor, "*rows hidden"] | None:
     """Return what `OpenMythos.before_core` returns; None where torch must do it."""
-    if not places or not _takes_rows(token_ids, 1):
+    if not places or not takes_rows(token_ids, 1):
         return None
     found = outside_of(model)
     if found is None:
@@ -331,7 +332,7 @@ def drive(
     e: Float[Tensor, "*rows hidden"], weight: Tensor, decay: Decay, floor: float, largest: float
 ) -> tuple[Float[Tensor, "*rows hidden"], Float[Tensor, " hidden"]] | None:
     """Return what `LTI.prepare` returns, in fp32; None where torch must do it."""
-    step, rate, made = decay.step, decay.rate, _structure_of(weight)
+    step, rate, made = decay.step, decay.rate, matrix_structure(weight)
     wide = step.dtype == rate.dtype == torch.float32 and step.is_contiguous()
     if made is None or not wide or not rate.is_contiguous() or not takes(e):
         return None
@@ -348,17 +349,17 @@ def linear(
     x: Float[Tensor, "*rows inputs"], weight: Float[Tensor, "outputs inputs"]
 ) -> Float[Tensor, "*rows outputs"]:
     """Return `x weight^T`; native for few rows."""
-    made = _structure_of(weight) if takes(x) else None
+    made = matrix_structure(weight) if takes(x) else None
     return F.linear(x, weight) if made is None else _run_linear(made, x).to(x.dtype)
 
 
-def _structure_of(weight: Tensor) -> LinearStructure | None:
+def matrix_structure(weight: Tensor) -> LinearStructure | None:
     """A matrix `(outputs, inputs)` as the native code reads it; None where it cannot."""
     numbers, scale = weight, None
     if isinstance(weight, Int8Weight):
         numbers, scale = weight.numbers, weight.scale
     outputs, inputs = weight.shape
-    if not _plain(numbers) or not _plain(scale) or inputs % LANES:
+    if not plain(numbers) or not plain(scale) or inputs % LANES:
         return None
     found = Map(outputs=outputs, inputs=inputs, kind=KINDS[numbers.dtype])
     found.weight, found.scale = numbers.data_ptr(), _at(scale)
@@ -390,7 +391,7 @@ def threads_for(products: int) -> int:
     return max(1, min(torch.get_num_threads(), products // LEAST_PRODUCTS))
 
 
-def _plain(numbers: Tensor | None) -> bool:
+def plain(numbers: Tensor | None) -> bool:
     """Whether these are numbers of a known kind that follow each other, or nothing."""
     if numbers is None:
         return True
@@ -414,7 +415,7 @@ def _call(
     code = library()
     assert code is not None
     rows = h.numel() // h.shape[-1]
-    threads = threads_for(rows * _numbers_read(structures[0]))
+    threads = threads_for(rows * numbers_read(structures[0]))
     cos, sin = rope.cos.float().contiguous(), rope.sin.float().contiguous()
     size = max(code.work_size(part, rows, entries.most, threads) for part in structures)
     call = CallStructure(
@@ -436,7 +437,7 @@ def _call(
     return call
 
 
-def _numbers_read(structure: LayerStructure) -> int:
+def numbers_read(structure: LayerStructure) -> int:
     """Weights that a row reads in a layer, all but a few small ones."""
     maps = (structure.qkv, structure.q_down, structure.q_up, structure.kv_down, structure.out)
     dense = sum(part.outputs * part.inputs for part in (*maps, structure.w_in, structure.w_out))

@@ -102,3 +102,15 @@ class CoreStructure(ctypes.Structure):
         *_fields(_pointer, "carry drive norm exits"),
         *_fields(_real, "eps"),
     ]
+
+
+class ModelStructure(ctypes.Structure):
+    """A whole model, and room for what passes between its parts."""
+
+    _fields_ = [
+        *_fields(_pointer, "before after drive readout core"),
+        *_fields(_pointer, "step rate times carry e driven logits"),
+        *_fields(_number, "injected first_is_e kind"),
+        *_fields(_number, "outer_threads drive_threads core_threads readout_threads"),
+        *_fields(_real, "floor largest"),
+    ]
