@@ -261,7 +261,7 @@ def run_before(
         return None
     h = torch.empty(*token_ids.shape, model.config.hidden_size)
     ids = token_ids.contiguous()
-    done = _run_outer(found.before, h, rope, model.prelude, places, ids)  # type: ignore[arg-type]
+    done = _run_outer(found.before, h, rope, list(model.prelude), places, ids)  # type: ignore[arg-type]
     return h.to(model.embed.weight.dtype) if done else None
 
 
@@ -275,7 +275,7 @@ def run_after(
     if found is None:
         return None
     new = _fresh(h)
-    done = _run_outer(found.after, new, rope, model.coda, places)  # type: ignore[arg-type]
+    done = _run_outer(found.after, new, rope, list(model.coda), places)  # type: ignore[arg-type]
     return new.to(model.embed.weight.dtype) if done else None
 
 
