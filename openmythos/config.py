@@ -105,6 +105,10 @@ class MythosConfig:
     balance_rate: float = 0.01
     """How far one optimizer step moves a router's bias for an over- or underloaded expert."""
 
+    router_loops: int = 1
+    """Loops with a router of their own, so that each may choose other experts; later loops use the
+    last. 1 is one router for all."""
+
     lora_rank: int = 0
     """Rank of the depth-wise LoRA on the core's maps; 0 has none."""
     lora_loops: int | None = None
@@ -205,7 +209,8 @@ class MythosConfig:
     def _check_sizes(self) -> None:
         at_least_one = (
             "vocab_size hidden_size max_length num_heads kv_heads head_dim kv_latent rope_dim "
-            "nope_dim value_dim mean_loops feed_forward_size expert_size lora_loops core_layers"
+            "nope_dim value_dim mean_loops feed_forward_size expert_size lora_loops core_layers "
+            "router_loops"
         )
         for name in at_least_one.split():
             self._at_least(name, 1)

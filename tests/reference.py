@@ -258,7 +258,9 @@ class Reference:
 
     def experts(self, name, x, place, loop, number):
         c, w, name = self.config, self.weights, f"{name}.feed_forward"
-        affinity = sigmoid(w[f"{name}.router.weight"] @ x)
+        router = w[f"{name}.router.weight"]
+        router = router[min(loop, len(router) - 1)] if router.ndim == 3 else router
+        affinity = sigmoid(router @ x)
         score = affinity + w[f"{name}.router.balance"] * c.balance_rate
         order = np.argsort(-score, kind="stable")
         chosen = order[: c.experts_per_token]

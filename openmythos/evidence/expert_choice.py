@@ -129,10 +129,10 @@ def jitter(model: OpenMythos, token_ids: Int[Tensor, "batch sequence"], loops: i
     same: list[Tensor] = []
 
     def ask_again(router: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x = inputs[0]
+        x, loop = inputs[:2]
         direction = F.normalize(torch.randn(x.shape, generator=generator), dim=-1)
         moved = x + NOISE * torch.linalg.vector_norm(x, dim=-1, keepdim=True) * direction
-        again = router.forward(moved)[0]
+        again = router.forward(moved, loop)[0]
         same.append((again.sort(-1).values == output[0].sort(-1).values).all(-1))
 
     routers: list[Router] = [layer.router for layer in model.core.experts_layers()]

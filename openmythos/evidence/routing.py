@@ -5,8 +5,9 @@ how often two loops choose the same pair for a token, or disjoint ones, beside e
 of 1 % on the same state, other tokens of the text, and an untrained network; how the experts are
 loaded at each loop; and what it costs to give tokens other experts than their own, which is the
 causal test: the first loop's at every loop, their own in another order of loops, another token's,
-random ones. Beside it stand corrections of the weights by loop (depth-wise LoRA): none, one that
-all loops share, one for each loop; all at the trained depth and at twice that.
+random ones. Beside it stand a model with a router for each loop, and corrections of the weights by
+loop (depth-wise LoRA): none, one that all loops share, one for each loop; all at the trained depth
+and at twice that.
 
 What could refute it: choices that chance or noise explains; forced routing that costs nothing; and
 a twin whose routers stay at their random start from the first step (only the bias that balances the
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "Routing: which experts each loop takes, and whether it matters"
-HOURS = 7.5
+HOURS = 9.0
 """Of one core, for everything with two seeds."""
 
 EXPERTS, CHOSEN, RANK = 8, 2, 8
@@ -49,7 +50,7 @@ MODEL = TextTraining(
     },
     steps=1500,
 )
-MAIN, FROZEN = "learned", "frozen-router"
+MAIN, FROZEN, OWN = "learned", "frozen-router", "router-per-loop"
 CORRECTIONS: dict[str, dict[str, int]] = {
     MAIN: {"lora_rank": 0},
     "lora-shared": {"lora_rank": RANK, "lora_loops": 1},
@@ -57,7 +58,7 @@ CORRECTIONS: dict[str, dict[str, int]] = {
 }
 """Rows by their depth-wise LoRA."""
 
-ROWS = (MAIN, FROZEN, *list(CORRECTIONS)[1:])
+ROWS = (MAIN, FROZEN, OWN, *list(CORRECTIONS)[1:])
 MOST_SEEDS = 2
 QUICK: dict[str, Any] = {
     "steps": 100,
@@ -85,10 +86,13 @@ def trainings(*, quick: bool) -> dict[str, TextTraining]:
     if quick:
         shape = {**MODEL.shape, "hidden_size": QUICK_WIDTH, "expert_size": QUICK_WIDTH}
         model = dataclasses.replace(MODEL, shape=shape, **QUICK)
-    rows = {name: CORRECTIONS.get(name, CORRECTIONS[MAIN]) for name in ROWS}
+    rows: dict[str, dict[str, int]] = {
+        name: CORRECTIONS.get(name, CORRECTIONS[MAIN]) for name in ROWS
+    }
+    rows[OWN] = {**rows[MAIN], "router_loops": MODEL.config.mean_loops}
     return {
-        name: dataclasses.replace(model, shape={**model.shape, **lora})
-        for name, lora in rows.items()
+        name: dataclasses.replace(model, shape={**model.shape, **changed})
+        for name, changed in rows.items()
         if name in (MAIN, FROZEN) or not quick
     }
 
@@ -158,7 +162,7 @@ def conclude(results: dict[str, Result]) -> Section:
     """Say what the numbers say."""
     rows = rows_of(results)
     runs = list(rows.get(MAIN, {}).values())
-    sentences = _choice(runs) + _causal(runs) + _frozen(rows) + _corrections(rows)
+    sentences = _choice(runs) + _causal(runs) + _frozen(rows) + _own(rows) + _corrections(rows)
     tables = [_choices_table(rows), _pairs_table(rows), _forced_table(rows)] if rows else []
     expectations = _expectations(runs) + _frozen_expectation(rows)
     return Section(TITLE, sentences, tables, expectations, _notes(rows))
@@ -250,13 +254,13 @@ def _causal(runs: list[Result]) -> list[str]:
     return said
 
 
-def frozen_minus_learned(rows: dict[str, Runs]) -> tuple[Interval, list[float]] | None:
-    """Return what a frozen router costs by windows, mean over seeds, and for each seed."""
-    seeds = common_seeds(rows, MAIN, FROZEN)
+def minus_learned(rows: dict[str, Runs], name: str) -> tuple[Interval, list[float]] | None:
+    """Return a row's nats over the main one's by windows, mean over seeds, and for each seed."""
+    seeds = common_seeds(rows, MAIN, name)
     if not seeds:
         return None
-    pairs = [(rows[FROZEN][seed]["windows"], rows[MAIN][seed]["windows"]) for seed in seeds]
-    by_seed = [[frozen - learned for frozen, learned in zip(*pair, strict=True)] for pair in pairs]
+    pairs = [(rows[name][seed]["windows"], rows[MAIN][seed]["windows"]) for seed in seeds]
+    by_seed = [[other - learned for other, learned in zip(*pair, strict=True)] for pair in pairs]
     by_window = [statistics.fmean(window) for window in zip(*by_seed, strict=True)]
     return bootstrap(by_window), [statistics.fmean(differences) for differences in by_seed]
 
@@ -268,7 +272,7 @@ def _learning_helps(gap: Interval, by_seed: list[float]) -> bool:
 
 def _frozen(rows: dict[str, Runs]) -> list[str]:
     """Whether learning to route is worth anything."""
-    if (found := frozen_minus_learned(rows)) is None:
+    if (found := minus_learned(rows, FROZEN)) is None:
         return []
     gap, by_seed = found
     seeds = ", ".join(f"{difference:+.4f}" for difference in by_seed)
@@ -277,6 +281,28 @@ def _frozen(rows: dict[str, Runs]) -> list[str]:
         return [f"{said}: learning to route is worth that much."]
     how = "it reads better" if gap.high < 0 else "that cannot be told from nothing"
     return [f"{said}: {how}, so learning to route adds nothing that shows at this size."]
+
+
+def _own(rows: dict[str, Runs]) -> list[str]:
+    """Whether a router for each loop makes loops differ, and whether that is worth anything."""
+    if (found := minus_learned(rows, OWN)) is None:
+        return []
+    runs, (gap, by_seed) = list(rows[OWN].values()), found
+    identical, disjoint = (_mean(runs, "loops", key) for key in ("identical", "disjoint"))
+    forced = min((_cost(run, FORCED_FIRST) for run in runs), key=lambda cost: cost.mean)
+    worth = "which cannot be told from nothing"
+    if gap.high < 0 and max(by_seed) < 0:
+        worth = "so loops that differ read better"
+    elif gap.low > 0 and min(by_seed) > 0:
+        worth = "so loops that differ read worse"
+    return [
+        (
+            f"With a router for each loop ({_seeds(runs)}), two loops choose the same for "
+            f"{_percent(identical)} of tokens and disjoint ones for {_percent(disjoint)}, the "
+            f"first loop's experts at every loop cost {forced} nats, and the model has {gap} nats "
+            f"beside the one with one router for all, {worth}."
+        )
+    ]
 
 
 def _corrections(rows: dict[str, Runs]) -> list[str]:
@@ -395,7 +421,7 @@ def _expectations(runs: list[Result]) -> list[Expectation]:
 
 
 def _frozen_expectation(rows: dict[str, Runs]) -> list[Expectation]:
-    if (found := frozen_minus_learned(rows)) is None:
+    if (found := minus_learned(rows, FROZEN)) is None:
         return []
     gap, by_seed = found
     helps = _learning_helps(gap, by_seed)

@@ -36,33 +36,48 @@ class Router(nn.Module):
 
     def __init__(self, config: MythosConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.experts, config.hidden_size))
+        own = (config.router_loops,) if config.router_loops > 1 else ()
+        self.weight = nn.Parameter(torch.empty(*own, config.experts, config.hidden_size))
         self.register_buffer("balance", torch.zeros(config.experts, dtype=torch.int32))
         self.chosen, self.rate = config.experts_per_token, config.balance_rate
 
     def forward(
         self,
-        x: Float[Tensor, "tokens hidden"],
-        given: Int[Tensor, "tokens chosen"] | None = None,
-    ) -> tuple[Int[Tensor, "tokens chosen"], Float[Tensor, "tokens chosen"]]:
+        x: Float[Tensor, "*rows hidden"],
+        loop: Int[Tensor, "*leading"],
+        given: Int[Tensor, "*rows chosen"] | None = None,
+    ) -> tuple[Int[Tensor, "*rows chosen"], Float[Tensor, "*rows chosen"]]:
         """Return the chosen experts and their weights (fp32 or wider, summing to 1).
 
-        `given` replaces the choice for experiments; weights still come from the affinities.
+        `given` replaces the choice for experiments; weights still come from the affinities. The
+        leading axes of `x` start with those of `loop` (none: one loop for all).
         """
-        scores = self._scores(x)
+        scores = self._scores(x, self._of_loop(loop))
         if given is None:
             affinity = scores.detach().sigmoid()
             given = (affinity + self.balance * self.rate).topk(self.chosen, -1).indices
         # The chosen affinities over their sum, in logarithms: all of them may round to 0.
         return given, F.logsigmoid(scores.gather(-1, given)).softmax(-1)
 
-    def _scores(self, x: Tensor) -> Tensor:
+    def _of_loop(self, loop: Tensor) -> Tensor:
+        """The router of each loop, `(*leading, experts, hidden)`."""
+        if self.weight.ndim == 2:
+            return self.weight
+        which = loop.clamp(max=len(self.weight) - 1)
+        one = self.weight.index_select(0, which.flatten())
+        return one.view(*which.shape, *self.weight.shape[1:])
+
+    def _scores(self, x: Tensor, weight: Tensor) -> Tensor:
         """Affinities before the sigmoid, in fp32 or wider."""
         if autocast_dtype(x.device) is not None:
             with torch.autocast(x.device.type, enabled=False):
-                return self._scores(x)
+                return self._scores(x, weight)
         wide = x.float() if x.itemsize < 4 else x
-        return F.linear(wide, self.weight.to(wide.dtype))
+        weight = weight.to(wide.dtype)
+        if weight.ndim == 2:
+            return F.linear(wide, weight)
+        rows = wide.flatten(1, -2) if wide.ndim > 2 else wide.unsqueeze(1)
+        return (rows @ weight.mT).view(*x.shape[:-1], weight.shape[-2])
 
     @torch.no_grad()
     def rebalance(self, counts: Int[Tensor, " experts"]) -> None:
@@ -76,7 +91,7 @@ class Router(nn.Module):
 
     def flops(self) -> int:
         """Floating-point operations per token, forward."""
-        return 2 * self.weight.numel()
+        return 2 * self.weight.shape[-2] * self.weight.shape[-1]
 
 
 class Experts(nn.Module):
@@ -115,7 +130,7 @@ class Experts(nn.Module):
         depend on who chose the same expert; the rest is padding and gets zeros.
         """
         flat = x.flatten(0, -2)
-        chosen, weights = self.router(flat, None if given is None else given.flatten(0, -2))
+        chosen, weights = (part.flatten(0, -2) for part in self.router(x, loop, given))
         few = chosen.numel() <= FEW_PAIRS and not torch.compiler.is_compiling()
         if alone is not None:
             y = torch.zeros_like(flat)

@@ -363,7 +363,7 @@ class OpenMythos(nn.Module):
         if last == "qk_bias":
             parameter.zero_()
             return
-        stacked = parameter.ndim == 3 and "lora" not in name
+        stacked = parameter.ndim == 3 and "lora" not in name and "router" not in name
         fan_in = parameter.shape[-2] if stacked else parameter.shape[-1]
         scale = 1 / math.sqrt(fan_in)
         if name.endswith((".out.weight", "w_out.weight", "w_out")):

@@ -110,7 +110,7 @@ def test_given_experts_are_weighted_by_their_own_affinities():
 def test_weights_are_shares_of_the_chosen_affinities_and_ignore_the_bias():
     experts, config = layer(dtype=torch.float64)
     x = torch.randn(6, config.hidden_size, dtype=torch.float64)
-    chosen, weights = experts.router(x)
+    chosen, weights = experts.router(x, LOOP)
     affinity = (x @ experts.router.weight.T).sigmoid().gather(1, chosen)
     assert_close(weights, affinity / affinity.sum(1, keepdim=True))
     assert_close(weights.sum(1), torch.ones(6, dtype=torch.float64))
@@ -258,7 +258,7 @@ def test_autocast_multiplies_experts_in_its_dtype_and_routes_in_fp32():
     exact, chosen = experts(x, LOOP)
     with torch.autocast("cpu", torch.bfloat16):
         y, same = experts(x, LOOP)
-        _, weights = experts.router(x)
+        _, weights = experts.router(x, LOOP)
     assert torch.equal(chosen, same)
     assert weights.dtype == torch.float32
     assert not torch.equal(y.float(), exact)

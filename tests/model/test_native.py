@@ -32,6 +32,7 @@ KINDS = [
     {"norm": "sandwich", "qk_bias": True, "injection": "add"},
     {"experts": 0, "feed_forward": "relu2", "rope_pairing": "interleaved", "loop_norm": True},
     {"experts_per_token": 3, "shared_experts": 0, "routed_scale": 1.7, "lora_rank": 3},
+    {"router_loops": 3, "attention": "mla"},
     {"injection": "none", "h0": "e", "kv_heads": 4},
     {"attention": "mla", "experts": 0, "lora_rank": 2},
     {"hidden_size": 40, "head_dim": 8, "expert_size": 24, "feed_forward_size": 72},

@@ -22,6 +22,7 @@ VARIANTS = {
     "two shared experts": {"shared_experts": 2, "routed_scale": 2.5, "balance_rate": 0.1},
     "one expert": {"experts": 1, "experts_per_token": 1},
     "lora": {"lora_rank": 2, "lora_loops": 2},
+    "a router for each loop": {"router_loops": 3},
     "lora dense": {"lora_rank": 2, "experts": 0},
     "no qk norm": {"qk_norm": False},
     "interleaved": {"rope_pairing": "interleaved", "rope_base": 100.0},

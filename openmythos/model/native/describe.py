@@ -221,7 +221,9 @@ def _describe_latent(made: LayerStructure, attention: LatentAttention) -> None:
 
 
 def _describe_experts(made: LayerStructure, part: Experts) -> None:
-    made.experts, made.chosen = len(part.router.weight), part.router.chosen
+    router = part.router.weight
+    made.experts, made.chosen = router.shape[-2], part.router.chosen
+    made.routers = len(router) if router.ndim == 3 else 1
     made.expert_size, made.swiglu = _wide(part.w_out.shape[1]), part.parts == 2
     made.routed_scale, made.balance_rate = part.scale, part.router.rate
     made.router = _numbers(part.router.weight)

@@ -52,7 +52,7 @@ typedef struct {
     int64_t hidden, heads, kv_heads, head_dim;
     int64_t latent, nope, rope, value;  /* of latent attention; latent 0: grouped queries */
     int64_t interleaved, sandwich, swiglu, size;
-    int64_t experts, chosen, expert_size;
+    int64_t experts, chosen, expert_size, routers;
     float eps, routed_scale, balance_rate, score_scale;
     const void *attention_norm, *feed_forward_norm;
     const void *attention_out_norm, *feed_forward_out_norm;  /* null: placement `pre` */
@@ -60,7 +60,7 @@ typedef struct {
     const void *q_norm, *kv_norm, *q_scale, *k_scale;        /* of latent attention */
     const void *kv_up;                                       /* (heads, nope + value, latent) */
     Map qkv, q_down, q_up, kv_down, out, w_in, w_out;
-    const void *router;      /* (experts, hidden) */
+    const void *router;      /* (routers, experts, hidden): loop t has number min(t, routers - 1) */
     const int32_t *balance;  /* (experts) */
     Stack experts_in, experts_out;
 } Layer;
@@ -659,7 +659,9 @@ static void feed_forward(const Layer *l, const Call *call, Thread t, const float
 static void route(const Layer *l, const Call *call, int64_t row, const float *x, float *scores,
                   float *weights) {
     int64_t *choice = call->choice + row * l->chosen;
-    product(x, 1, l->hidden, l->router, l->kind, 0, l->hidden, 0, l->experts, scores, l->experts);
+    int64_t size = l->experts * l->hidden, loop = loop_of(call, row, l->routers - 1);
+    const void *router = at(l->router, loop * size, l->kind);
+    product(x, 1, l->hidden, router, l->kind, 0, l->hidden, 0, l->experts, scores, l->experts);
     if (call->given)
         memcpy(choice, call->given + row * l->chosen, l->chosen * sizeof(int64_t));
     else {

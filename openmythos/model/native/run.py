@@ -452,8 +452,9 @@ def _choice(structure: LayerStructure, *shape: int) -> Tensor | None:
 
 
 def _corrects(structure: LayerStructure) -> bool:
-    """Whether a layer has depth-wise LoRA, and must know each row's loop."""
-    return any(part.rank for part in (structure.qkv, structure.q_up, structure.w_in))
+    """Whether a layer's loops differ, so that it must know each row's."""
+    corrected = (structure.qkv, structure.q_up, structure.w_in)
+    return structure.routers > 1 or any(part.rank for part in corrected)
 
 
 def _pointers(addresses: list[int]) -> ctypes.Array[ctypes.c_void_p]:

@@ -36,7 +36,7 @@ class LayerStructure(ctypes.Structure):
 
     _fields_ = [
         *_fields(_number, "kind hidden heads kv_heads head_dim latent nope rope value"),
-        *_fields(_number, "interleaved sandwich swiglu size experts chosen expert_size"),
+        *_fields(_number, "interleaved sandwich swiglu size experts chosen expert_size routers"),
         *_fields(_real, "eps routed_scale balance_rate score_scale"),
         *_fields(_pointer, "attention_norm feed_forward_norm"),
         *_fields(_pointer, "attention_out_norm feed_forward_out_norm qk_scale qk_bias"),
