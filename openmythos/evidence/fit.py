@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from openmythos.config import MythosConfig
 from openmythos.errors import ConfigError
 from openmythos.model.files import fill, storable
 from openmythos.model.transformer import OpenMythos
@@ -115,7 +116,7 @@ def fit(
     step, seconds, course = 0, 0.0, Course(config)
     if (newest := checkpoint.latest(folder)) is not None:
         found = checkpoint.load(newest)
-        if found.state["asked"] != asked:
+        if _with_defaults(found.state["asked"]) != asked:
             raise ConfigError(
                 f"folder={folder} must hold a training with these settings: choose another folder"
             )
@@ -151,6 +152,12 @@ def fit(
             checkpoint.save(folder, step, tensors, state, keep=1)
     model.eval()
     return time.perf_counter() - started, course.level
+
+
+def _with_defaults(asked: dict[str, Any]) -> dict[str, Any]:
+    """What was asked for, with the fields that the model's config has got since."""
+    model = MythosConfig.from_json(json.dumps(asked["model"]))
+    return {**asked, "model": json.loads(model.to_json())}
 
 
 def _layers(model: OpenMythos, config: FitConfig, largest: Batch) -> AbstractContextManager[None]:

@@ -20,7 +20,7 @@ from openmythos.errors import ConfigError
 from openmythos.model.transformer import OpenMythos
 from openmythos.training.settings import Compile
 
-LEAST_FLOPS = 3e13
+LEAST_FLOPS = 5e13
 """Operations of a training from which compiling pays: about ten minutes of one core."""
 
 _memory: Any = deterministic  # its settings have no types

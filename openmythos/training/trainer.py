@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openmythos.config import MythosConfig
 from openmythos.errors import CheckpointError, ConfigError
 from openmythos.model.files import fill, storable
 from openmythos.model.transformer import MythosOutput, OpenMythos, cross_entropy
@@ -410,18 +411,17 @@ class Trainer:
         return True
 
     def _check(self, state: dict[str, Any], step: int, where: Path) -> None:
-        mine = {
-            "model": json.loads(self.model_config.to_json()),
-            "train": json.loads(json.dumps(dataclasses.asdict(self.config))),
-        }
-        before = train_config(state["train"])
+        before = train_config(state["train"])  # with the fields that have come since
+        model = MythosConfig.from_json(json.dumps(state["model"]))
         if same_until(step, before, self.config):
-            mine["train"] = state["train"]
-        for what in ("model", "train"):
-            for name, value in mine[what].items():
-                if state[what].get(name) != value:
+            before = self.config
+        pairs = ((self.model_config, model), (self.config, before))
+        for mine, theirs in pairs:
+            now, then = dataclasses.asdict(mine), dataclasses.asdict(theirs)
+            for name, value in now.items():
+                if then[name] != value:
                     raise CheckpointError(
-                        f"{name}={value!r} must be {state[what].get(name)!r}, as in {where}: "
+                        f"{name}={value!r} must be {then[name]!r}, as in {where}: "
                         "resume with the settings that the run was started with"
                     )
         text = self.training.source_fingerprint

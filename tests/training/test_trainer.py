@@ -163,6 +163,24 @@ def test_without_a_compiler_a_training_is_not_compiled(monkeypatch):
         compiled.compiling_pays("always", 0.0, cpu)
 
 
+def test_a_run_from_before_a_field_came_goes_on(tmp_path, text, monkeypatch):
+    start(tmp_path, text, steps=3).fit()
+    path, load = tmp_path / "settings.json", checkpoint.load
+    settings = json.loads(path.read_text())
+    del settings["model"]["router_loops"], settings["train"]["compile"]
+    path.write_text(json.dumps(settings))
+
+    def older(folder):
+        found = load(folder)
+        for part, name in (("model", "router_loops"), ("train", "compile")):
+            del found.state[part][name]
+        del found.state["compiled"]
+        return found
+
+    monkeypatch.setattr(checkpoint, "load", older)
+    assert open_run(tmp_path).step == 3
+
+
 def test_a_run_without_a_checkpoint_yet_starts_over(tmp_path, text):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     start(whole, text).fit()
