@@ -81,6 +81,7 @@ class CompiledLayers:
         layers = (*model.prelude, *model.core.layers, *model.coda)
         dynamic = True if sizes_vary else None
         self._calls = [(layer, _with_gradient(layer, dynamic)) for layer in layers]
+        self._on_cpu = model.embed.weight.device.type == "cpu"
         self._before = (False, False, True)
 
     def __enter__(self) -> None:
@@ -89,8 +90,9 @@ class CompiledLayers:
             torch.is_deterministic_algorithms_warn_only_enabled(),
             _memory.fill_uninitialized_memory,
         )
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        _memory.fill_uninitialized_memory = False  # costs time, changes nothing
+        if self._on_cpu:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            _memory.fill_uninitialized_memory = False  # costs time, changes nothing
         for layer, call in self._calls:
             layer.forward = call
 
@@ -102,6 +104,8 @@ class CompiledLayers:
     ) -> None:
         for layer, _ in self._calls:
             del layer.forward
+        if not self._on_cpu:
+            return
         enabled, warn_only, fill = self._before
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         _memory.fill_uninitialized_memory = fill
