@@ -108,7 +108,7 @@ Work = Callable[[], None]
 def train_ours(model: OpenMythos, recipe: str) -> Work:
     """One optimizer step: `same` as theirs, or this package's `default` recipe."""
     ids = torch.randint(0, VOCAB, (BATCH, LENGTH + 1))
-    step = 0
+    step, window = 0, 4 if recipe == "window" else None
     layers: contextlib.AbstractContextManager[None]
     if recipe == "same":
         optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -119,6 +119,11 @@ def train_ours(model: OpenMythos, recipe: str) -> Work:
         )
         bf16 = measure("auto", torch.device("cpu")).precision == "bf16"
         layers = CompiledLayers(model, sizes_vary=True)
+        for threads in (1, 2):  # compile all forms: many sequences in the core, and one
+            torch.set_num_threads(threads)
+            with layers, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+                depths = torch.tensor([3, *[2] * (BATCH // 2), *[1] * (BATCH - 1 - BATCH // 2)])
+                model(ids[:, :-1], depths, backprop_loops=window).logits.float().sum().backward()
 
     def work() -> None:
         nonlocal step
@@ -127,7 +132,6 @@ def train_ours(model: OpenMythos, recipe: str) -> Work:
             drawn = sample_loops("poisson", LOOPS, seed=0, step=step, indices=range(BATCH))
             loops = torch.from_numpy(drawn)
         step += 1
-        window = 4 if recipe == "window" else None
         with layers:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
                 logits = model(ids[:, :-1], loops, backprop_loops=window).logits
