@@ -123,8 +123,8 @@ class TrainConfig:
     """CPU threads. Default: as many as torch takes."""
 
     compile: Compile = "auto"
-    """Compile the layers with torch.compile, which takes half a minute at the start: `auto` does on
-    the CPU where the run is long enough and there is a C++ compiler."""
+    """Compile the layers with torch.compile, which takes one or two minutes at the start: `auto`
+    does on the CPU where the run is long enough and there is a C++ compiler."""
 
     checkpoint_activations: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
