@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from openmythos import MythosConfig, OpenMythos
 from openmythos.model.quantised import quantise
-from openmythos.training.compiled import CompiledLayers
+from openmythos.training.compiled import compiled_layers
 from openmythos.training.depth import sample_loops
 from openmythos.training.machine import matmul_peak, measure
 from openmythos.training.optimizer import build_optimizers
@@ -109,19 +109,19 @@ def train_ours(model: OpenMythos, recipe: str) -> Work:
     """One optimizer step: `same` as theirs, or this package's `default` recipe."""
     ids = torch.randint(0, VOCAB, (BATCH, LENGTH + 1))
     step, window = 0, 4 if recipe == "window" else None
-    layers: contextlib.AbstractContextManager[None]
+    layers: Callable[[], contextlib.AbstractContextManager[None]]
     if recipe == "same":
         optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        bf16, layers = False, contextlib.nullcontext()
+        bf16, layers = False, contextlib.nullcontext
     else:
         optimizer = build_optimizers(
             model.named_parameters(), OptimizerConfig(), fused_splits=model.fused_splits()
         )
         bf16 = measure("auto", torch.device("cpu")).precision == "bf16"
-        layers = CompiledLayers(model, sizes_vary=True)
+        layers = compiled_layers(model, sizes_vary=True)
         for threads in (1, 2):  # compile all forms: many sequences in the core, and one
             torch.set_num_threads(threads)
-            with layers, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            with layers(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
                 depths = torch.tensor([3, *[2] * (BATCH // 2), *[1] * (BATCH - 1 - BATCH // 2)])
                 model(ids[:, :-1], depths, backprop_loops=window).logits.float().sum().backward()
 
@@ -132,7 +132,7 @@ def train_ours(model: OpenMythos, recipe: str) -> Work:
             drawn = sample_loops("poisson", LOOPS, seed=0, step=step, indices=range(BATCH))
             loops = torch.from_numpy(drawn)
         step += 1
-        with layers:
+        with layers():
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
                 logits = model(ids[:, :-1], loops, backprop_loops=window).logits
             F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten()).backward()

@@ -29,7 +29,7 @@ from openmythos.errors import ConfigError
 from openmythos.model.files import fill, storable
 from openmythos.model.transformer import OpenMythos
 from openmythos.training import checkpoint
-from openmythos.training.compiled import CompiledLayers, compiling_pays
+from openmythos.training.compiled import compiled_layers, compiling_pays
 from openmythos.training.optimizer import build_optimizers
 from openmythos.training.settings import OptimizerConfig, schedule
 
@@ -125,12 +125,13 @@ def fit(
         step, seconds = found.step, found.state["seconds"]
         course.level, course.mean = found.state["level"], found.state["mean"]
     started, losses = time.perf_counter() - seconds, []
-    layers = _layers(model, config, batch(0, config.levels - 1))
+    if step < config.steps:
+        layers = _layers(model, config, batch(0, config.levels - 1))
     model.train()
     while step < config.steps:
         optimizers.set_lr(schedule(step, config.steps, config.optimizer))
         optimizers.zero_grad()
-        with layers:
+        with layers():
             loss, loads = _loss(model, batch(step, course.level), config)
             loss.backward()
         norm = optimizers.step()
@@ -160,16 +161,17 @@ def _with_defaults(asked: dict[str, Any]) -> dict[str, Any]:
     return {**asked, "model": json.loads(model.to_json())}
 
 
-def _layers(model: OpenMythos, config: FitConfig, largest: Batch) -> AbstractContextManager[None]:
-    """Compile the layers where the training is long; a context for its steps."""
+def _layers(
+    model: OpenMythos, config: FitConfig, largest: Batch
+) -> Callable[[], AbstractContextManager[None]]:
+    """Compile the layers where the training is long; return what makes contexts for its steps."""
     tokens, length = largest.token_ids.numel(), largest.token_ids.shape[-1]
-    loops = float(torch.as_tensor(largest.loops).float().mean())
-    once, loop = model.flops(length // 2, 0), model.core.flops(length // 2)
-    flops = 3 * config.steps * tokens * (once + loops * loop)
-    one_size = config.levels == 1 and not isinstance(largest.loops, Tensor)
+    loops = round(float(torch.as_tensor(largest.loops).float().mean()))
+    flops = 3 * config.steps * tokens * model.flops(length // 2, loops)
     if not compiling_pays("auto", flops, torch.device("cpu")):
-        return nullcontext()
-    return CompiledLayers(model, sizes_vary=not one_size)
+        return nullcontext
+    one_size = config.levels == 1 and not isinstance(largest.loops, Tensor)
+    return compiled_layers(model, sizes_vary=not one_size)
 
 
 class Course:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from openmythos.inference.pages import PAGE, Layout
 from openmythos.inference.scheduler import Row, Track
-from openmythos.model.attention import ATTENTION
 from openmythos.model.cache import Declaration, Entries, Place, Span
 from openmythos.model.core import Rows
 from openmythos.model.halting import Divergence, Memory, Rule
@@ -134,10 +133,8 @@ class Passes:
         self.seats: list[int] = []  # free ones; seat 0 is that of padding
 
     def _rope_table(self) -> Rope:
-        config = self.config
-        dim = ATTENTION[config.attention].rope_dim(config)
-        positions = torch.arange(config.max_length, device=self.device)
-        table = rope_table(positions, dim, config.rope_base, config.rope_pairing, self.dtype)
+        positions = torch.arange(self.config.max_length, device=self.device)
+        table = rope_table(positions, *self.model.rope_kind())
         return table.per_head()
 
     def keep_rules(

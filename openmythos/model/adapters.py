@@ -12,6 +12,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def loop_linear(
+    x: Float[Tensor, "*rows inputs"],
+    stack: Float[Tensor, "loops outputs inputs"],
+    loop: Int[Tensor, "*leading"],
+) -> Float[Tensor, "*rows outputs"]:
+    """Multiply `x` by the matrix of its loop; loops past the last matrix use the last.
+
+    The leading axes of `x` start with those of `loop` (none: one loop for all).
+    """
+    loop = loop.clamp(max=len(stack) - 1)
+    if loop.ndim == 0:
+        return F.linear(x, stack.index_select(0, loop.reshape(1))[0])
+    rows = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)  # (leading, tokens, inputs)
+    y = rows @ stack.index_select(0, loop).transpose(1, 2)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
 class LoopLora(nn.Module):
     """`up[loop] @ down[loop] @ x`, with `loop` clamped to the last correction there is."""
 
@@ -25,15 +42,7 @@ class LoopLora(nn.Module):
         self, x: Float[Tensor, "*rows inputs"], loop: Int[Tensor, "*leading"]
     ) -> Float[Tensor, "*rows outputs"]:
         """Correct `x`, whose leading axes start with those of `loop` (none: one loop for all)."""
-        loop = loop.clamp(max=self.loops - 1)
-        if loop.ndim == 0:
-            one = loop.reshape(1)
-            down, up = self.down.index_select(0, one)[0], self.up.index_select(0, one)[0]
-            return F.linear(F.linear(x, down), up)
-        down, up = self.down.index_select(0, loop), self.up.index_select(0, loop)
-        rows = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)  # (leading, tokens, inputs)
-        y = rows @ down.transpose(1, 2) @ up.transpose(1, 2)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return loop_linear(loop_linear(x, self.down, loop), self.up, loop)
 
 
 class LoopLinear(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openmythos.config import MythosConfig
+from openmythos.model.adapters import loop_linear
 from openmythos.model.feed_forward import FEED_FORWARD, FeedForward
 from openmythos.model.grouped import grouped_linear
 from openmythos.model.remade import remade
@@ -52,32 +53,21 @@ class Router(nn.Module):
         `given` replaces the choice for experiments; weights still come from the affinities. The
         leading axes of `x` start with those of `loop` (none: one loop for all).
         """
-        scores = self._scores(x, self._of_loop(loop))
+        scores = self._scores(x, loop)
         if given is None:
             affinity = scores.detach().sigmoid()
             given = (affinity + self.balance * self.rate).topk(self.chosen, -1).indices
         # The chosen affinities over their sum, in logarithms: all of them may round to 0.
         return given, F.logsigmoid(scores.gather(-1, given)).softmax(-1)
 
-    def _of_loop(self, loop: Tensor) -> Tensor:
-        """The router of each loop, `(*leading, experts, hidden)`."""
-        if self.weight.ndim == 2:
-            return self.weight
-        which = loop.clamp(max=len(self.weight) - 1)
-        one = self.weight.index_select(0, which.flatten())
-        return one.view(*which.shape, *self.weight.shape[1:])
-
-    def _scores(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _scores(self, x: Tensor, loop: Tensor) -> Tensor:
         """Affinities before the sigmoid, in fp32 or wider."""
         if autocast_dtype(x.device) is not None:
             with torch.autocast(x.device.type, enabled=False):
-                return self._scores(x, weight)
+                return self._scores(x, loop)
         wide = x.float() if x.itemsize < 4 else x
-        weight = weight.to(wide.dtype)
-        if weight.ndim == 2:
-            return F.linear(wide, weight)
-        rows = wide.flatten(1, -2) if wide.ndim > 2 else wide.unsqueeze(1)
-        return (rows @ weight.mT).view(*x.shape[:-1], weight.shape[-2])
+        weight = self.weight.to(wide.dtype)
+        return F.linear(wide, weight) if weight.ndim == 2 else loop_linear(wide, weight, loop)
 
     @torch.no_grad()
     def rebalance(self, counts: Int[Tensor, " experts"]) -> None:

@@ -131,7 +131,7 @@ class OpenMythos(nn.Module):
         noted = bool(return_states) or return_routing
         plain = all(given is None for given in (mask, positions, h0, routing, rule)) and not noted
         if cache is not None and isinstance(loops, int) and plain:
-            done = self._decode(token_ids, loops, cache)
+            done = self._in_one_call(token_ids, loops, cache)
             if done is not None:
                 return done
         span = self._span(token_ids, cache, mask, loops)
@@ -161,7 +161,7 @@ class OpenMythos(nn.Module):
         taken = core.loops if span.real is None else core.loops * span.real
         return MythosOutput(logits, taken, core.notes, core.routing, core.states, core.ponder)
 
-    def _decode(self, token_ids: Tensor, loops: int, cache: Cache) -> MythosOutput | None:
+    def _in_one_call(self, token_ids: Tensor, loops: int, cache: Cache) -> MythosOutput | None:
         """Run everything in one native call where few tokens allow it."""
         batch, sequence = token_ids.shape
         cache.make_room(sequence, None, loops)
@@ -290,13 +290,14 @@ class OpenMythos(nn.Module):
         if positions is None and span.start is not None:  # the same for every sequence
             return self._rope_from(span.start, span.sequence)
         where = span.index if positions is None else positions
-        return rope_table(where, *self._rope_kind()).per_head()
+        return rope_table(where, *self.rope_kind()).per_head()
 
     def _rope_from(self, start: int, count: int) -> Rope:
         """Angles of `count` positions from `start` on."""
-        return rope_rows(start, count, *self._rope_kind(), self.embed.weight.device).per_head()
+        return rope_rows(start, count, *self.rope_kind(), self.embed.weight.device).per_head()
 
-    def _rope_kind(self) -> tuple[int, float, RopePairing, torch.dtype]:
+    def rope_kind(self) -> tuple[int, float, RopePairing, torch.dtype]:
+        """Return what `rope_table` needs beside positions."""
         config = self.config
         dim = ATTENTION[config.attention].rope_dim(config)
         return dim, config.rope_base, config.rope_pairing, self.embed.weight.dtype

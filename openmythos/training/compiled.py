@@ -7,9 +7,9 @@ shapes, and each would be compiled anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ from openmythos.training.settings import Compile
 LEAST_FLOPS = 5e13
 """Operations of a training from which compiling pays: about ten minutes of one core."""
 
-_memory: Any = deterministic  # its settings have no types
-
 VARIANTS = 64
 """Most times that torch compiles a layer: by kind, dtype, and one or many loops in a call."""
+
+_memory: Any = deterministic  # its settings have no types
 
 
 def compiling_pays(choice: Compile, flops: float, device: torch.device) -> bool:
@@ -61,52 +61,50 @@ def _problem() -> str | None:
     return None
 
 
-class CompiledLayers:
-    """A context in which layers run compiled wherever they carry gradient.
+def compiled_layers(
+    model: OpenMythos, *, sizes_vary: bool
+) -> Callable[[], AbstractContextManager[None]]:
+    """Return what makes contexts in which layers run compiled wherever they carry gradient.
 
-    A run that is interrupted inside and goes on in another process gives the same bits: sums over
-    chosen rows keep their order, which torch must be asked for in compiled code.
+    A run that is interrupted and goes on in another process gives the same bits: sums over chosen
+    rows keep their order, which torch must be asked for in compiled code.
+
+    Args:
+        model: its layers are compiled when they first run.
+        sizes_vary: whether batches differ in size from step to step or loop to loop; one compiled
+            form then serves them all, in whichever order they come.
     """
+    limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    torch._dynamo.config.recompile_limit = limit
+    dynamic = True if sizes_vary else None
+    layers = (*model.prelude, *model.core.layers, *model.coda)
+    calls = [(layer, _with_gradient(layer, dynamic)) for layer in layers]
+    on_cpu = model.embed.weight.device.type == "cpu"
 
-    def __init__(self, model: OpenMythos, *, sizes_vary: bool) -> None:
-        """Prepare; a layer is compiled when it first runs.
+    @contextmanager
+    def running() -> Iterator[None]:
+        with _ordered_sums() if on_cpu else nullcontext():
+            for layer, call in calls:
+                layer.forward = call
+            try:
+                yield
+            finally:
+                for layer, _ in calls:
+                    del layer.forward
 
-        Args:
-            model: its layers are compiled.
-            sizes_vary: whether batches differ in size from step to step or loop to loop; one
-                compiled form then serves them all, in whichever order they come.
-        """
-        limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
-        torch._dynamo.config.recompile_limit = limit
-        layers = (*model.prelude, *model.core.layers, *model.coda)
-        dynamic = True if sizes_vary else None
-        self._calls = [(layer, _with_gradient(layer, dynamic)) for layer in layers]
-        self._on_cpu = model.embed.weight.device.type == "cpu"
-        self._before = (False, False, True)
+    return running
 
-    def __enter__(self) -> None:
-        self._before = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-            _memory.fill_uninitialized_memory,
-        )
-        if self._on_cpu:
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            _memory.fill_uninitialized_memory = False  # costs time, changes nothing
-        for layer, call in self._calls:
-            layer.forward = call
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for layer, _ in self._calls:
-            del layer.forward
-        if not self._on_cpu:
-            return
-        enabled, warn_only, fill = self._before
+@contextmanager
+def _ordered_sums() -> Iterator[None]:
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = _memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    _memory.fill_uninitialized_memory = False  # costs time, changes nothing
+    try:
+        yield
+    finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         _memory.fill_uninitialized_memory = fill
 

@@ -28,7 +28,7 @@ from openmythos.errors import CheckpointError, ConfigError
 from openmythos.model.files import fill, storable
 from openmythos.model.transformer import MythosOutput, OpenMythos, cross_entropy
 from openmythos.training import checkpoint
-from openmythos.training.compiled import CompiledLayers, compiling_pays
+from openmythos.training.compiled import compiled_layers, compiling_pays
 from openmythos.training.depth import backprop_loops, sample_loops
 from openmythos.training.evaluate import Evaluation, evaluate
 from openmythos.training.gate import GateReport, Labelled, train_gate
@@ -81,7 +81,7 @@ class Trainer:
             torch.set_num_threads(self.config.threads)
         self.machine: Machine | None = None
         self.compiled: bool | None = None
-        self._layers: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        self._layers: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self.model = OpenMythos(self.model_config, seed=self.config.seed).to(self.device)
         self.model.core.checkpointing = self.config.checkpoint_activations
         self._choose_parameters()
@@ -121,11 +121,11 @@ class Trainer:
         if self.machine is None:
             self.machine = measure(self.config.precision, self.device)
         if self.compiled is None:
-            all_depths = np.full(self.config.batch_size, self.model_config.mean_loops)
-            flops = self.config.steps * self._flops(all_depths)
+            depths = np.full(self.config.batch_size, self.model_config.mean_loops)
+            flops = self.config.steps * self._flops(depths)
             self.compiled = compiling_pays(self.config.compile, flops, self.device)
         if self.compiled:
-            self._layers = CompiledLayers(self.model, sizes_vary=self.config.depth != "fixed")
+            self._layers = compiled_layers(self.model, sizes_vary=self.config.depth != "fixed")
 
     def _between_steps(self, write: Report) -> None:
         done = self.step == self.config.steps
@@ -199,7 +199,7 @@ class Trainer:
         depth = self._depth(samples)
         total, loads, flops = 0.0, None, 0.0
         for part in np.split(np.arange(config.batch_size), config.accumulation):
-            with self._layers:
+            with self._layers():
                 out, loss = self._forward(samples[part], depth[part])
                 (loss / config.tokens_per_step).backward()
             total += float(loss.detach())

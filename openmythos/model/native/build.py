@@ -119,11 +119,11 @@ def _load(path: Path) -> ctypes.CDLL:
         *(pointer, number),  # rows
         *(pointer, pointer, number),  # result, scratch, threads
     ]
+    found.run_linear.restype = None
     found.run_constants.argtypes = [
         *(pointer, pointer, number),  # raw numbers
         *(ctypes.c_float, ctypes.c_float),  # floor, largest step
         *(pointer, pointer),  # results
     ]
     found.run_constants.restype = None
-    found.run_linear.restype = None
     return found

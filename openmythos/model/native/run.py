@@ -54,9 +54,7 @@ _scratch = threading.local()
 
 def takes(x: Tensor) -> bool:
     """Whether the native code takes rows `(*rows, width)`: on the CPU, without gradient."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.dtype not in FLOATS:
-        return False
-    return takes_rows(x, x.shape[-1])
+    return x.dtype in FLOATS and takes_rows(x, x.shape[-1])
 
 
 def takes_rows(x: Tensor, width: int) -> bool:
@@ -221,9 +219,9 @@ def _run_core(
     leaving = None if exits is None else exits.structure(h.shape[-1])
     drive = rows.drive.contiguous() if kind != "none" else None
     carry = rows.carry.float().contiguous() if kind in ("lti", "free") else None
-    layers = _pointers([ctypes.addressof(part) for part in structures])
-    keys = _pointers([part[0].data_ptr() for part in kept])
-    values = _pointers([part[-1].data_ptr() for part in kept])
+    layers = pointers([ctypes.addressof(part) for part in structures])
+    keys = pointers([part[0].data_ptr() for part in kept])
+    values = pointers([part[-1].data_ptr() for part in kept])
     run = CoreStructure(
         loops=loops,
         layers=len(structures),
@@ -303,9 +301,9 @@ def _run_outer(
     if hooked(layers) or entries is None:
         return False
     call = _call(structures, h, rope, entries)
-    addresses = _pointers([ctypes.addressof(part) for part in structures])
-    keys = _pointers([part[0].data_ptr() for part in kept])
-    values = _pointers([part[-1].data_ptr() for part in kept])
+    addresses = pointers([ctypes.addressof(part) for part in structures])
+    keys = pointers([part[0].data_ptr() for part in kept])
+    values = pointers([part[-1].data_ptr() for part in kept])
     outer = OuterStructure.from_buffer_copy(template)
     outer.layers, outer.layer = len(structures), ctypes.addressof(addresses)
     outer.keys, outer.values = ctypes.addressof(keys), ctypes.addressof(values)
@@ -457,7 +455,8 @@ def _corrects(structure: LayerStructure) -> bool:
     return structure.routers > 1 or any(part.rank for part in corrected)
 
 
-def _pointers(addresses: list[int]) -> ctypes.Array[ctypes.c_void_p]:
+def pointers(addresses: list[int]) -> ctypes.Array[ctypes.c_void_p]:
+    """An array of addresses."""
     return (ctypes.c_void_p * len(addresses))(*addresses)
 
 

@@ -22,6 +22,7 @@ from openmythos.model.native.run import (
     matrix_structure,
     numbers_read,
     plain,
+    pointers,
     takes_rows,
     threads_for,
 )
@@ -51,7 +52,9 @@ class Plan:
         sequence: int,
         outside: Outside,
         structures: list[LayerStructure],
+        drive: LinearStructure | None,
     ) -> None:
+        """`drive` is the map from the prelude's output to what enters each loop, where one is."""
         config, rows = model.config, cache.batch_size * sequence
         self.sequence, self.outside, self.structures = sequence, outside, structures
         self.addresses = _addresses(cache)
@@ -75,7 +78,7 @@ class Plan:
             _with_layers(outside.before, self._layers[0]),
             _with_layers(outside.after, self._layers[1]),
         ]
-        self._drive = _drive(model, self._constants)
+        self._drive = drive
         own = [numbers_read(structures[number]) for number in outer]
         self._model = ModelStructure(
             before=ctypes.addressof(self._parts[0]),
@@ -100,6 +103,8 @@ class Plan:
 
             decay = model.core.injection.decay
             self._model.step, self._model.rate = decay.step.data_ptr(), decay.rate.data_ptr()
+            assert drive is not None
+            drive.times = self._constants[0].data_ptr()
             self._model.floor, self._model.largest = FLOOR, LARGEST_STEP
         self._call = CallStructure(rows=rows, rope_rows=sequence, h=self._rows[0].data_ptr())
         self._call.first = self._first.ctypes.data
@@ -171,9 +176,9 @@ class _Layers:
         self.structures = structures
         kept = [list(store.data.values()) for store in stores]
         self._arrays = [
-            _pointers([ctypes.addressof(part) for part in structures]),
-            _pointers([part[0].data_ptr() for part in kept]),
-            _pointers([part[-1].data_ptr() for part in kept]),
+            pointers([ctypes.addressof(part) for part in structures]),
+            pointers([part[0].data_ptr() for part in kept]),
+            pointers([part[-1].data_ptr() for part in kept]),
         ]
         self.layer, self.keys, self.values = map(ctypes.addressof, self._arrays)
 
@@ -211,9 +216,13 @@ def _made(model: OpenMythos, cache: Cache, sequence: int) -> Plan | None:
     if outside is None or len(known) < len(structures) or not plain(norm):
         return None
     kinds = {KINDS.get(cache.dtype)}
-    if kinds != {part.kind for part in known} or _drive_fails(model):
+    if kinds != {part.kind for part in known}:
         return None
-    return Plan(model, cache, sequence, outside, known)
+    weight = getattr(model.core.injection, "weight", None)
+    drive = None if weight is None else matrix_structure(weight)
+    if weight is not None and drive is None:
+        return None
+    return Plan(model, cache, sequence, outside, known, drive)
 
 
 def _layers(model: OpenMythos) -> list[Layer]:
@@ -231,21 +240,3 @@ def _with_layers(template: OuterStructure, layers: _Layers) -> OuterStructure:
     made.layers, made.layer = len(layers.structures), layers.layer
     made.keys, made.values = layers.keys, layers.values
     return made
-
-
-def _drive_fails(model: OpenMythos) -> bool:
-    weight = getattr(model.core.injection, "weight", None)
-    return weight is not None and matrix_structure(weight) is None
-
-
-def _drive(model: OpenMythos, constants: Tensor) -> LinearStructure | None:
-    """The map from the prelude's output to what enters each loop; None: there is none."""
-    weight = getattr(model.core.injection, "weight", None)
-    made = None if weight is None else matrix_structure(weight)
-    if made is not None and model.config.injection == "lti":
-        made.times = constants[0].data_ptr()
-    return made
-
-
-def _pointers(addresses: list[int]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(addresses))(*addresses)
