@@ -92,7 +92,7 @@ def run(settings: Settings) -> None:
 
 
 def _model(name: str) -> OpenMythos:
-    from openmythos.training.trainer import default_device
+    from openmythos.training.machine import default_device
 
     if name in SCALES:
         from openmythos.config import MythosConfig

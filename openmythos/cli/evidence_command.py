@@ -6,8 +6,9 @@ Examples:
     openmythos evidence depth-extrapolation         # hours; the published figures
     openmythos evidence routing --published docs    # only what docs/evidence does not have
 
-Trainings keep checkpoints in --work and go on where they were stopped. The figures, as JSON and
-PNG, the page with every claim's numbers and the gallery go to --out.
+Trainings run on the GPU where there is one, keep checkpoints in --work, and go on where they were
+stopped. The figures, as JSON and PNG, the page with every claim's numbers and the gallery go to
+--out.
 """
 
 from __future__ import annotations

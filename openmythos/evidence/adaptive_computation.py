@@ -92,6 +92,7 @@ def _cell(study: Study, seed: int) -> Cell:
 def run(study: Study, folder: Path, say: Say) -> Result:
     """Train, fit the gate, measure; train with exits, fit the gate anew, measure again."""
     model, took = study.training.train(folder / "model", say)
+    model.cpu()
     say("training the gate")
     before = _with_gate(model, study, say)
     say("training with exits")
@@ -269,7 +270,7 @@ def _train_with_exits(model: OpenMythos, study: Study, folder: Path, say: Say) -
         random = np.random.default_rng([study.training.seed, 13, step])
         hops = int(random.integers(1, TRAINED_HOPS + 1))
         chains = TASK.chains(random, 24, hops, 2 * TRAINED_HOPS)
-        token_ids = torch.from_numpy(chains.token_ids)
+        token_ids = torch.from_numpy(chains.token_ids).to(model.embed.weight.device)
         model.eval()
         with torch.no_grad():
             loops = model(token_ids, study.budget, halting="gate").loops
@@ -280,6 +281,7 @@ def _train_with_exits(model: OpenMythos, study: Study, folder: Path, say: Say) -
         say(f"step {step} of {config.steps}, loss {loss:.4f}")
 
     fit(model, batch, config, folder, report=report)
+    model.cpu()
 
 
 def _text(_: Path, say: Say) -> Result:

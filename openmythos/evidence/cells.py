@@ -17,6 +17,7 @@ import torch
 
 from openmythos.errors import CheckpointError
 from openmythos.files import write_atomically
+from openmythos.training.machine import device_name
 
 Result = dict[str, Any]
 """What a cell measured, as JSON has it."""
@@ -55,7 +56,8 @@ def run_cells(cells: Iterable[Cell], work: Path, say: Say) -> dict[str, Result]:
             folder.mkdir(parents=True, exist_ok=True)
             started = time.perf_counter()
             measured = cell.run(folder, _prefixed(say, cell.name))
-            kept = {"settings": _as_json(cell.settings), "torch": torch.__version__, **measured}
+            where = {"torch": torch.__version__, "device": device_name()}
+            kept = {"settings": _as_json(cell.settings), **where, **measured}
             kept.setdefault("seconds", time.perf_counter() - started)
             _keep(folder, kept)
         results[cell.name] = kept

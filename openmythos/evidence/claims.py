@@ -83,7 +83,7 @@ def reproduce(name: str, how: Reproduction, say: Callable[[str], None]) -> Writt
         CheckpointError: kept results were made with other settings, or published ones are damaged.
     """
     from openmythos.evidence.cells import read_result, run_cells, take_results
-    from openmythos.evidence.report import read_claim, write_claim, write_pages
+    from openmythos.evidence.report import read_claim, with_devices, write_claim, write_pages
     from openmythos.training.figures import save
 
     module = claim(name)
@@ -101,7 +101,7 @@ def reproduce(name: str, how: Reproduction, say: Callable[[str], None]) -> Writt
     run_cells(chosen, work, say)
     found = {cell.name: read_result(work / cell.name, cell) for cell in cells}
     results: dict[str, Result] = {key: value for key, value in found.items() if value is not None}
-    section = module.conclude(results)
+    section = with_devices(module.conclude(results), results)
     content = {"claim": name, "command": command(name, how), "results": results}
     picture = save(module.draw_figure(results), how.out / "evidence" / f"{name}.png")
     files = [write_claim(how.out, name, content, section), picture]

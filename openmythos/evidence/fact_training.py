@@ -317,10 +317,11 @@ def read_entities(
     model: OpenMythos, task: FactTask, asked: Chains, depth: int
 ) -> Int[Tensor, "loops batch sequence"]:
     """Return the entity that each place names after each loop."""
-    out = model(torch.from_numpy(asked.token_ids), depth, return_states=True)
+    token_ids = torch.from_numpy(asked.token_ids).to(model.embed.weight.device)
+    out = model(token_ids, depth, return_states=True)
     assert out.states is not None
     named = [model.decode(h)[..., : task.entities].argmax(-1) for h in out.states]
-    return torch.stack(named)
+    return torch.stack(named).cpu()
 
 
 def _answers(asked: Chains) -> Tensor:

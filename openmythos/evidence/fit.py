@@ -12,8 +12,8 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from openmythos.model.files import fill, storable
 from openmythos.model.transformer import OpenMythos
 from openmythos.training import checkpoint
 from openmythos.training.compiled import compiled_layers, compiling_pays
+from openmythos.training.machine import default_device
 from openmythos.training.optimizer import build_optimizers
 from openmythos.training.settings import OptimizerConfig, schedule
 
@@ -45,6 +46,11 @@ class Batch(NamedTuple):
     """The wanted token at each place, or `IGNORE`."""
     loops: int | Tensor
     """How many the step runs: one number, or one for each token."""
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        loops = self.loops.to(device) if isinstance(self.loops, Tensor) else self.loops
+        return Batch(self.token_ids.to(device), self.targets.to(device), loops)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +90,8 @@ def fit(
 ) -> tuple[float, int]:
     """Train `model` in place, from the newest checkpoint of `folder` if there is one.
 
+    It is trained, and stays, on the GPU where there is one.
+
     Args:
         model: as initialised.
         batch: gives the batch of a step at a level, both from 0.
@@ -103,6 +111,9 @@ def fit(
         ConfigError: the folder was made with other settings.
     """
     torch.set_flush_denormal(True)
+    device = default_device()
+    products = _tensor_cores if device.type == "cuda" else nullcontext
+    model.to(device)
     for name, parameter in model.named_parameters():
         held = name.startswith("core.gate.") or not set(name.split(".")).isdisjoint(frozen)
         parameter.requires_grad_(not held)
@@ -131,8 +142,8 @@ def fit(
     while step < config.steps:
         optimizers.set_lr(schedule(step, config.steps, config.optimizer))
         optimizers.zero_grad()
-        with layers():
-            loss, loads = _loss(model, batch(step, course.level), config)
+        with layers(), products():
+            loss, loads = _loss(model, batch(step, course.level).to(device), config)
             loss.backward()
         norm = optimizers.step()
         if loads is not None:
@@ -168,10 +179,21 @@ def _layers(
     tokens, length = largest.token_ids.numel(), largest.token_ids.shape[-1]
     loops = round(float(torch.as_tensor(largest.loops).float().mean()))
     flops = 3 * config.steps * tokens * model.flops(length // 2, loops)
-    if not compiling_pays("auto", flops, torch.device("cpu")):
+    if not compiling_pays("auto", flops, model.embed.weight.device):
         return nullcontext
     one_size = config.levels == 1 and not isinstance(largest.loops, Tensor)
     return compiled_layers(model, sizes_vary=not one_size)
+
+
+@contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """Take fp32 products in TF32, which is several times faster and exact enough to learn by."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Course:

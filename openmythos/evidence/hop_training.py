@@ -184,12 +184,13 @@ def answers(
     model: OpenMythos, chains: Chains, loops: Sequence[int], *, h0: Tensor | None = None
 ) -> dict[int, Tensor]:
     """Return the entity named at the end of each chain, `(batch,)`, for each number of loops."""
-    parts = torch.from_numpy(chains.token_ids).split(TOGETHER)
-    firsts = [None] * len(parts) if h0 is None else h0.split(TOGETHER)
+    device = model.embed.weight.device
+    parts = torch.from_numpy(chains.token_ids).to(device).split(TOGETHER)
+    firsts = [None] * len(parts) if h0 is None else h0.to(device).split(TOGETHER)
     entities = slice(0, TASK.entities)
     found: dict[int, list[Tensor]] = {depth: [] for depth in loops}
     for token_ids, first in zip(parts, firsts, strict=True):
         states = model(token_ids, max(loops), return_states=True, h0=first).states
         for depth, named in found.items():
-            named.append(model.decode(states[depth - 1])[:, -1, entities].argmax(-1))
+            named.append(model.decode(states[depth - 1])[:, -1, entities].argmax(-1).cpu())
     return {depth: torch.cat(named) for depth, named in found.items()}

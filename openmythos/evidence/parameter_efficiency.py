@@ -2,16 +2,16 @@
 
 Same text, tokens, order, tokenizer, optimizers and schedule; dense on both sides. A plain model's
 layers have about the looped model's width inside, and that width makes its parameters exactly the
-ratio's, embedding included. Each row's learning rate is chosen once, among `RATES`, by whole
-trainings of seed 0, on held-out documents that are not the test text: after 1/8 of the tokens the
-highest rate was ahead for every row, and at the end it was not. The looped model is read at the
-mean loops of its training: no depth is chosen. Of several looped shapes that were tried, all are in
-the table, and the held-out documents for choosing decide which one is compared; see `headline`.
+ratio's, embedding included. The learning rates of the rows with all seeds are chosen among `RATES`
+by whole trainings of seed 0, on held-out documents that are not the test text; the others take the
+rate of the row they stand nearest to. The looped model is read at the mean loops of its training:
+no depth is chosen. Of several looped shapes that were tried, all are in the table, and the
+documents for choosing decide which one is compared; see `headline`.
 
 What could refute it: the plain model of the looped one's parameters trained with as many
-operations instead (iso-FLOP), which shows whether loops are just more computation; larger plain
-models at equal tokens; and, for reasoning, plain models of 1.69 and 5 times the parameters on
-chains of 20 hops.
+operations instead, or more (iso-FLOP), which shows whether loops are just more computation;
+larger plain models at equal tokens; and, for reasoning, plain models of 1.69 and 5 times the
+parameters on chains of 20 hops.
 
 Trainings may run side by side in several processes, by `--only`; then run `--only tune` first.
 """
@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,45 +31,63 @@ from openmythos.evidence.paired import Runs, common_seeds, difference, mean, row
 from openmythos.evidence.report import Expectation, Section, spread, table
 from openmythos.evidence.text_training import PLAIN, TextTraining, read_texts, work_of
 from openmythos.model.accounting import on_meta, parameters
+from openmythos.training.settings import DepthLaw
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "Parameter efficiency: one looped model against plain ones of up to twice its size"
-HOURS = 15.0
+HOURS = 62.0
 """Of one core, for everything with three seeds."""
 
 
-def looped(prelude: int, core: int, loops: int, coda: int, **more: Any) -> TextTraining:
+WIDTH = 192
+
+
+def looped(
+    prelude: int, core: int, loops: int, coda: int, *, depth: DepthLaw = "near", **more: Any
+) -> TextTraining:
     """Return a looped model of `prelude` + `core` x `loops` + `coda` layers."""
     shape = {
         "prelude_layers": prelude,
         "core_layers": core,
         "mean_loops": loops,
         "coda_layers": coda,
+        "hidden_size": WIDTH,
     }
-    return TextTraining(shape=shape, **more)
+    return TextTraining(shape={**shape, **more}, depth=depth, vocab_size=4096, steps=1840)
 
 
 VARIANTS = {
-    "looped-1+3x4+0": looped(1, 3, 4, 0),
+    "looped-1+2x6+1": looped(1, 2, 6, 1),
+    "looped-0+4x4+0": looped(0, 4, 4, 0),
     "looped-1+2x4+1": looped(1, 2, 4, 1),
+    "looped-1+2x8+1": looped(1, 2, 8, 1),
+    "looped-1+3x4+0": looped(1, 3, 4, 0),
+    "looped-1+1x6+0-wide": looped(1, 1, 6, 0, hidden_size=256),
+    "looped-1+2x4+1-fixed": looped(1, 2, 4, 1, depth="fixed"),
+    "looped-1+2x4+1-lora": looped(1, 2, 4, 1, lora_rank=4, feed_forward_size=704),
+    "looped-1+2x4+1-peri": looped(1, 2, 4, 1, norm="peri"),
+    "looped-1+2x4+1-norm": looped(1, 2, 4, 1, core_output="norm"),
+    "looped-1+2x4+1-add": looped(1, 2, 4, 1, injection="add"),
 }
-"""Looped shapes that were tried, each with the same parameters; the first gets all seeds. What a
-core layer is worth grows with the share of layers in the core and with the loops, what it costs
-with their product. `depth="near"` keeps the loops of training within one of the mean: a wide law
-costs a language model loss."""
+"""Looped shapes that were tried, with the same parameters within 2 %. What a core layer is worth
+grows with the share of layers in the core and with the loops, what it costs with their product.
+`depth="near"` keeps the loops of training within one of the mean: a wide law costs a language model
+loss. A training with LoRA has narrower feed-forwards for it."""
 
 MAIN = next(iter(VARIANTS))
 RATIOS = {"plain-1.0x": 1.0, "plain-1.3x": 1.3, "plain-1.69x": 1.69, "plain-2x": 2.0}
 ISO_FLOP = "plain-1.0x-iso-flop"
-SEEDED = (MAIN, "plain-1.0x", "plain-1.69x")
-"""Rows with all seeds; the others have one."""
+SEEDED = (MAIN, "looped-0+4x4+0", "plain-1.0x", "plain-1.69x")
+"""Rows with all seeds and a learning rate of their own; the others have one seed."""
+TUNED_AS = {"plain-1.3x": "plain-1.0x", "plain-2x": "plain-1.69x", ISO_FLOP: "plain-1.0x"}
+"""Whose learning rate a row takes; where it is not named here and has none of its own, `MAIN`'s."""
 
 TEXT_ROWS = ("looped-", "plain-")
 """How the names of rows of text begin, beside tuning and hops."""
 
-RATES = (1.0, 2.0)
+RATES = (0.5, 1.0, 2.0)
 """What the learning rates of the default recipe are multiplied by."""
 
 QUICK: dict[str, Any] = {
@@ -86,11 +104,14 @@ def trainings(*, quick: bool) -> dict[str, TextTraining]:
     if quick:
         main = VARIANTS[MAIN]
         small = dataclasses.replace(main, shape={**main.shape, "hidden_size": QUICK_WIDTH}, **QUICK)
-        return {MAIN: small} | {name: plain_of(RATIOS[name], small) for name in SEEDED[1:]}
+        return {MAIN: small} | {
+            name: plain_of(RATIOS[name], small) for name in ("plain-1.0x", "plain-1.69x")
+        }
     main = VARIANTS[MAIN]
     plain = {name: plain_of(ratio, main) for name, ratio in RATIOS.items()}
     twin = plain["plain-1.0x"]
-    longer = main.training_flops() / twin.training_flops()
+    most = max(VARIANTS[name].training_flops() for name in SEEDED if name in VARIANTS)
+    longer = most / twin.training_flops()
     iso_flop = dataclasses.replace(twin, steps=round(longer * twin.steps))
     return VARIANTS | plain | {ISO_FLOP: iso_flop}
 
@@ -115,30 +136,33 @@ def cells(*, quick: bool, seeds: int) -> list[Cell]:
     """The trainings, the main ones first, and the tuning that they rest on."""
     rates = (1.0,) if quick else RATES
     rows = trainings(quick=quick)
-    grid = [(name, seed) for seed in range(1 if quick else seeds) for name in SEEDED]
-    grid += [(name, 0) for name in rows if name not in SEEDED]
-    made = [_cell(name, rows[name], seed, rates) for name, seed in grid]
+    seeded = [name for name in SEEDED if name in rows]
+    grid = [(name, seed) for seed in range(1 if quick else seeds) for name in seeded]
+    grid += [(name, 0) for name in rows if name not in seeded]
+    made = [_cell(name, rows, seed, rates) for name, seed in grid]
     if not quick:
         made += reasoning_leg.cells()
-        made += [cell for name, row in rows.items() for cell in _tuning(name, row, rates)]
+        made += [cell for name in seeded for cell in _tuning(name, rows[name], rates)]
     return made
 
 
-def _cell(name: str, training: TextTraining, seed: int, rates: Sequence[float]) -> Cell:
-    """One training at the row's rate; of seed 0 it is one of those that chose the rate."""
-    training = dataclasses.replace(training, seed=seed)
+def _cell(name: str, rows: Mapping[str, TextTraining], seed: int, rates: Sequence[float]) -> Cell:
+    """One training at its rate; of seed 0 it may be one of those that chose the rate."""
+    training = dataclasses.replace(rows[name], seed=seed)
+    tuned_as = name if name in SEEDED else TUNED_AS.get(name, MAIN)
     cell = f"{name}/seed-{seed}"
 
     def run(folder: Path, say: Say) -> Result:
         work = work_of(folder, cell)
-        tuned = run_cells(_tuning(name, training, rates), work, say)
+        tuned = run_cells(_tuning(tuned_as, rows[tuned_as], rates), work, say)
         rate = _best_rate(tuned, rates)
-        if tuned and seed == 0:
+        if tuned and name == tuned_as and seed == 0:
             best = next(result for result in tuned.values() if result["rate"] == rate)
             return {key: value for key, value in best.items() if key != "settings"}
         return _measured(dataclasses.replace(training, rate=rate), work, folder, say)
 
-    return Cell(cell, {**training.as_json(), "rate": list(rates)}, run)
+    settings = {**training.as_json(), "rate": list(rates), "tuned_as": tuned_as}
+    return Cell(cell, settings, run)
 
 
 def _tuning(name: str, training: TextTraining, rates: Sequence[float]) -> list[Cell]:
@@ -303,7 +327,7 @@ def _sentences(rows: dict[str, Runs], name: str) -> list[str]:
     against = {
         "plain-1.69x": "the plain one of 1.69 times its parameters",
         "plain-2x": "the one of twice its parameters",
-        ISO_FLOP: "its parameter-twin, trained with as many operations on more tokens",
+        ISO_FLOP: _longer(rows, name),
     }
     for other, words in against.items():
         if (gap := difference(rows, name, other, "test")) is not None:
@@ -322,6 +346,18 @@ def _sentences(rows: dict[str, Runs], name: str) -> list[str]:
             "on the documents for choosing."
         )
     return said
+
+
+def _longer(rows: dict[str, Runs], name: str) -> str:
+    """The plain model that was trained longer, in words."""
+    if ISO_FLOP not in rows:
+        return ""
+    own, other = (next(iter(rows[key].values())) for key in (name, ISO_FLOP))
+    operations, tokens = (other[key] / own[key] for key in ("flops", "tokens"))
+    return (
+        f"its parameter-twin, trained with {operations:.1f} times its operations, on {tokens:.1f} "
+        "times its tokens"
+    )
 
 
 def _gap_sentence(rows: dict[str, Runs], name: str) -> list[str]:
@@ -427,7 +463,10 @@ def published() -> str:
 
 
 def draw_figure(results: dict[str, Result]) -> Figure:
-    """Bits per byte against parameters, and against the operations of training."""
+    """Bits per byte against parameters, and against the operations of training.
+
+    Looped shapes that are not the compared one are small points without a name.
+    """
     from openmythos.training.figures import BLUE, ORANGE, blank
 
     figure, panels = blank(
@@ -435,12 +474,16 @@ def draw_figure(results: dict[str, Result]) -> Figure:
     )
     panels[1].set_xlabel("training operations, 10¹²")
     rows = rows_of(results, TEXT_ROWS)
+    main = headline(rows)
     for axes, key, unit in zip(panels, ("parameters", "flops"), (1e6, 1e12), strict=True):
         for name, runs in sorted(rows.items()):
             colour = ORANGE if name.startswith("looped-") else BLUE
             at = [run[key] / unit for run in runs.values()]
             bits = [run["test"] for run in runs.values()]
-            axes.plot(at, bits, "o", color=colour, alpha=0.5, markersize=5)
+            if name.startswith("looped-") and name != main:  # too many to name each
+                axes.plot(at, bits, ".", color=colour, alpha=0.4, markersize=4)
+                continue
+            axes.plot(at, bits, "o", color=colour, alpha=0.6, markersize=5)
             axes.annotate(
                 name,
                 (at[0], statistics.fmean(bits)),

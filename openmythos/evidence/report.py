@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,19 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     if len(values) == 1:
         return mean
     return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def with_devices(section: Section, results: dict[str, dict[str, Any]]) -> Section:
+    """Return the section with a note on what was trained on a GPU; without one, as it is."""
+    cells: dict[str, list[str]] = {}
+    for cell, result in results.items():
+        if (device := result.get("device", "cpu")) != "cpu":
+            cells.setdefault(device, []).append(cell)
+    where = [
+        f"On one {device}: {'all' if len(run) == len(results) else ', '.join(sorted(run))}."
+        for device, run in sorted(cells.items())
+    ]
+    return replace(section, notes=(*section.notes, *where)) if where else section
 
 
 def write_claim(out: Path, name: str, content: dict[str, Any], section: Section) -> Path:

@@ -112,7 +112,7 @@ def _cell(name: str, training: TextTraining, seed: int) -> Cell:
     def run(folder: Path, say: Say) -> Result:
         texts = read_texts(work_of(folder, cell), training.corpus, training.vocab_size)
         model, took = training.train(folder, texts, say, frozen=frozen)
-        return took | measure(model, training, texts, say)
+        return took | measure(model.cpu(), training, texts, say)
 
     return Cell(cell, {**training.as_json(), "frozen": list(frozen)}, run)
 

@@ -127,7 +127,7 @@ class StressTraining:
         shutil.rmtree(training, ignore_errors=True)  # none where it diverged early
         if course.diverged_at is not None:
             say(f"not finite at step {course.diverged_at}")
-        return self._measured(model, course, texts)
+        return self._measured(model.cpu(), course, texts)
 
     def _measured(self, model: OpenMythos, course: Course, texts: Texts) -> Result:
         """What is kept of a training; a loss only where it went to its end."""

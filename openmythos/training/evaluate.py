@@ -227,5 +227,6 @@ def _losses(
         logits = out.logits
         if depth != deepest:
             logits = model.decode(out.states[shallower.index(depth)])
-        sums.append((cross_entropy(logits, targets).double() * counted).sum())
-    return np.array([float(total) for total in sums])
+        losses = cross_entropy(logits, targets).cpu().double()  # not every GPU has float64
+        sums.append(float((losses * counted.cpu()).sum()))
+    return np.array(sums)

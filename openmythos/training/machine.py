@@ -10,6 +10,19 @@ import torch
 ROWS, WIDTH = 512, 512
 
 
+def default_device() -> torch.device:
+    """CUDA where there is one, else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def device_name() -> str:
+    """What `default_device` is called: `cpu`, `mps`, or the GPU's name."""
+    device = default_device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 class Machine(NamedTuple):
     """Measured, not looked up."""
 

@@ -32,7 +32,7 @@ from openmythos.training.compiled import compiled_layers, compiling_pays
 from openmythos.training.depth import backprop_loops, sample_loops
 from openmythos.training.evaluate import Evaluation, evaluate
 from openmythos.training.gate import GateReport, Labelled, train_gate
-from openmythos.training.machine import Machine, matmul_peak, measure
+from openmythos.training.machine import Machine, default_device, matmul_peak, measure
 from openmythos.training.optimizer import build_optimizers
 from openmythos.training.run import METRICS, MODEL, Settings, cut_metrics, train_config
 from openmythos.training.settings import same_until, schedule
@@ -432,13 +432,6 @@ class Trainer:
                 f"{torch.__version__}: the run goes on, but not to the bit as it would have",
                 stacklevel=2,
             )
-
-
-def default_device() -> torch.device:
-    """CUDA where there is one, else MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def _add(total: Tensor | None, loads: Tensor) -> Tensor:

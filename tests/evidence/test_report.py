@@ -13,6 +13,7 @@ from openmythos.evidence.report import (
     as_markdown,
     spread,
     table,
+    with_devices,
     write_claim,
     write_pages,
 )
@@ -38,6 +39,14 @@ def test_a_missed_expectation_is_shown_as_missed():
     assert "| speed | ≥ 2 | 1 | no |" in text
     assert "| 1 | x |" in text
     assert "- A note." in text
+
+
+def test_what_ran_on_a_gpu_is_said():
+    results = {"a/seed-0": {"device": "Some GPU"}, "b/seed-0": {"device": "cpu"}, "c/seed-0": {}}
+    assert with_devices(SECTION, results).notes == ("A note.", "On one Some GPU: a/seed-0.")
+    only = {name: {"device": "Some GPU"} for name in results}
+    assert with_devices(SECTION, only).notes[-1] == "On one Some GPU: all."
+    assert with_devices(SECTION, {"b/seed-0": {}}) == SECTION
 
 
 def test_pages_hold_the_claims_there_are_in_their_order(tmp_path):
