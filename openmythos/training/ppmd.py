@@ -24,14 +24,20 @@ def bits_per_byte(documents: Iterable[str], given: Iterable[str] = ()) -> float 
         documents: the text to measure on, not empty.
         given: text that the compressor reads before.
     """
-    parts = [document.encode() for document in documents]
-    text, before = SEPARATOR.join(parts), SEPARATOR.join(document.encode() for document in given)
-    before += SEPARATOR if before else b""
+    text, before, count = joined(documents, given)
     memory = min(max(1 << 24, 32 * (len(before) + len(text))), 1 << 30)
     whole, first = _size(before + text, memory), _size(before, memory) if before else 0
     if whole is None or first is None:
         return None
-    return 8 * (whole - first) / sum(map(len, parts))
+    return 8 * (whole - first) / count
+
+
+def joined(documents: Iterable[str], given: Iterable[str]) -> tuple[bytes, bytes, int]:
+    """Return the text to measure, the text before it, and the bytes that are counted."""
+    parts = [document.encode() for document in documents]
+    before = SEPARATOR.join(document.encode() for document in given)
+    before += SEPARATOR if before else b""
+    return SEPARATOR.join(parts), before, sum(map(len, parts))
 
 
 def _size(text: bytes, memory: int) -> int | None:

@@ -79,6 +79,7 @@ def _require_finite(config: object) -> None:
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "always", "never"]
 TrainedPart = Literal["all", "adapters"]
+Finish = Literal["last", "best"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,10 @@ class TrainConfig:
     keep: int = 2
     """Checkpoints that are kept, apart from the best."""
 
+    finish: Finish = "last"
+    """Whose weights the finished model has: those of the last step, or those that measured best on
+    held-out text, for a text read so often that the model learns it by heart."""
+
     evaluate_every: int = 100
     """Steps between measurements on held-out text."""
 
@@ -168,6 +173,7 @@ class TrainConfig:
             "precision": Precision,
             "compile": Compile,
             "train": TrainedPart,
+            "finish": Finish,
         }
         for name, kind in kinds.items():
             if getattr(self, name) not in get_args(kind):

@@ -143,12 +143,21 @@ class Trainer:
     def _finish(self, write: Report) -> None:
         # Scored on the text of the scores before, or the best could not be told.
         self.save(self._score(self._evaluate(self.config.evaluate_tokens)))
+        taken = self._take_best() if self.config.finish == "best" else self.step
         result = self._evaluate(None)
-        write(self._measurement(result) | {"final": True})
+        write(self._measurement(result) | {"step": taken - 1, "final": True})
         if self.config.gate_steps and self.model_config.mean_loops > 1:
             gate = self._train_gate()
             write({"step": self.step, "gate": dataclasses.asdict(gate)})
         self.model.save_pretrained(self.run / MODEL, self.tokenizer)
+
+    def _take_best(self) -> int:
+        """Take the weights of the checkpoint that measured best; return its step."""
+        best = checkpoint.best(self.run)
+        if best is None:
+            return self.step
+        fill(self.model, checkpoint.load(best).tensors["model"], str(best))
+        return checkpoint.step_of(best)
 
     @contextlib.contextmanager
     def _stop_on_signals(self) -> Iterator[None]:

@@ -1,8 +1,11 @@
 """The shipped models' figures: what is memorised, and sentences from numbers."""
 
+import json
+
 import pytest
 
-from openmythos.evidence.shipped_models import LOOPS, conclude, longest_run
+from openmythos.evidence import shipped_models
+from openmythos.evidence.shipped_models import LOOPS, WIKIPEDIA, conclude, longest_run
 
 
 @pytest.mark.parametrize(
@@ -49,3 +52,17 @@ def test_a_model_that_misses_is_said_to_miss():
 def test_what_is_memorised_is_shown():
     section = conclude({"lm/memorised": {"words": [3, 9, 4], "longest": "of the United States"}})
     assert "has 9 words (median 4): “of the United States”" in section.sentences[0]
+
+
+def test_leads_are_read_where_their_package_is(tmp_path, monkeypatch):
+    package = tmp_path / WIKIPEDIA
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('read without being imported')")
+    articles = {name: {"extract": f"{name} is a word. "} for name in ("Ant", "Bee", "Cat", "Dog")}
+    articles["Empty"] = {"extract": " "}
+    (package / "data" / "summaries_en-us.json").write_text(json.dumps(articles))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "wikipedia" in shipped_models._texts()
+    leads = shipped_models._documents("wikipedia")
+    assert sorted(leads) == [f"{name} is a word." for name in ("Ant", "Bee", "Cat", "Dog")]
+    assert leads != sorted(leads)  # by their digests

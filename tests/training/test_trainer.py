@@ -22,7 +22,7 @@ from openmythos.training import checkpoint, compiled, memory
 from openmythos.training.run import METRICS, Settings, load_from_run, metrics
 from openmythos.training.settings import OptimizerConfig, TrainConfig
 from openmythos.training.start import open_run, start_run
-from openmythos.training.trainer import Stopped, scalars
+from openmythos.training.trainer import Stopped, Trainer, scalars
 
 SHAPE = {
     "vocab_size": 300,
@@ -471,6 +471,19 @@ def test_the_best_measurement_is_kept_whenever_it_is_made(tmp_path, text):
         if "validation" in line and "final" not in line
     }
     assert checkpoint.best_score(run) <= min(scores.values()) + 1e-9
+
+
+@pytest.mark.parametrize(("finish", "step"), [("last", 9), ("best", 3)])
+def test_the_finished_model_is_the_last_or_the_best(tmp_path, text, monkeypatch, finish, step):
+    scores = iter((1.0, 2.0, 3.0, 4.0))
+    monkeypatch.setattr(Trainer, "_score", lambda *_: next(scores))
+    run = tmp_path / "run"
+    start(run, text, steps=9, save_every=9, evaluate_every=3, finish=finish).fit()
+    last = next(line for line in metrics(run) if "final" in line)
+    assert last["step"] == step - 1
+    written = load_file(run / "model" / "model.safetensors")
+    kept = checkpoint.load(run / f"step-{step:08d}").tensors["model"]
+    assert_close(written["embed.weight"], kept["embed.weight"], rtol=0, atol=0)
 
 
 def test_precision_is_decided_by_a_run_that_has_not_begun(tmp_path, text):
