@@ -122,6 +122,28 @@ def run(settings: Settings) -> None:
     progress.say(
         f"finished: openmythos generate {named} --prompt '...'  |  openmythos plot {named}"
     )
+    if (better := _better(trainer.run)) is not None and trainer.config.finish == "last":
+        progress.say(better)
+
+
+MUCH_BETTER = 0.99
+"""Share of the last step's bits per byte below which an earlier step is worth naming."""
+
+
+def _better(run: Path) -> str | None:
+    """Name the checkpoint that measured better than the last, where it is much better."""
+    from openmythos.training import checkpoint
+
+    best, last = checkpoint.best(run), checkpoint.latest(run)
+    if best is None or last is None or (bits := checkpoint.score(last)) is None:
+        return None
+    fewest = checkpoint.best_score(run)
+    if fewest >= MUCH_BETTER * bits:
+        return None
+    return (
+        f"step {checkpoint.step_of(best)} measured better, {fewest:.4f} bits per byte against "
+        f"{bits:.4f}: {best} is its model, and --finish best would have chosen it"
+    )
 
 
 ADAPTERS = ("lora_rank", "lora_loops")

@@ -125,7 +125,7 @@ def _up_to(count: int, documents: Any) -> list[str]:
 
 
 def _reads(say: Say, name: str, max_tokens: int | None) -> Result:
-    """Bits per byte of one text at every depth, and PPMd's."""
+    """Bits per byte of one text at every depth, and of the compressors."""
     from openmythos.inference.language_model import load
     from openmythos.training import ppmd, zpaq
     from openmythos.training.corpus import open_corpus

@@ -224,7 +224,7 @@ def load(name: str | Path, weights: WeightsKind | Literal["auto"] | None = None)
     """Load a model's folder, or a training run's: its finished model, else its last checkpoint.
 
     Args:
-        name: the folder.
+        name: the folder, or that of one checkpoint of a run.
         weights: what they are in memory, whatever the file holds. `int8` takes a quarter of the
             memory, on a CPU (see `openmythos.model.quantised.quantise`); `bf16` half; `auto` is
             `bf16` where this model reads and writes quicker so on this machine, and else `fp32`.

@@ -105,9 +105,21 @@ def state_of(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder has the name of a checkpoint."""
+    return path.name.startswith("step-") and path.name[5:].isdecimal() and path.is_dir()
+
+
 def step_of(path: Path) -> int:
     """Returns the step of a checkpoint's folder."""
     return int(path.name.removeprefix("step-"))
+
+
+def score(path: Path) -> float | None:
+    """Returns the validation bits per byte recorded with a checkpoint, or None."""
+    header = _header_or_none(path)
+    bits = header["bits_per_byte"] if header else None
+    return bits if bits is not None and math.isfinite(bits) else None
 
 
 def exists(run: str | Path) -> bool:
@@ -118,8 +130,8 @@ def exists(run: str | Path) -> bool:
 def best_score(run: str | Path) -> float:
     """Returns the lowest recorded validation bits per byte, infinite where there is none."""
     found = best(run)
-    score = None if found is None else _bits_per_byte(found)
-    return math.inf if score is None else score
+    bits = None if found is None else score(found)
+    return math.inf if bits is None else bits
 
 
 def latest(run: str | Path, *, warn: Callable[[str], object] = warnings.warn) -> Path | None:
@@ -141,9 +153,7 @@ def latest(run: str | Path, *, warn: Callable[[str], object] = warnings.warn) ->
 def best(run: str | Path) -> Path | None:
     """Returns the checkpoint with the lowest recorded validation bits per byte, or None."""
     scored = [
-        (score, folder)
-        for folder in _folders(Path(run))
-        if (score := _bits_per_byte(folder)) is not None
+        (bits, folder) for folder in _folders(Path(run)) if (bits := score(folder)) is not None
     ]
     return min(scored)[1] if scored else None
 
@@ -299,8 +309,7 @@ def _damaged(folder: Path, what: str) -> CheckpointError:
 
 def _folders(run: Path) -> list[Path]:
     """Returns the checkpoints' folders in the order of their steps."""
-    folders = [path for path in run.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()]
-    return sorted(folders, key=step_of)
+    return sorted(filter(is_checkpoint, run.glob("step-*")), key=step_of)
 
 
 def _header_or_none(folder: Path) -> dict[str, Any] | None:
@@ -308,12 +317,6 @@ def _header_or_none(folder: Path) -> dict[str, Any] | None:
         return _read_header(folder)
     except (CheckpointError, OSError):
         return None
-
-
-def _bits_per_byte(folder: Path) -> float | None:
-    header = _header_or_none(folder)
-    score = header["bits_per_byte"] if header else None
-    return score if score is not None and math.isfinite(score) else None
 
 
 def _sha256_of_file(path: Path) -> str:

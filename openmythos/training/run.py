@@ -132,8 +132,11 @@ def cut_metrics(run: Path, step: int) -> None:
         write_atomically(run / METRICS, "".join(kept).encode())
 
 
-def load_from_run(run: Path) -> tuple[OpenMythos, Tokenizer]:
+def load_from_run(folder: Path) -> tuple[OpenMythos, Tokenizer]:
     """Return the model of a run's last whole checkpoint, and its tokenizer.
+
+    Args:
+        folder: of the run, or of the checkpoint in it that is wanted.
 
     Raises:
         CheckpointError: the folder is no run, or has no checkpoint yet.
@@ -145,9 +148,10 @@ def load_from_run(run: Path) -> tuple[OpenMythos, Tokenizer]:
     from openmythos.training import checkpoint
     from openmythos.training.tokenizer import Tokenizer
 
+    chosen = folder if checkpoint.is_checkpoint(folder) else None
+    run = folder if chosen is None else folder.parent
     settings = Settings.load(run)
-    newest = checkpoint.latest(run)
-    if newest is None:
+    if (newest := chosen or checkpoint.latest(run)) is None:
         raise CheckpointError(f"run={run} must have a checkpoint: train it further")
     with torch.device("meta"):
         model = OpenMythos(settings.model)

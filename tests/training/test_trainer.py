@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 import openmythos
 from openmythos import MythosConfig, OpenMythos, Tokenizer
+from openmythos.cli.train_command import _better
 from openmythos.errors import CheckpointError, ConfigError, DataError
 from openmythos.training import checkpoint, compiled, memory
 from openmythos.training.run import METRICS, Settings, load_from_run, metrics
@@ -475,7 +476,7 @@ def test_the_best_measurement_is_kept_whenever_it_is_made(tmp_path, text):
 
 @pytest.mark.parametrize(("finish", "step"), [("last", 9), ("best", 3)])
 def test_the_finished_model_is_the_last_or_the_best(tmp_path, text, monkeypatch, finish, step):
-    scores = iter((1.0, 2.0, 3.0, 4.0))
+    scores = iter((1.0, 2.0, 3.0))
     monkeypatch.setattr(Trainer, "_score", lambda *_: next(scores))
     run = tmp_path / "run"
     start(run, text, steps=9, save_every=9, evaluate_every=3, finish=finish).fit()
@@ -484,6 +485,18 @@ def test_the_finished_model_is_the_last_or_the_best(tmp_path, text, monkeypatch,
     written = load_file(run / "model" / "model.safetensors")
     kept = checkpoint.load(run / f"step-{step:08d}").tensors["model"]
     assert_close(written["embed.weight"], kept["embed.weight"], rtol=0, atol=0)
+    again = openmythos.load(run / f"step-{step:08d}").model  # a checkpoint is a model too
+    assert_close(again.embed.weight.detach(), kept["embed.weight"], rtol=0, atol=0)
+    better = _better(run)
+    assert better is not None
+    assert better.startswith("step 3 measured better, 1.0000 bits per byte against 3.0000")
+
+
+def test_no_better_step_is_named_where_the_last_is_as_good(tmp_path):
+    assert _better(tmp_path) is None
+    for step, bits in ((1, 1.195), (2, 1.2), (3, None)):
+        checkpoint.save(tmp_path, step, {"model": {}}, {}, keep=9, bits_per_byte=bits)
+        assert _better(tmp_path) is None
 
 
 def test_precision_is_decided_by_a_run_that_has_not_begun(tmp_path, text):
