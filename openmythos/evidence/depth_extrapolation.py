@@ -54,8 +54,8 @@ LOOPED = {
     ),
     "core-1-fixed": dataclasses.replace(REASONER, loops=(20, 20)),
 }
-"""Three layers need a lower rate: at that of one layer the loss stood at 3.3 nats, the first hop not
-learnt, for 500 steps."""
+"""Three layers need a lower rate: at that of one layer the loss stood at 3.3 nats for 500 steps,
+the first hop not learnt."""
 PLAIN = {
     f"plain-{layers}-lr-{rate:g}": dataclasses.replace(
         REASONER, plain_layers=layers, muon_lr=rate, steps=4000

