@@ -100,6 +100,7 @@ EXPERTS = {"core_layers": 1, "mean_loops": 2, "experts": 4, "experts_per_token":
 TRAINING = {"steps": 8, "batch_size": 4, "length": 16, "save_every": 4, "evaluate_tokens": 64}
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own code
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("compile_", ["never", "always"])
 def test_a_run_learns_resumes_and_writes_its_model(tmp_path, text, precision, compile_):
