@@ -8,12 +8,14 @@ random exit: the gate's own loops, dealt to other tokens at random, which would 
 gate knew nothing. A short training with the gate's exits then lets the model see the keys of
 tokens that left early.
 
-On text the question only arises where depth is worth something: that is measured first.
+On text the question only arises where depth is worth something: that is measured first, and then
+the exits of the shipped language model; see `text_exits`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import statistics
 import time
 from collections.abc import Callable
@@ -26,10 +28,14 @@ import torch
 from torch import Tensor
 
 from openmythos.config import HaltingKind
+from openmythos.evidence import text_exits
 from openmythos.evidence.cells import Cell, Result, Say
 from openmythos.evidence.fit import Batch, FitConfig, fit
 from openmythos.evidence.hop_training import REASONER, TASK, TRAINED_HOPS, HopTraining
 from openmythos.evidence.report import Expectation, Section, spread, table
+from openmythos.evidence.text_training import divided
+from openmythos.inference.shipped import LANGUAGE_MODEL, find_model, shipped
+from openmythos.model.files import WEIGHTS_FILE
 from openmythos.model.transformer import OpenMythos
 from openmythos.tasks.hops import Chains
 from openmythos.training.gate import Labelled, train_gate
@@ -79,7 +85,7 @@ def cells(*, quick: bool, seeds: int) -> list[Cell]:
     """One study a seed, and the text's own question."""
     if quick:
         return [_cell(QUICK, 0)]
-    return [*(_cell(FULL, seed) for seed in range(seeds)), Cell("text", {}, _text)]
+    return [*(_cell(FULL, seed) for seed in range(seeds)), *_text_cells()]
 
 
 def _cell(study: Study, seed: int) -> Cell:
@@ -284,27 +290,24 @@ def _train_with_exits(model: OpenMythos, study: Study, folder: Path, say: Say) -
     model.cpu()
 
 
-def _text(_: Path, say: Say) -> Result:
-    """Measure what 1 to 8 loops are worth on the embedded held-out text, by the shipped model."""
-    from openmythos.inference.language_model import load
-    from openmythos.inference.shipped import LANGUAGE_MODEL, shipped
-    from openmythos.training.corpus import open_corpus
-    from openmythos.training.evaluate import evaluate, evaluate_halting, tokenised
-
+def _text_cells() -> list[Cell]:
+    """The text's question, of the shipped language model; none where it is not there."""
     if LANGUAGE_MODEL not in shipped():
-        say(f"{LANGUAGE_MODEL} is not in this installation")
-        return {"bits_per_byte": {}}
+        return []
+    weights = (find_model(LANGUAGE_MODEL) / WEIGHTS_FILE).read_bytes()
+    settings = {"weights": hashlib.sha256(weights).hexdigest(), "tokens": text_exits.TOKENS}
+    return [Cell("text", settings, lambda _, say: _text(say))]
+
+
+def _text(say: Say) -> Result:
+    """Measure exits on held-out messages of presidents."""
+    from openmythos.inference.language_model import load
+    from openmythos.training.corpus import open_corpus
+    from openmythos.training.evaluate import tokenised
+
     lm = load(LANGUAGE_MODEL)
-    held_out = open_corpus("embedded").validation_documents()
-    with tokenised(held_out, lm.tokenizer) as file:
-        how = {"length": 512, "max_tokens": 16_384}
-        measured = evaluate(lm.model, file, lm.tokenizer.token_bytes, (1, 2, 4, 8), **how)
-        gated = evaluate_halting(
-            lm.model, file, lm.tokenizer.token_bytes, halting="gate", budget=8, **how
-        )
-    bits = dict(zip(map(str, measured.loops), measured.bits_per_byte, strict=True))
-    gate = {"mean_loops": gated.mean_loops, "bits_per_byte": gated.bits_per_byte}
-    return {"bits_per_byte": bits, "gate": gate}
+    with tokenised(divided(open_corpus("sotu"))[1], lm.tokenizer) as text:
+        return text_exits.measure(lm, text, say)
 
 
 def conclude(results: dict[str, Result]) -> Section:
@@ -324,9 +327,12 @@ def conclude(results: dict[str, Result]) -> Section:
             f"rank correlation of {spread([part['spearman'] for part in best])}."
         )
         expectations = _expectations(runs)
-    sentences += _text_sentences(results.get("text", {}).get("bits_per_byte", {}))
     head = ["exits", "phase", "accuracy", "mean loops"]
-    return Section(TITLE, sentences, [table(head, rows)] if rows else [], expectations, NOTES)
+    tables = [table(head, rows)] if rows else []
+    if "text" in results:
+        sentences += text_exits.sentences(results["text"])
+        tables.append(text_exits.table_of(results["text"]))
+    return Section(TITLE, sentences, tables, expectations, NOTES)
 
 
 ORACLE = """\
@@ -388,16 +394,6 @@ def _expectations(runs: list[Result]) -> list[Expectation]:
     clock = min(part["saving"]["time"] / part["saving"]["loops"] for part in parts)
     expect("time saved over loops saved", "≥ 0.8", clock, clock >= 0.8)
     return made
-
-
-def _text_sentences(bits: dict[str, float]) -> list[str]:
-    if not bits:
-        return []
-    worth = bits["1"] - bits["8"]
-    if worth >= 0.05:
-        return [f"On text, 8 loops are worth {worth:.3f} bits per byte over one."]
-    nothing = f"8 loops are worth {worth:.3f} bits per byte over one."
-    return [f"On text there is no depth to allocate at this size: {nothing}"]
 
 
 def draw_figure(results: dict[str, Result]) -> Figure:

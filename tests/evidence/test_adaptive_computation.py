@@ -5,7 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from tiny import tiny
 
+from openmythos import Tokenizer
+from openmythos.evidence import text_exits
 from openmythos.evidence.adaptive_computation import (
     QUICK,
     conclude,
@@ -14,6 +17,10 @@ from openmythos.evidence.adaptive_computation import (
     run,
     spearman,
 )
+from openmythos.evidence.forced_routing import windows_of
+from openmythos.inference.language_model import LanguageModel
+from openmythos.model.transformer import cross_entropy
+from openmythos.training.evaluate import evaluate, tokenised
 
 
 def test_the_oracle_stops_where_a_token_becomes_right_for_good():
@@ -59,8 +66,38 @@ def test_a_study_runs_and_is_concluded_from(tmp_path):
     )
 
 
+def exits(worth):
+    point = {"bits_per_byte": 1.2, "mean_loops": 2.0}
+    fixed = {str(n): {"bits_per_byte": 1.2 + worth / n, "mean_loops": n} for n in text_exits.FIXED}
+    fixed["8"]["bits_per_byte"] = 1.2
+    rules = {"gate": [{"threshold": 0.5, **point}]}
+    return {"fixed": fixed, "rules": rules, "gate": point, "random": point, "oracle": point}
+
+
 @pytest.mark.parametrize(("worth", "said"), [(0.2, "are worth 0.200"), (0.01, "no depth")])
 def test_text_is_asked_first_whether_depth_is_worth_anything(worth, said):
-    section = conclude({"text": {"bits_per_byte": {"1": 1.2 + worth, "8": 1.2}}})
+    section = conclude({"text": exits(worth)})
     assert said in section.sentences[0]
-    assert not conclude({"text": {"bits_per_byte": {}}}).sentences
+    assert ("With its gate" in section.sentences[0]) == (worth > text_exits.WORTH)
+    assert "| gate at 0.5 | 1.2000 | 2.00 |" in section.tables[0]
+    assert not conclude({}).sentences
+
+
+def test_exits_on_text_read_the_same_tokens_and_the_oracle_leaves_at_the_first_good_loop(tmp_path):
+    tokenizer = Tokenizer.train(["the cat sat on the mat and ate the rat " * 20], vocab_size=270)
+    lm = LanguageModel(tiny(vocab_size=270, max_length=512), tokenizer)
+    with tokenised(["the rat sat on the cat and ate the mat " * 60], tokenizer) as text:
+        found = text_exits.measure(lm, text, lambda _: None, tokens=512)
+        windows = windows_of(text, text_exits.LENGTH, 512)
+        full = evaluate(lm.model, text, tokenizer.token_bytes, [8], length=512, max_tokens=512)
+    assert found["fixed"]["8"]["mean_loops"] == 8
+    assert found["fixed"]["8"]["bits_per_byte"] == pytest.approx(full.bits_per_byte[0], rel=0.05)
+    assert found["random"]["mean_loops"] == pytest.approx(found["gate"]["mean_loops"])
+    leaves = text_exits._least(lm, windows)
+    with torch.no_grad():
+        states = lm.model(windows[:, :-1], 8, return_states=True).states
+        losses = torch.stack([cross_entropy(lm.model.decode(h), windows[:, 1:]) for h in states])
+    at = losses.gather(0, leaves.unsqueeze(0) - 1)[0]
+    assert (at <= losses.amin(0) + text_exits.MARGIN).all()
+    earlier = torch.arange(8).view(-1, 1, 1) < leaves - 1
+    assert (losses[earlier] > (losses.amin(0) + text_exits.MARGIN).expand_as(losses)[earlier]).all()

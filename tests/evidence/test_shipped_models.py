@@ -45,6 +45,15 @@ def test_sentences_come_from_the_numbers():
     assert "PPMd" not in conclude(figures(ppmd=None)).sentences[0]
 
 
+def test_a_compressor_that_is_better_elsewhere_is_named():
+    elsewhere = {**figures(ppmd=0.9)["lm/sotu"], "zpaq_given_sotu": None}
+    worse = {**figures(ppmd=1.2)["lm/sotu"], "zpaq_given_sotu": 1.1}
+    section = conclude({**figures(), "lm/novel": elsewhere, "lm/coqa": worse})
+    assert "(novel, coqa)" in section.sentences[1]
+    assert section.sentences[1].endswith("than the model for novel.")
+    assert len(conclude({**figures(), "lm/coqa": worse}).sentences) == 1
+
+
 def test_a_model_that_misses_is_said_to_miss():
     assert [e.met for e in conclude(figures(1.2, 1.3)).expectations] == [False, False]
 
