@@ -98,7 +98,7 @@ def _least(lm: LanguageModel, windows: Tensor) -> Tensor:
 
 def rows_of(found: Result) -> list[tuple[str, dict[str, float]]]:
     """Return every way of leaving by name, and what it gave."""
-    rows = [(f"none: {loops} loops", point) for loops, point in found["fixed"].items()]
+    rows = [(f"none, loops: {loops}", point) for loops, point in found["fixed"].items()]
     for rule, points in found["rules"].items():
         rows += [(f"{rule} at {point['threshold']:g}", point) for point in points]
     rows += [("gate, as shipped", found["gate"]), ("random, the gate's loops", found["random"])]
