@@ -332,7 +332,8 @@ def conclude(results: dict[str, Result]) -> Section:
     if "text" in results:
         sentences += text_exits.sentences(results["text"])
         tables.append(text_exits.table_of(results["text"]))
-    return Section(TITLE, sentences, tables, expectations, NOTES)
+    notes = NOTES if "text" not in results else (*NOTES, text_exits.NOTE)
+    return Section(TITLE, sentences, tables, expectations, notes)
 
 
 ORACLE = """\

@@ -115,6 +115,12 @@ def table_of(found: Result) -> str:
     return table(head, lines)
 
 
+NOTE = (
+    f"On text every way of leaving reads the same {TOKENS:,} tokens of held-out messages; the "
+    "oracle knows each next token, as no rule can. `act` asks for a model that was trained with "
+    "it, which the shipped one was not."
+)
+
 WORTH = 0.05
 """Bits per byte that all loops must be worth over one for exits to be worth a question."""
 
