@@ -15,7 +15,6 @@ the exits of the shipped language model; see `text_exits`.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import statistics
 import time
 from collections.abc import Callable
@@ -29,13 +28,12 @@ from torch import Tensor
 
 from openmythos.config import HaltingKind
 from openmythos.evidence import text_exits
-from openmythos.evidence.cells import Cell, Result, Say
+from openmythos.evidence.cells import Cell, Result, Say, weights_digest
 from openmythos.evidence.fit import Batch, FitConfig, fit
 from openmythos.evidence.hop_training import REASONER, TASK, TRAINED_HOPS, HopTraining
 from openmythos.evidence.report import Expectation, Section, spread, table
 from openmythos.evidence.text_training import divided
 from openmythos.inference.shipped import LANGUAGE_MODEL, find_model, shipped
-from openmythos.model.files import WEIGHTS_FILE
 from openmythos.model.transformer import OpenMythos
 from openmythos.tasks.hops import Chains
 from openmythos.training.gate import Labelled, train_gate
@@ -294,8 +292,8 @@ def _text_cells() -> list[Cell]:
     """The text's question, of the shipped language model; none where it is not there."""
     if LANGUAGE_MODEL not in shipped():
         return []
-    weights = (find_model(LANGUAGE_MODEL) / WEIGHTS_FILE).read_bytes()
-    settings = {"weights": hashlib.sha256(weights).hexdigest(), "tokens": text_exits.TOKENS}
+    weights = weights_digest(find_model(LANGUAGE_MODEL))
+    settings = {"weights": weights, "tokens": text_exits.TOKENS}
     return [Cell("text", settings, lambda _, say: _text(say))]
 
 

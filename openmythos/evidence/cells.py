@@ -6,6 +6,7 @@ interrupted grid goes on where it stopped and a report can be made of the cells 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ import torch
 
 from openmythos.errors import CheckpointError
 from openmythos.files import write_atomically
+from openmythos.model.files import WEIGHTS_FILE
 from openmythos.training.machine import device_name
 
 Result = dict[str, Any]
@@ -82,6 +84,18 @@ def take_results(known: Mapping[str, Result], cells: Iterable[Cell], work: Path)
         _keep(folder, result)
         taken.append(cell.name)
     return taken
+
+
+def weights_digest(folder: Path) -> str:
+    """Return the SHA-256 of a model's weights, for the settings of what is measured on them.
+
+    Raises:
+        CheckpointError: the folder has none.
+    """
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        raise CheckpointError(f"{weights} must exist: {folder} is not a model's folder")
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 def read_result(folder: Path, cell: Cell) -> Result | None:

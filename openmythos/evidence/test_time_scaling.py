@@ -16,7 +16,6 @@ trained here stand beside it.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import math
 import statistics
@@ -25,14 +24,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from openmythos.errors import CheckpointError
-from openmythos.evidence.cells import Cell, Result, Say
+from openmythos.evidence.cells import Cell, Result, Say, weights_digest
 from openmythos.evidence.paired import Runs
 from openmythos.evidence.report import Expectation, Section, spread, table
 from openmythos.evidence.text_training import TextTraining, divided, novel, read_texts, work_of
 from openmythos.inference.language_model import load
 from openmythos.inference.shipped import LANGUAGE_MODEL, find_model
-from openmythos.model.files import WEIGHTS_FILE
 from openmythos.model.transformer import OpenMythos
 from openmythos.training.corpus import open_corpus
 from openmythos.training.evaluate import evaluate, tokenised
@@ -104,11 +101,7 @@ def _given(folder: Path, most: int | None) -> Cell:
         loaded = load(folder)
         return _measure(loaded.model, loaded.tokenizer, say, most=most)
 
-    weights = folder / WEIGHTS_FILE
-    if not weights.is_file():
-        raise CheckpointError(f"{weights} must exist: {folder} is not a model's folder")
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    settings = {"weights": digest, "loops": list(LOOPS), "tokens": most}
+    settings = {"weights": weights_digest(folder), "loops": list(LOOPS), "tokens": most}
     return Cell(f"{folder.resolve().name}/seed-0", settings, run)
 
 
