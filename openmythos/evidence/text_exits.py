@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from openmythos.config import HaltingKind
@@ -52,20 +53,24 @@ def measure(lm: LanguageModel, text: TokenFile, say: Say, tokens: int = TOKENS) 
     windows = windows_of(text, LENGTH, tokens)
     sizes = torch.from_numpy(lm.tokenizer.token_bytes)[windows[:, 1:]]
 
+    def point(nats: Tensor, mean_loops: float) -> dict[str, float]:
+        bits = float(nats.double().sum()) / math.log(2) / int(sizes.sum())
+        return {"bits_per_byte": bits, "mean_loops": mean_loops}
+
     def read(loops: int | Tensor = BUDGET, **rule: Any) -> tuple[dict[str, float], Tensor]:
-        nats, taken = 0.0, []
+        nats, taken = [], []
         for at in range(0, len(windows), TOGETHER):
             part = windows[at : at + TOGETHER]
             budget = loops if isinstance(loops, int) else loops[at : at + TOGETHER]
             out = lm.model(part[:, :-1], budget, **rule)
-            nats += float(cross_entropy(out.logits, part[:, 1:]).double().sum())
+            nats.append(cross_entropy(out.logits, part[:, 1:]))
             taken.append(out.loops)
         every = torch.cat(taken)
-        bits = nats / math.log(2) / int(sizes.sum())
-        return {"bits_per_byte": bits, "mean_loops": float(every.double().mean())}, every
+        return point(torch.cat(nats), float(every.double().mean())), every
 
     say(f"reading {windows[:, 1:].numel():,} tokens at fixed depths")
-    fixed = {str(loops): read(loops)[0] for loops in FIXED}
+    losses = _losses(lm, windows)
+    fixed = {str(loops): point(losses[loops - 1], float(loops)) for loops in FIXED}
     say("reading them with every rule")
     rules = {
         rule: [
@@ -81,19 +86,24 @@ def measure(lm: LanguageModel, text: TokenFile, say: Say, tokens: int = TOKENS) 
         "rules": rules,
         "gate": gate,
         "random": read(loops.flatten()[order].view_as(loops))[0],
-        "oracle": read(_least(lm, windows))[0],
+        "oracle": read(first_good(losses))[0],
     }
 
 
-def _least(lm: LanguageModel, windows: Tensor) -> Tensor:
-    """The loop at which the oracle leaves, of every prediction."""
+def _losses(lm: LanguageModel, windows: Tensor) -> Tensor:
+    """Nats of every prediction after each loop, `(loops, windows, length)`."""
     found = []
     for part in windows.split(TOGETHER):
         states = lm.model(part[:, :-1], BUDGET, return_states=True).states
-        losses = torch.stack([cross_entropy(lm.model.decode(h), part[:, 1:]) for h in states])
-        good = losses <= losses.amin(0) + MARGIN
-        found.append(good.int().argmax(0) + 1)  # the first of them
-    return torch.cat(found)
+        found.append(torch.stack([cross_entropy(lm.model.decode(h), part[:, 1:]) for h in states]))
+    return torch.cat(found, dim=1)
+
+
+def first_good(
+    losses: Float[Tensor, "loops windows length"],
+) -> Int[Tensor, "windows length"]:
+    """Return the first loop whose loss is within `MARGIN` of the least of any loop."""
+    return (losses <= losses.amin(0) + MARGIN).int().argmax(0) + 1
 
 
 def rows_of(found: Result) -> list[tuple[str, dict[str, float]]]:

@@ -140,8 +140,8 @@ def evaluate_halting(
     with _evaluating(model):
         for token_ids, counted in batches:
             out = model(token_ids[:, :-1], budget, halting=halting, threshold=threshold)
-            losses = cross_entropy(out.logits, token_ids[:, 1:]).double()
-            nats += float((losses * counted).sum())
+            losses = cross_entropy(out.logits, token_ids[:, 1:]).cpu().double()
+            nats += float((losses * counted.cpu()).sum())
             taken += int((out.loops * counted).sum())
             counts.add(token_ids, counted)
     return HaltingEvaluation(

@@ -51,7 +51,7 @@ def loss(lines: Sequence[Line], name: str) -> Figure | None:
     measured = _measurements(lines)
     if measured:
         loops = _best_loops(measured)
-        points = [(line["step"] + 1, line["validation"][loops]) for line in measured]
+        points = sorted((line["step"] + 1, line["validation"][loops]) for line in measured)
         label = f"held-out text, {loops} {'loop' if loops == '1' else 'loops'}"
         axes.plot(*zip(*points, strict=True), "o-", color=ORANGE, markersize=5, label=label)
     _leave_out_the_start(axes, _smooth(y))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny
+from torch.testing import assert_close
 
 from openmythos import Tokenizer
 from openmythos.evidence import text_exits
@@ -93,10 +94,11 @@ def test_exits_on_text_read_the_same_tokens_and_the_oracle_leaves_at_the_first_g
     assert found["fixed"]["8"]["mean_loops"] == 8
     assert found["fixed"]["8"]["bits_per_byte"] == pytest.approx(full.bits_per_byte[0], rel=0.05)
     assert found["random"]["mean_loops"] == pytest.approx(found["gate"]["mean_loops"])
-    leaves = text_exits._least(lm, windows)
     with torch.no_grad():
         states = lm.model(windows[:, :-1], 8, return_states=True).states
         losses = torch.stack([cross_entropy(lm.model.decode(h), windows[:, 1:]) for h in states])
+        assert_close(text_exits._losses(lm, windows), losses)
+    leaves = text_exits.first_good(losses)
     at = losses.gather(0, leaves.unsqueeze(0) - 1)[0]
     assert (at <= losses.amin(0) + text_exits.MARGIN).all()
     earlier = torch.arange(8).view(-1, 1, 1) < leaves - 1

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from openmythos.errors import CheckpointError
+from openmythos.evidence import cells
 from openmythos.evidence.cells import Cell, read_result, run_cells, take_results
 
 
@@ -25,6 +26,13 @@ def test_a_grid_goes_on_where_it_was_stopped(tmp_path):
     assert calls == ["a/seed-0", "b/seed-0"]
     assert [results[name]["value"] for name in ("a/seed-0", "b/seed-0")] == [1, 2]
     assert said == ["a/seed-0: working", "b/seed-0: working"]
+
+
+def test_only_what_trains_is_said_to_run_on_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "device_name", lambda: "Some GPU")
+    made = [Cell("trained", {}, lambda *_: {}), Cell("measured", {}, lambda *_: {}, trains=False)]
+    results = run_cells(made, tmp_path, print)
+    assert [result["device"] for result in results.values()] == ["Some GPU", "cpu"]
 
 
 def test_a_cell_that_fails_leaves_no_result(tmp_path):

@@ -47,6 +47,14 @@ def test_a_run_that_has_just_begun_can_be_drawn(tmp_path):
     assert names == ["loss", "spectral_radius"]
 
 
+def test_a_finished_model_of_an_earlier_step_stands_at_its_step():
+    lines = [a_step(step) for step in range(9)]
+    lines += [a_measurement(3), a_measurement(6), {**a_measurement(3), "final": True}]
+    figure = PICTURES["loss"](lines, "best")
+    held_out = next(line for line in figure.axes[0].lines if "held-out" in line.get_label())
+    assert list(held_out.get_xdata()) == [4, 4, 7]
+
+
 def test_losses_that_are_not_finite_leave_a_gap(tmp_path):
     lines = [a_step(step) for step in range(60)]
     lines[30] |= {"bits_per_byte": math.nan, "skipped": 1}
