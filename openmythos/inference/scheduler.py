@@ -9,8 +9,10 @@ prompt follow each other as a wave, one loop apart.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, chain, islice, takewhile
 
 from openmythos.inference.pages import PAGE, Layout, Pages, Table
 
@@ -134,10 +136,13 @@ class Scheduler:
         budget: most rows of a tick, and so most sequences in flight: each that decodes always
             runs.
         chunk: most positions of one prompt that enter the core in one tick.
+        key_weight: what each position before a row's own adds to its work, as a share of the
+            work of a row that has none.
     """
 
-    def __init__(self, pages: Pages, *, budget: int, chunk: int) -> None:
+    def __init__(self, pages: Pages, *, budget: int, chunk: int, key_weight: float = 0.0) -> None:
         self.pages, self.budget, self.chunk = pages, budget, chunk
+        self.key_weight = key_weight
         self.tracks: list[Track] = []
         self.waiting: list[tuple[int, int, Job]] = []  # a heap: priority first, then arrival
         self.held: list[Track] = []  # those whose next position was held back from the last plan
@@ -201,7 +206,9 @@ class Scheduler:
 
         Each sequence that decodes runs its first row, unless another of the same depth leaves so
         soon that its next position can wait for that one's. Prompts get at most half of the
-        budget while anything decodes. What is left goes to rows behind drafted tokens.
+        budget while anything decodes, and a row counts by its work there: deep in a long prompt it
+        attends to so many keys that half the rows would hold up the others for several ticks'
+        time. What is left goes to rows behind drafted tokens.
         """
         decoding = [track for track in self.tracks if track.decoding]
         self.held = self._to_hold(decoding)
@@ -209,9 +216,12 @@ class Scheduler:
         left = self.budget - len(decoding)
         prompts: list[Row] = []
         most = min(left, max(1, self.budget // 2)) if decoding else left
+        work = float(most) if decoding else math.inf
         for track in self.tracks:
-            if len(prompts) < most and not track.decoding:
-                prompts += self._walk(track, most - len(prompts))
+            if len(prompts) < most and work > 0 and not track.decoding:
+                rows = self._walk(track, self._within(track, most - len(prompts), work))
+                work -= sum(self._work(row.position) for row in rows)
+                prompts += rows
         left -= len(prompts)
         planned: list[Row] = []
         for track in decoding:
@@ -234,6 +244,17 @@ class Scheduler:
             for track in decoding
             if soon.get(track.job.loops, track.job.loops) <= track.patience
         ]
+
+    def _work(self, position: int) -> float:
+        """What a row costs, where the first of a sequence costs 1."""
+        return 1 + self.key_weight * position
+
+    def _within(self, track: Track, most: int, work: float) -> int:
+        """Return how many of a prompt's first rows stay within the work: at least one."""
+        entering = range(track.entered, len(track.token_ids))
+        positions = chain((row.position for row in track.rows), entering)
+        together = accumulate(map(self._work, islice(positions, most)))
+        return max(1, sum(1 for _ in takewhile(lambda so_far: so_far <= work, together)))
 
     def _walk(self, track: Track, most: int) -> list[Row]:
         """Choose the first rows of one sequence, and let new positions enter behind them.

@@ -119,7 +119,10 @@ class Ticker:
     ) -> None:
         self.model, self.tokenizer = lm.model, lm.tokenizer
         self.pages, self.prefix_sharing = Pages(pages), prefix_sharing
-        self.scheduler = Scheduler(self.pages, budget=budget, chunk=chunk)
+        alone, among = (lm.model.core.flops(keys, decoding=True) for keys in (1, 1025))
+        self.scheduler = Scheduler(
+            self.pages, budget=budget, chunk=chunk, key_weight=(among / alone - 1) / 1024
+        )
         self.passes = Passes(lm.model, pages, deterministic=deterministic)
         self.works: dict[Job, Work] = {}
         self.counts = Counts()

@@ -23,10 +23,15 @@ class Serving(RuleBasedStateMachine):
     a reader at its loop must find.
     """
 
-    @initialize(total=st.integers(30, 90), budget=st.integers(1, 9), chunk=st.integers(1, 20))
-    def make(self, total, budget, chunk):
+    @initialize(
+        total=st.integers(30, 90),
+        budget=st.integers(1, 9),
+        chunk=st.integers(1, 20),
+        key_weight=st.sampled_from([0.0, 0.1]),
+    )
+    def make(self, total, budget, chunk, key_weight):
         self.pages = Pages(total)
-        self.scheduler = Scheduler(self.pages, budget=budget, chunk=chunk)
+        self.scheduler = Scheduler(self.pages, budget=budget, chunk=chunk, key_weight=key_weight)
         self.storage, self.coda, self.jobs, self.number = {}, {}, [], 0
 
     @rule(
@@ -212,10 +217,10 @@ TestServing = Serving.TestCase
 TestServing.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
 
 
-def one_job(*, length, loops, budget, chunk, new=1):
+def one_job(*, length, loops, budget, chunk, new=1, key_weight=0.0):
     layout = Layout(outer=1, loops=loops)
     pages = Pages(1000)
-    scheduler = Scheduler(pages, budget=budget, chunk=chunk)
+    scheduler = Scheduler(pages, budget=budget, chunk=chunk, key_weight=key_weight)
     scheduler.add(Job(0, tuple(range(length)), new, loops, 1, 0, layout))
     scheduler.admit()
     return scheduler
@@ -255,17 +260,35 @@ def test_a_position_passes_the_coda_only_after_all_before_it_have_left():
     assert passed == [[], [], [], [(0, 4), (1, 4), (2, 2)]]
 
 
-def test_a_long_prompt_leaves_half_of_a_tick_to_those_that_write():
-    scheduler = one_job(length=1, loops=2, budget=8, chunk=8, new=50)
+def prompt_beside_a_writer(length, key_weight=0.0):
+    scheduler = one_job(length=1, loops=2, budget=8, chunk=8, new=50, key_weight=key_weight)
     for _ in range(2):
         rows = scheduler.plan()
         scheduler.ran(rows, [False])
         carry(scheduler)
     scheduler.tracks[0].token_ids.append(0)
-    scheduler.add(Job(1, tuple(range(100)), 1, 2, 1, 0, Layout(outer=1, loops=2)))
+    scheduler.add(Job(1, tuple(range(length)), 1, 2, 1, 0, Layout(outer=1, loops=2)))
     scheduler.admit()
-    rows = scheduler.plan()
+    return scheduler
+
+
+def test_a_long_prompt_leaves_half_of_a_tick_to_those_that_write():
+    rows = prompt_beside_a_writer(100).plan()
     assert [row.track.job.number for row in rows] == [0, 1, 1, 1, 1]
+
+
+def test_deep_in_a_prompt_fewer_rows_make_up_half_of_a_tick():
+    scheduler = prompt_beside_a_writer(15, key_weight=0.4)
+    _, prompt = scheduler.tracks
+    taken = []
+    while not prompt.decoding:
+        rows = [row for row in scheduler.plan() if row.track is prompt]
+        taken.append([row.position for row in rows])
+        assert sum(1 + 0.4 * row.position for row in rows) <= 4 or len(rows) == 1
+        scheduler.ran(rows, [False] * len(rows))
+        carry(scheduler)
+    assert taken[0] == [0, 1]  # 1 + 1.4, where another would make 4.2
+    assert taken[-1] == [14]
 
 
 def phases(late, loops=(8, 8), ticks=28):
