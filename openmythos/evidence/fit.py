@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +74,9 @@ class FitConfig:
 Report = Callable[[int, int, float], None]
 """Told of the step, the level and the mean loss since the last report, in nats."""
 
+Loss = Callable[[OpenMythos, Batch], tuple[Float[Tensor, ""], Tensor | None]]
+"""A batch's loss in nats, and the loads of a core with experts."""
+
 Watch = Callable[[int, float, float], bool]
 """Told of the steps taken, the last one's loss in nats and its gradient's norm before clipping;
 says whether to go on."""
@@ -84,6 +88,7 @@ def fit(
     config: FitConfig,
     folder: Path,
     *,
+    loss: Loss | None = None,
     report: Report | None = None,
     watch: Watch | None = None,
     frozen: Sequence[str] = (),
@@ -97,6 +102,7 @@ def fit(
         batch: gives the batch of a step at a level, both from 0.
         config: the training.
         folder: holds the checkpoints; the last one stays there.
+        loss: of a batch, in nats, and the experts' loads; default: the mean of the places asked.
         report: progress.
         watch: sees every step, and may end the training before its last one.
         frozen: parts of the model that stay as initialised, each a word of the dotted names of
@@ -111,6 +117,7 @@ def fit(
         ConfigError: the folder was made with other settings.
     """
     torch.set_flush_denormal(True)
+    loss = loss or partial(_loss, window=config.backprop_loops)
     device = default_device()
     products = _tensor_cores if device.type == "cuda" else nullcontext
     model.to(device)
@@ -143,12 +150,12 @@ def fit(
         optimizers.set_lr(schedule(step, config.steps, config.optimizer))
         optimizers.zero_grad()
         with layers(), products():
-            loss, loads = _loss(model, batch(step, course.level).to(device), config)
-            loss.backward()
+            nats, loads = loss(model, batch(step, course.level).to(device))
+            nats.backward()
         norm = optimizers.step()
         if loads is not None:
             model.core.rebalance(loads)
-        losses.append(float(loss.detach()))
+        losses.append(float(nats.detach()))
         course.learn(losses[-1])
         step += 1
         if watch is not None and not watch(step, losses[-1], norm):
@@ -215,10 +222,10 @@ class Course:
 
 
 def _loss(
-    model: OpenMythos, batch: Batch, config: FitConfig
+    model: OpenMythos, batch: Batch, window: int | None
 ) -> tuple[Float[Tensor, ""], Tensor | None]:
     """Mean loss in nats of the places that are asked about, and the experts' loads."""
-    out = model(batch.token_ids, batch.loops, backprop_loops=config.backprop_loops)
+    out = model(batch.token_ids, batch.loops, backprop_loops=window)
     loss = F.cross_entropy(
         out.logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE
     )

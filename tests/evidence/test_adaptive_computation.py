@@ -8,14 +8,16 @@ import torch
 from tiny import tiny
 from torch.testing import assert_close
 
-from openmythos import Tokenizer
-from openmythos.evidence import text_exits
+from openmythos import OpenMythos, Tokenizer
+from openmythos.evidence import graves_exits, text_exits
 from openmythos.evidence.adaptive_computation import (
     QUICK,
+    _cheapest,
     conclude,
     constant_length,
     first_lasting,
     run,
+    shown_chains,
     spearman,
 )
 from openmythos.evidence.forced_routing import windows_of
@@ -103,3 +105,31 @@ def test_exits_on_text_read_the_same_tokens_and_the_oracle_leaves_at_the_first_g
     assert (at <= losses.amin(0) + text_exits.MARGIN).all()
     earlier = torch.arange(8).view(-1, 1, 1) < leaves - 1
     assert (losses[earlier] > (losses.amin(0) + text_exits.MARGIN).expand_as(losses)[earlier]).all()
+
+
+def test_exits_learnt_jointly_are_dearer_where_a_loop_costs_more(tmp_path):
+    training = graves_exits.ActTraining(
+        prices=(0.0, 10.0), steps=10, sequences=2, rate=20.0, exit_bias=-1.0
+    )
+    study = dataclasses.replace(QUICK, chains=1)
+    model = OpenMythos(
+        dataclasses.replace(QUICK.training, hidden_size=16, feed_forward_size=16).config
+    ).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    points = graves_exits.measure(
+        model, shown_chains(study), 6, training, tmp_path, lambda line: None
+    )
+    assert points["10"]["mean_loops"] < points["0"]["mean_loops"] <= 6
+    for name, tensor in model.state_dict().items():
+        assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+def test_the_cheapest_point_loses_no_more_than_half_a_point():
+    part = {
+        "budget": 4,
+        "fixed": {"1": 0.5, "2": 0.896, "3": 0.9, "4": 0.9},
+        "rules": {"delta": [[0.1, 0.897, 1.5], [0.2, 0.7, 1.1]], "kl": [[0.1, 0.6, 1.2]]},
+    }
+    assert _cheapest(part, "fixed") == {"accuracy": 0.896, "mean_loops": 2.0}
+    assert _cheapest(part, "delta") == {"accuracy": 0.897, "mean_loops": 1.5}
+    assert _cheapest(part, "kl") == {"accuracy": 0.9, "mean_loops": 4.0}

@@ -1,0 +1,135 @@
+"""Exits that are learnt with the model: Graves' rule, on chains of constant length.
+
+Adaptive computation time (Graves 2016, arXiv 1603.08983) mixes the states of all loops by learned
+probabilities and pays for loops in the loss, so a model must be trained with it. The reasoner is
+trained on at several prices of a loop, through all its loops, on the chains that a gate is fitted
+on; each price gives one point of quality against mean loops.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from openmythos.evidence.cells import Result, Say
+from openmythos.evidence.fit import Batch, FitConfig, fit
+from openmythos.evidence.hop_training import REASONER, TASK, TRAINED_HOPS
+from openmythos.model.transformer import OpenMythos
+from openmythos.tasks.hops import Chains
+from openmythos.training.settings import OptimizerConfig
+
+STREAM = 14
+"""Of training chains."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActTraining:
+    """How the exits are learnt, once for each price."""
+
+    prices: tuple[float, ...] = (0.001, 0.003, 0.01)
+    """Nats that a loop costs."""
+    steps: int = 200
+    sequences: int = 16
+    """In a batch."""
+    rate: float = 0.2
+    """Share of the rates that the reasoner was trained at."""
+    exit_bias: float = -2.0
+    """Where the exit's bias starts: a probability of 0.12 at every loop."""
+    seed: int = 0
+
+
+def measure(
+    model: OpenMythos, chains: Chains, budget: int, training: ActTraining, folder: Path, say: Say
+) -> Result:
+    """Train a copy at each price; return accuracy and mean loops, by price.
+
+    Args:
+        model: solves chains, and has no such exits yet.
+        chains: what it is asked.
+        budget: most loops of a token.
+        training: of the exits, and of everything else along with them.
+        folder: for checkpoints.
+        say: told of progress.
+    """
+    token_ids, wanted = torch.from_numpy(chains.token_ids), torch.from_numpy(chains.answers)
+    points = {}
+    for price in training.prices:
+        taught = _taught(model, price, budget, training, folder / f"{price:g}", say)
+        with torch.inference_mode():
+            out = taught(token_ids, budget, halting="act")
+        right = out.logits[..., : TASK.entities].argmax(-1) == wanted
+        points[f"{price:g}"] = {
+            "accuracy": float(right.double().mean()),
+            "mean_loops": float(out.loops.double().mean()),
+        }
+    return points
+
+
+def _taught(
+    model: OpenMythos, price: float, budget: int, training: ActTraining, folder: Path, say: Say
+) -> OpenMythos:
+    copy = OpenMythos(model.config.replace(learned_act=True), seed=training.seed)
+    own = {name: tensor for name, tensor in copy.state_dict().items() if ".act." in name}
+    copy.load_state_dict({**own, **model.state_dict()})
+    with torch.no_grad():
+        for name, parameter in copy.named_parameters():
+            if ".act." in name and name.endswith(".bias"):
+                parameter.fill_(training.exit_bias)
+    config = FitConfig(
+        steps=training.steps,
+        seed=training.seed,
+        optimizer=OptimizerConfig(
+            muon_lr=training.rate * REASONER.muon_lr,
+            adam_lr=training.rate * REASONER.adam_lr,
+            weight_decay=REASONER.weight_decay,
+            warmup_steps=10,
+            decay_share=0.8,
+        ),
+    )
+
+    def batch(step: int, _: int) -> Batch:
+        random = np.random.default_rng([training.seed, STREAM, step])
+        hops = int(random.integers(1, TRAINED_HOPS + 1))
+        chains = TASK.chains(random, training.sequences, hops, 2 * TRAINED_HOPS)
+        return Batch(torch.from_numpy(chains.token_ids), torch.from_numpy(chains.answers), budget)
+
+    def loss(model: OpenMythos, batch: Batch) -> tuple[Float[Tensor, ""], Tensor | None]:
+        out = model(batch.token_ids, batch.loops, halting="act")
+        nats = F.cross_entropy(out.logits.flatten(0, 1).float(), batch.targets.flatten())
+        assert out.ponder is not None
+        return nats + price * out.ponder.mean(), out.loads
+
+    def report(step: int, _: int, mean: float) -> None:
+        say(f"{price:g} nats a loop: step {step} of {config.steps}, loss {mean:.4f}")
+
+    fit(copy, batch, config, folder, loss=loss, report=report)
+    return copy.cpu()
+
+
+def rows(points: Result) -> list[list[str]]:
+    """Return the table's rows."""
+    return [
+        [f"act, {price} nats a loop", "shipped, trained on", f"{point['accuracy']:.4f}",
+         f"{point['mean_loops']:.1f}"]
+        for price, point in points.items()
+    ]  # fmt: skip
+
+
+def sentence(part: dict[str, Any]) -> str:
+    """Say how learned exits compare with the gate, on the shipped reasoner."""
+    said = [
+        f"{point['accuracy']:.3f} with {point['mean_loops']:.1f} loops at {price} nats a loop"
+        for price, point in part["act"].items()
+    ]
+    gate = part["chosen"]
+    return (
+        f"The shipped reasoner has {gate['accuracy']:.3f} with {gate['mean_loops']:.1f} loops by "
+        f"its gate; trained on with Graves' rule instead, {', '.join(said)}."
+    )
