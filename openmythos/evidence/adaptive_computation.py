@@ -5,9 +5,9 @@ clue, a gate trained after the model (it looks ahead to each token's best later 
 token leaves the core. Quality against mean loops is compared with fixed depth, with the rules that
 need no training, with random exit (the gate's own loops, dealt to other tokens at random, which
 would be as good if the gate knew nothing), and with two oracles: each token's first loop from which
-it stays right, and the same where a token also waits for all before it. A short training with the
-gate's exits then lets the model see the keys of tokens that left early. Graves' rule, which a model
-must be trained with, is measured on the shipped reasoner; see `graves_exits`.
+it stays right, and the same with as much time to settle as others need of it. A short training with
+the gate's exits then lets the model see the keys of tokens that left early. Graves' rule, which a
+model must be trained with, is measured on the shipped reasoner; see `graves_exits`.
 
 On text the question only arises where depth is worth something: that is measured first, and then
 the exits of the shipped language model; see `text_exits`.
@@ -176,7 +176,16 @@ def _exits(model: OpenMythos, study: Study) -> Result:
     accuracy, mean, loops = score(loops=study.budget, halting="gate")
     # A token runs one loop more than it needs, so that others can read what it found.
     oracle = (first_lasting(right) + 1).clamp(max=study.budget)
-    in_order = oracle.cummax(1).values
+
+    def settled() -> Result:
+        """The least time to settle, the same for all, with which little is lost."""
+        in_order, least = first_lasting(right).cummax(1).values, fixed[str(study.budget)] - POINTS
+        for more in range(1, study.budget):
+            accuracy, mean, _ = score(loops=(in_order + more).clamp(max=study.budget))
+            if accuracy >= least:
+                break
+        return {**_point(accuracy, mean), "more": more}
+
     shuffled = loops.flatten()[torch.from_numpy(_permutation(loops.numel()))].view_as(loops)
     return {
         "budget": study.budget,
@@ -185,7 +194,7 @@ def _exits(model: OpenMythos, study: Study) -> Result:
         "chosen": {"accuracy": accuracy, "mean_loops": mean},
         "random": _point(*score(loops=shuffled)[:2]),
         "oracle": _point(*score(loops=oracle)[:2]),
-        "oracle_in_order": _point(*score(loops=in_order)[:2]),
+        "settled_oracle": settled(),
         "spearman": spearman(loops.numpy(), chains.hops),
         "spearman_at_place": _spearman_at_place(loops.numpy(), chains.hops),
         "by_hops": _by_hops(loops.numpy(), chains.hops),
@@ -375,9 +384,10 @@ def conclude(results: dict[str, Result]) -> Section:
 
 
 ORACLE = """\
-The oracle is taken from runs at one depth, and ends too soon: it stops a place that is right by
-chance before its chain is worked out, and the places after it then read a state without the answer.
-The oracle in order also keeps a place until all before it have left."""
+The oracle is taken from runs at one depth, and ends too soon: it stops a place at the loop from
+which it reads right, and those after it then read a state in which the answer has not settled, if
+it was not right by chance. The settled oracle keeps a place until all before it have left, and
+gives every place so many loops more as cost at most half a point of full depth's accuracy."""
 
 ENOUGH = f"""\
 Enough: the fewest loops, over depths or thresholds, that cost at most {POINTS} of full depth's
@@ -417,8 +427,8 @@ def _rows(phase: str, parts: list[Result]) -> list[list[str]]:
         row("random, the gate's loops", [part["random"] for part in parts]),
         row("oracle", [part["oracle"] for part in parts]),
     ]
-    if all("oracle_in_order" in part for part in parts):
-        rows.append(row("oracle in order", [part["oracle_in_order"] for part in parts]))
+    if all("settled_oracle" in part for part in parts):
+        rows.append(row("oracle, settled", [part["settled_oracle"] for part in parts]))
     return rows
 
 
@@ -447,7 +457,7 @@ def _expectations(runs: list[Result]) -> list[Expectation]:
     above = min(part["chosen"]["accuracy"] - part["random"]["accuracy"] for part in parts)
     expect("above random exit", "≥ 0.2", above, above >= 0.2)
     saved = min(_saved(part, "chosen") / _saved(part, "oracle") for part in parts)
-    expect("share of the saving of an oracle that ends too soon", "≥ 0.8", saved, saved >= 0.8)
+    expect("share of the saving of the oracle that ends too soon", "≥ 0.8", saved, saved >= 0.8)
     rank = min(part["spearman"] for part in parts)
     expect("rank correlation of loops and hops", "≥ 0.9", rank, rank >= 0.9)
     placed = min(part["spearman_at_place"] for part in parts)
@@ -458,10 +468,10 @@ def _expectations(runs: list[Result]) -> list[Expectation]:
 
 
 def _oracle_expectations(part: Result) -> list[Expectation]:
-    saved = _saved(part, "chosen") / _saved(part, "oracle_in_order")
+    saved = _saved(part, "chosen") / _saved(part, "settled_oracle")
     return [
         Expectation(
-            "shipped reasoner: share of the saving of the oracle in order",
+            "shipped reasoner: share of the settled oracle's saving",
             "≥ 0.8",
             f"{saved:.3f}",
             saved >= 0.8,
