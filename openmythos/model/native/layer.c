@@ -227,6 +227,15 @@ INLINE float dot(const float *x, const void *y, int64_t n, int64_t kind) {
     for (int64_t i = 0; i < n; i += LANES) total = fuse(load(x + i), read(y, i, kind), total);
     return sum(total);
 }
+/* The same with four y, whose sums do not wait for each other. */
+INLINE four dots(const float *x, const void *const *y, int64_t n, int64_t kind) {
+    wide total[4] = {all(0), all(0), all(0), all(0)};
+    for (int64_t i = 0; i < n; i += LANES) {
+        wide own = load(x + i);
+        for (int k = 0; k < 4; k++) total[k] = fuse(own, read(y[k], i, kind), total[k]);
+    }
+    return sums(total);
+}
 INLINE wide smaller(wide x, wide y) {
     whole less = x < y;
     return (wide)(((whole)x & less) | ((whole)y & ~less));
@@ -503,20 +512,50 @@ static float soften(float *scores, int64_t count) {
 INLINE void weigh(const Call *call, int64_t row, const float *scores, float scale,
                   const void *entries, int64_t kind, int64_t kept, int64_t offset, int64_t n,
                   float *y) {
-    for (int64_t i = 0; i < n; i += 4 * LANES) {
-        wide total[4] = {all(0), all(0), all(0), all(0)};
-        int vectors = n - i >= 4 * LANES ? 4 : (int)((n - i) / LANES);
-        for (int64_t key = 0; key < call->counts[row]; key++) {
-            int64_t entry = place_of(call, row, key) * kept + offset + i;
-            wide weight = all(scores[key]);
-            if (vectors == 4)
-                for (int v = 0; v < 4; v++)
-                    total[v] = fuse(weight, read(entries, entry + v * LANES, kind), total[v]);
-            else
-                for (int v = 0; v < vectors; v++)
-                    total[v] = fuse(weight, read(entries, entry + v * LANES, kind), total[v]);
+    for (int64_t i = 0; i < n; i += 8 * LANES) {
+        int vectors = n - i >= 8 * LANES ? 8 : (int)((n - i) / LANES);
+        wide total[8];
+        for (int v = 0; v < 8; v++) total[v] = all(0);
+#define WEIGH(VECTORS)                                                                           \
+    for (int64_t key = 0; key < call->counts[row]; key++) {                                      \
+        int64_t entry = place_of(call, row, key) * kept + offset + i;                            \
+        wide weight = all(scores[key]);                                                          \
+        for (int v = 0; v < VECTORS; v++)                                                        \
+            total[v] = fuse(weight, read(entries, entry + v * LANES, kind), total[v]);           \
+    }
+        if (vectors == 8) {
+            WEIGH(8)
+        } else if (vectors == 4) {
+            WEIGH(4)
+        } else {
+            WEIGH(vectors)
         }
+#undef WEIGH
         for (int v = 0; v < vectors; v++) store(y + i + v * LANES, total[v] * all(scale));
+    }
+}
+
+/* scores = products of a query with the keys a row sees, each of which starts at `offset`; `more` is
+   what the query has for the numbers that follow there, null: nothing. */
+INLINE void score(const Call *call, int64_t row, const float *q, int64_t n, const float *more,
+                  int64_t more_n, const void *keys, int64_t kind, int64_t kept, int64_t offset,
+                  float scale, float *scores) {
+    int64_t key = 0, count = call->counts[row];
+    for (; key + 4 <= count; key += 4) {
+        const void *k[4], *behind[4];
+        for (int i = 0; i < 4; i++) {
+            k[i] = at(keys, place_of(call, row, key + i) * kept + offset, kind);
+            behind[i] = at(k[i], n, kind);
+        }
+        four found = dots(q, k, n, kind);
+        if (more) found += dots(more, behind, more_n, kind);
+        *(four_anywhere *)(scores + key) = found * scale;
+    }
+    for (; key < count; key++) {
+        const void *k = at(keys, place_of(call, row, key) * kept + offset, kind);
+        float found = dot(q, k, n, kind);
+        if (more) found += dot(more, at(k, n, kind), more_n, kind);
+        scores[key] = found * scale;
     }
 }
 
@@ -563,10 +602,7 @@ INLINE float *grouped_attention(const Layer *l, int64_t kind, const Call *call, 
     for (int64_t item = from; item < to; item++) {
         int64_t row = item / heads, head = item % heads, offset = head * l->kv_heads / heads * d;
         const float *q = qkv + row * width + head * d;
-        for (int64_t key = 0; key < call->counts[row]; key++) {
-            const void *k = at(call->keys, place_of(call, row, key) * kept + offset, kind);
-            scores[key] = dot(q, k, d, kind) * l->score_scale;
-        }
+        score(call, row, q, d, 0, 0, call->keys, kind, kept, offset, l->score_scale, scores);
         float scale = soften(scores, call->counts[row]);
         weigh(call, row, scores, scale, call->values, kind, kept, offset, d, y + item * d);
     }
@@ -617,12 +653,8 @@ INLINE float *latent_attention(const Layer *l, int64_t kind, const Call *call, T
         const float *q = query + item * width;
         float mapped[l->latent];
         columns(q, 1, width, to_key, kind, l->nope, l->latent, mapped, l->latent);
-        for (int64_t key = 0; key < call->counts[row]; key++) {
-            const void *k = at(call->keys, place_of(call, row, key) * kept, kind);
-            float score = dot(mapped, k, l->latent, kind);
-            score += dot(q + l->nope, at(k, l->latent, kind), l->rope, kind);
-            scores[key] = score * l->score_scale;
-        }
+        score(call, row, mapped, l->latent, q + l->nope, l->rope, call->keys, kind, kept, 0,
+              l->score_scale, scores);
         float scale = soften(scores, call->counts[row]);
         weigh(call, row, scores, scale, call->keys, kind, kept, 0, l->latent, mapped);
         product(mapped, 1, l->latent, to_value, kind, 0, l->latent, 0, l->value,
