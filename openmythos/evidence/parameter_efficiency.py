@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "Parameter efficiency: one looped model against plain ones of up to twice its size"
-HOURS = 62.0
+HOURS = 69.0
 """Of one core, for everything with three seeds."""
 
 
@@ -45,7 +45,14 @@ WIDTH = 192
 
 
 def looped(
-    prelude: int, core: int, loops: int, coda: int, *, depth: DepthLaw = "near", **more: Any
+    prelude: int,
+    core: int,
+    loops: int,
+    coda: int,
+    *,
+    depth: DepthLaw = "near",
+    lanes: int = 1,
+    **more: Any,
 ) -> TextTraining:
     """Return a looped model of `prelude` + `core` x `loops` + `coda` layers."""
     shape = {
@@ -55,7 +62,9 @@ def looped(
         "coda_layers": coda,
         "hidden_size": WIDTH,
     }
-    return TextTraining(shape={**shape, **more}, depth=depth, vocab_size=4096, steps=1840)
+    return TextTraining(
+        shape={**shape, **more}, lanes=lanes, depth=depth, vocab_size=4096, steps=1840
+    )
 
 
 VARIANTS = {
@@ -70,11 +79,15 @@ VARIANTS = {
     "looped-1+2x4+1-peri": looped(1, 2, 4, 1, norm="peri"),
     "looped-1+2x4+1-norm": looped(1, 2, 4, 1, core_output="norm"),
     "looped-1+2x4+1-add": looped(1, 2, 4, 1, injection="add"),
+    "looped-1+2x6+1-lanes": looped(1, 2, 6, 1, lanes=2),
+    "looped-1+2x8+1-fixed": looped(1, 2, 8, 1, depth="fixed"),
+    "looped-0+4x4+0-fixed": looped(0, 4, 4, 0, depth="fixed"),
 }
 """Looped shapes that were tried, with the same parameters within 2 % (the wide one 5 % more). What
 a core layer is worth grows with the share of layers in the core and with the loops, what it costs
 with their product. `depth="near"` keeps the loops of training within one of the mean: a wide law
-costs a language model loss. The model with LoRA has narrower feed-forwards to pay for it."""
+costs a language model loss. The model with LoRA has narrower feed-forwards to pay for it; lanes are
+hyper-connections at the loop's boundary, see `laned`."""
 
 MAIN = next(iter(VARIANTS))
 RATIOS = {"plain-1.0x": 1.0, "plain-1.3x": 1.3, "plain-1.69x": 1.69, "plain-2x": 2.0}

@@ -23,6 +23,7 @@ import torch
 from openmythos.config import MythosConfig
 from openmythos.evidence.cells import Say
 from openmythos.evidence.fit import Batch, FitConfig, fit
+from openmythos.evidence.laned import Laned, further_parameters
 from openmythos.model.accounting import account, on_meta, parameters
 from openmythos.model.transformer import OpenMythos
 from openmythos.training.corpus import Corpus, CorpusName, open_corpus
@@ -62,6 +63,8 @@ class TextTraining:
     shape: Mapping[str, Any]
     """The model's fields, where they differ from the defaults of `MythosConfig` and from what
     `config` sets for all."""
+    lanes: int = 1
+    """Lanes of the state; more than one are a variant of the core, see `laned`."""
     depth: DepthLaw = "near"
     """Law of the loops; each step draws a number for its batch."""
     steps: int = 1600
@@ -101,6 +104,12 @@ class TextTraining:
         """Tokens predicted in all of the training."""
         return self.steps * self.batch_size * self.length
 
+    def new_model(self) -> OpenMythos:
+        """Return the model as initialised."""
+        if self.lanes > 1:
+            return Laned(self.config, self.lanes, seed=self.seed)
+        return OpenMythos(self.config, seed=self.seed)
+
     def batch(self, step: int, text: TokenFile) -> Batch:
         """Return the batch of a step."""
         first = step * self.batch_size
@@ -121,7 +130,7 @@ class TextTraining:
             say: told of progress.
             frozen: parts that stay as initialised, as of `fit`.
         """
-        model = OpenMythos(self.config, seed=self.seed)
+        model = self.new_model()
 
         def report(step: int, _: int, loss: float) -> None:
             say(f"step {step} of {self.steps}, loss {loss:.3f}")
@@ -155,9 +164,10 @@ class TextTraining:
         config, keys = self.config, self.length // 2  # keys that a token sees on average
         parts = parameters(on_meta(config))
         counted = account(config, loops=[config.mean_loops], keys=keys)
+        total = counted.total + further_parameters(config, self.lanes)
         return {
-            "parameters": counted.total,
-            "without_embedding": counted.total - parts["embedding"] - parts["head"],
+            "parameters": total,
+            "without_embedding": total - parts["embedding"] - parts["head"],
             "tokens": self.tokens,
             "flops": self.training_flops(),
             "flops_per_token": counted.flops[config.mean_loops],
@@ -175,6 +185,8 @@ class TextTraining:
     def as_json(self) -> dict[str, Any]:
         """Return the settings as a cell keeps them."""
         fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        if self.lanes == 1:
+            del fields["lanes"]  # as results from before there were any have it
         return fields
 
 

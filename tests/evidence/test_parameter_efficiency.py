@@ -96,7 +96,8 @@ def test_rows_share_all_but_shape_and_the_iso_flop_row_its_operations():
     assert ROWS[ISO_FLOP].costs()["flops"] == pytest.approx(wanted, rel=0.01)
     for name, training in ROWS.items():
         steps = training.steps if name != ISO_FLOP else ROWS[MAIN].steps
-        same = dataclasses.replace(training, shape=ROWS[MAIN].shape, steps=steps, depth="near")
+        alike = {"shape": ROWS[MAIN].shape, "steps": steps, "depth": "near", "lanes": 1}
+        same = dataclasses.replace(training, **alike)
         assert same == ROWS[MAIN]
 
 
