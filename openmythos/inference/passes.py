@@ -1,7 +1,8 @@
 """The model's side of a tick: prelude, one loop of the core, coda and head for any set of rows.
 
 Rows are positions of any sequences at any loops. Their states lie in seats, their keys and
-values in pages; the layers are the model's own, which see the pages through `Lane`.
+values in pages. Layers are the model's own and see the pages through `Lane`, or the native code
+runs them all, which `Paged` has told where everything lies.
 
 Where the native code takes the whole model, a row's bits depend on nothing else in a pass. Torch's
 products depend on how many rows they have, and its attention on padding, mask and batch: in
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +28,8 @@ from openmythos.model.cache import Declaration, Entries, Place, Span
 from openmythos.model.core import Rows
 from openmythos.model.halting import Divergence, Memory, Rule
 from openmythos.model.native.exits import BY_BUDGET, Decided, Exits, decided_here
-from openmythos.model.native.run import MOST_ROWS, run_pages, takes_all
+from openmythos.model.native.paged import Paged, paged
+from openmythos.model.native.run import MOST_ROWS, may_run
 from openmythos.model.rope import Rope, rope_table
 from openmythos.model.transformer import OpenMythos
 
@@ -43,6 +45,8 @@ RULES = 16
 
 CHANGED = "the model was changed after its engine was made: make a new engine"
 
+Some = TypeVar("Some", Sequence[Row], Tensor)
+"""Rows, or one tensor's."""
 Choose = Callable[..., int]
 """The slot that a row `(track, row)` writes and reads, or `(track, row, ahead)` loops later."""
 Also = Callable[[Track, Row], int | None]
@@ -56,14 +60,24 @@ class View:
     span: Span
     write: Int[Tensor, " rows"]
     """Where each row's entry goes; rows beyond are padding."""
-    read: Int[Tensor, " entries"] | None = None
+    read: Int[Tensor, " entries"]
     """Places of all that is seen, sequence by sequence."""
-    shape: tuple[int, int] = (0, 0)
+    shape: tuple[int, int]
     """`(sequences, keys)` of `read`."""
     also: tuple[Int[Tensor, " some"], Int[Tensor, " some"]] | None = None
     """Rows whose entry is written a second time, and where."""
-    entries: Entries | None = None
-    """The same for the native code, which reads places where the tables keep them."""
+
+
+@dataclass(frozen=True)
+class Seated:
+    """What of a call's rows stays the same as long as they are in flight."""
+
+    rows: Sequence[Row]
+    seats: Int[Tensor, " rows"]
+    """Filled up, where rows are to stand alone, with the seat of padding."""
+    rope: Rope
+    outer: list[Entries]
+    """For the native code, their places in each slot of prelude and coda."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +90,6 @@ class Lane:
     def update(self, kept: dict[str, Tensor], span: Span, slot: int) -> dict[str, Tensor]:
         """Write this call's entries `(rows, ...)`; return what it sees, `(sequences, keys, ..)`."""
         view, seen = self.view, {}
-        if view.read is None:
-            raise RuntimeError(CHANGED)
         for name, x in kept.items():
             data = self.data[name]
             x = x.to(data.dtype)
@@ -88,9 +100,8 @@ class Lane:
             seen[name] = data.index_select(0, view.read).unflatten(0, view.shape)
         return seen
 
-    def entries(self, span: Span, slot: int) -> tuple[dict[str, Tensor], Entries] | None:
-        """Return all pages, and where this call's rows write and read."""
-        return None if self.view.entries is None else (self.data, self.view.entries)
+    def entries(self, span: Span, slot: int) -> None:
+        """Return nothing: what the native code takes does not come here."""
 
 
 class Passes:
@@ -104,10 +115,6 @@ class Passes:
 
     def __init__(self, model: OpenMythos, pages: int, *, deterministic: bool) -> None:
         self.model, self.config = model, model.config
-        self.native = takes_all(model)
-        self.deterministic = deterministic
-        self.alone = deterministic and not self.native
-        """Whether rows go through torch, and must not depend on each other."""
         weight = model.embed.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.lanes = len(model.core.layers)
@@ -120,7 +127,14 @@ class Passes:
             }
             for _ in range(self.lanes)
         ]
+        self.paged = paged(model, self.storage)
+        self.native = self.paged is not None
+        """Whether the native code takes the whole model: rows then depend on nothing else."""
+        self.deterministic = deterministic
+        self.alone = deterministic and not self.native
+        """Whether rows go through torch, and must not depend on each other."""
         self.rope = self._rope_table()
+        self._last: Seated | None = None
         self.carry = torch.empty(0)
         self.quiet = torch.zeros(1, dtype=torch.bool)  # by seat, for rules decided natively
         self.rules: dict[Hashable, Rule | None] = {}
@@ -136,6 +150,19 @@ class Passes:
         positions = torch.arange(self.config.max_length, device=self.device)
         table = rope_table(positions, *self.model.rope_kind())
         return table.per_head()
+
+    def check(self) -> None:
+        """Look, once in each tick, whether the model is what it was.
+
+        Raises:
+            RuntimeError: the native code took all of it and does not any more.
+        """
+        if not self.native:
+            return
+        if self.paged is None or not self.paged.stands():
+            self.paged = paged(self.model, self.storage)  # its weights may only have moved
+        if self.paged is None or not may_run():
+            raise RuntimeError(CHANGED)
 
     def keep_rules(
         self, used: Set[Hashable], name: Hashable, make: Callable[[], Rule | None]
@@ -187,7 +214,7 @@ class Passes:
 
     # What a call sees
 
-    def _tiles(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    def _tiles(self, rows: Some) -> Iterator[Some]:
         size = TILE if self.alone else MOST_ROWS if self.native else max(1, len(rows))
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
@@ -198,11 +225,20 @@ class Passes:
             values = [*values, *[0] * (TILE - len(values))]
         return _whole(values).to(self.device)
 
+    def _seated(self, rows: Sequence[Row]) -> Seated:
+        """Return what stays of rows; prelude, loops and coda often see the same ones in turn."""
+        if self._last is None or self._last.rows != rows:
+            slots = range(outer_slots(self.model)) if self.native else ()
+            self._last = Seated(
+                rows,
+                self._padded([row.seat for row in rows]),
+                self.rope.select(self._padded([row.position for row in rows])),
+                [self._entries(rows, _always(slot)) for slot in slots],
+            )
+        return self._last
+
     def _view(self, rows: Sequence[Row], slot: Choose, also: Also | None = None) -> View:
         """Let rows write `slot` and read all positions up to their own there."""
-        if self.native:
-            entries = self._entries(rows, slot, also)
-            return View(self._span(rows, entries.most), entries.write, entries=entries)
         write = [row.track.table.write(slot(row.track, row), row.position) for row in rows]
         second = []
         if also is not None:
@@ -221,28 +257,26 @@ class Passes:
         )
 
     def _entries(
-        self, rows: Sequence[Row], slot: Choose, also: Also | None = None, ahead: int = 0
+        self, rows: Sequence[Row], slot: Choose, also: Also | None = None, loops: int = 1
     ) -> Entries:
-        """What the native code needs of a view: it reads the tables' own lists of places.
-
-        With `ahead`, of the slots of so many loops later.
-        """
+        """Places for the native code, `(loops, rows)`: it reads the tables' own lists of them."""
         write, read, second = [], [], []
-        for row in rows:
-            table, place = row.track.table, slot(row.track, row, ahead)
-            write.append(table.write(place, row.position))
-            read.append(table.base + place * table.step)
+        for ahead in range(loops):
+            for row in rows:
+                table, place = row.track.table, slot(row.track, row, ahead)
+                write.append(table.write(place, row.position))
+                read.append(table.base + place * table.step)
         if also is not None and any(row.track.job.layout.latest for row in rows):
             for row in rows:
                 other = also(row.track, row)
                 second.append(-1 if other is None else row.track.table.write(other, row.position))
         counts = [row.position + 1 for row in rows]
         return Entries(
-            _whole(write),
+            _whole(write).view(loops, -1),
             _whole(counts),
             max(counts),
-            read=_whole(read),
-            also=_whole(second) if max(second, default=-1) >= 0 else None,
+            read=_whole(read).view(loops, -1),
+            also=_whole([second] * loops) if max(second, default=-1) >= 0 else None,
         )
 
     def _alone(self, rows: Sequence[Row], slot: Choose) -> tuple[Span, np.ndarray]:
@@ -295,16 +329,19 @@ class Passes:
         if not rows:
             return
         self._sit(rows)
-        model = self.model
+        core = self.model.core
         for tile in self._tiles(rows):
+            at = self._seated(tile)
             token_ids = self._padded([row.track.token_ids[row.position] for row in tile])
-            rope = self.rope.select(self._padded([row.position for row in tile]))
-            e = model.before_core(token_ids, rope, self._outer(tile, 0))
+            if self.paged is not None:
+                e = self.paged.before(token_ids, at.rope, at.outer)
+            else:
+                e = self.model.before_core(token_ids, at.rope, self._outer(tile, 0))
             wide = e.to(self.h.dtype)
-            drive, self.carry = model.core.injection.prepare(e)
-            seats = _whole([row.seat for row in tile]).to(self.device)
+            drive, self.carry = core.injection.prepare(e)
+            seats = at.seats[: len(tile)]
             self.drive.index_copy_(0, seats, drive[: len(tile)].to(wide.dtype))
-            self.h.index_copy_(0, seats, model.core.first_state(wide)[: len(tile)])
+            self.h.index_copy_(0, seats, core.first_state(wide)[: len(tile)])
 
     def _outer(self, rows: Sequence[Row], first: int) -> Iterator[Place]:
         """Places of the outer layers from number `first` on; several share a slot."""
@@ -330,85 +367,69 @@ class Passes:
         Returns:
             Where the rule fires after it, and how many loops were run.
         """
+        fires: list[bool] = []
         before, after = [], []
-        if self.native:
-            fires: list[bool] = []
-            for tile in self._tiles(rows):
-                h, new, exits = self._loops(tile, loops)
-                before.append(h)
-                after.append(new)
-                fires += exits.fires.tolist()
-                loops = exits.ran  # 1 where there are several tiles
-            for number, other in enumerate(self._seat(rows, torch.cat(before), torch.cat(after))):
-                fires[number] |= other
-            return fires, loops
         for tile in self._tiles(rows):
-            view = self._view(tile, Track.slot, Track.also)
-            seats = self._padded([row.seat for row in tile])
-            h = self.h.index_select(0, seats)
-            fixed = Rows(
-                view.span,
-                self.rope.select(self._padded([row.position for row in tile])),
-                self.drive.index_select(0, seats),
-                self.carry,
-            )
-            at = self._padded([row.loop for row in tile])
-            new, _ = self.model.core.one_loop(
-                h, fixed, at, [Lane(data, view) for data in self.storage]
-            )
-            before.append(h[: len(tile)])
-            after.append(new[: len(tile)])
-        return self._seat(rows, torch.cat(before), torch.cat(after)), 1
+            if self.paged is not None:
+                h, new, exits = self._run_paged(self.paged, tile, loops)
+                loops = exits.ran  # 1 where there are several tiles
+                fires += exits.fires.tolist()
+            else:
+                h, new = self._one_loop(tile)
+                fires += [False] * len(tile)
+            self.h.index_copy_(0, self._seated(tile).seats[: len(tile)], new)
+            before.append(h)
+            after.append(new)
+        for number in self._asked(rows, before, after):
+            fires[number] = True
+        return fires, loops
 
-    def _loops(self, rows: Sequence[Row], loops: int) -> tuple[Tensor, Tensor, Exits]:
+    def _one_loop(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Run a loop by torch; return the states before and after."""
+        at, view = self._seated(rows), self._view(rows, Track.slot, Track.also)
+        h, drive = self.h.index_select(0, at.seats), self.drive.index_select(0, at.seats)
+        loop = self._padded([row.loop for row in rows])
+        lanes = [Lane(data, view) for data in self.storage]
+        fixed = Rows(view.span, at.rope, drive, self.carry)
+        new, _ = self.model.core.one_loop(h, fixed, loop, lanes)
+        return h[: len(rows)], new[: len(rows)]
+
+    def _run_paged(
+        self, paged: Paged, rows: Sequence[Row], loops: int
+    ) -> tuple[Tensor, Tensor, Exits]:
         """Run loops natively; return the states before and after, and what was decided."""
-        steps = [self._entries(rows, Track.slot, Track.also, ahead) for ahead in range(loops)]
-        also = [step.also for step in steps if step.also is not None]
-        entries = Entries(
-            torch.stack([step.write for step in steps]),
-            steps[0].counts,
-            steps[0].most,
-            read=torch.stack([step.read for step in steps if step.read is not None]),
-            also=torch.stack(also) if also else None,
-        )
-        seats = _whole([row.seat for row in rows])
-        h = self.h.index_select(0, seats)
-        fixed = Rows(
-            self._span(rows, entries.most),
-            self.rope.select(_whole([row.position for row in rows])),
-            self.drive.index_select(0, seats),
-            self.carry,
-        )
+        at = self._seated(rows)
         first = _whole([row.loop for row in rows])
         exits = Exits(
             [self.decided[row.track.job.halting] or BY_BUDGET for row in rows],
             _whole([min(loops, row.track.job.loops - row.loop) for row in rows]),
             torch.tensor([row.fired for row in rows]),
-            self.quiet.index_select(0, seats) & (first > 0),
+            self.quiet.index_select(0, at.seats) & (first > 0),
         )
-        new = run_pages(self.model.core, h, fixed, first, self.storage, entries, exits)
-        if new is None:
-            raise RuntimeError(CHANGED)
-        self.quiet.index_copy_(0, seats, exits.quiet)
+        h, drive = self.h.index_select(0, at.seats), self.drive.index_select(0, at.seats)
+        new = h.clone()
+        entries = self._entries(rows, Track.slot, Track.also, loops)
+        paged.loops(new, at.rope, drive, self.carry, first, entries, exits)
+        self.quiet.index_copy_(0, at.seats, exits.quiet)
         for row, fired in zip(rows, exits.fired.tolist(), strict=True):
             row.fired = fired
         return h, new, exits
 
-    def _seat(self, rows: Sequence[Row], before: Tensor, after: Tensor) -> list[bool]:
-        """Put new states into the rows' seats; return where the halting rule fires."""
-        seats = _whole([row.seat for row in rows]).to(self.device)
-        self.h.index_copy_(0, seats, after)
-        return self._decide(rows, before, after)
-
-    def _decide(self, rows: Sequence[Row], before: Tensor, after: Tensor) -> list[bool]:
-        exits = [False] * len(rows)
-        kinds: dict[tuple[Hashable, bool], list[int]] = {}
+    def _asked(
+        self, rows: Sequence[Row], before: Sequence[Tensor], after: Sequence[Tensor]
+    ) -> list[int]:
+        """Ask the rules that were not decided natively; return which rows they fire on."""
         asked = {
             halting
             for halting, rule in self.rules.items()
             if rule is not None and not (self.native and self.decided[halting])
         }
-        for number, row in enumerate(rows) if asked else ():
+        if not asked:
+            return []
+        exits: list[int] = []
+        old, new = torch.cat(list(before)), torch.cat(list(after))
+        kinds: dict[tuple[Hashable, bool], list[int]] = {}
+        for number, row in enumerate(rows):
             halting = row.track.job.halting
             if halting in asked:
                 kinds.setdefault((halting, row.loop == 0), []).append(number)
@@ -417,10 +438,8 @@ class Passes:
             size = TILE if tiled else MOST_ROWS if self.native else len(rows)
             for start in range(0, len(numbers), size):
                 some = numbers[start : start + size]
-                for number, fires in zip(
-                    some, self._ask(halting, fresh, rows, some, before, after), strict=True
-                ):
-                    exits[number] = fires
+                fires = self._ask(halting, fresh, rows, some, old, new)
+                exits += [number for number, does in zip(some, fires, strict=True) if does]
         return exits
 
     def _tiled(self, rule: Rule | None) -> bool:
@@ -479,26 +498,31 @@ class Passes:
     def finish(
         self, rows: Sequence[Row], wanted: Sequence[Row]
     ) -> Float[Tensor, "wanted vocab"] | None:
-        """Run the coda on rows and the head on those `wanted` among them; return its logits."""
+        """Run the coda on rows and the head on those `wanted`, in the same order; return logits."""
         if not self.model.coda:
             rows = wanted
-        states: dict[int, Tensor] = {}
-        wants = {id(row) for row in wanted}
+        states: list[Tensor] = []
         for tile in self._tiles(rows):
-            seats = self._padded([row.seat for row in tile])
-            rope = self.rope.select(self._padded([row.position for row in tile]))
-            places = self._outer(tile, len(self.model.prelude))
-            y = self.model.after_core(self.h.index_select(0, seats), rope, places)
-            for number, row in enumerate(tile):
-                if id(row) in wants:
-                    states[id(row)] = y[number]
-        logits = []
-        for tile in self._tiles(wanted):
-            y = torch.stack([states[id(row)] for row in tile])
-            if self.alone:
-                y = _longer(y, TILE - len(tile))
-            logits.append(self.model.readout(y)[: len(tile)])
-        return torch.cat(logits) if logits else None
+            at = self._seated(tile)
+            h = self.h.index_select(0, at.seats)
+            if self.paged is not None:
+                y = self.paged.after(h, at.rope, at.outer)
+            else:
+                y = self.model.after_core(h, at.rope, self._outer(tile, len(self.model.prelude)))
+            states.append(y[: len(tile)])
+        if not wanted:
+            return None
+        y = torch.cat(states)
+        if len(wanted) < len(rows):
+            among = set(wanted)
+            chosen = [number for number, row in enumerate(rows) if row in among]
+            numbers = _whole(chosen).to(self.device)
+            y = y.index_select(0, numbers)
+        return torch.cat([self._readout(part) for part in self._tiles(y)])
+
+    def _readout(self, y: Tensor) -> Tensor:
+        more = TILE - len(y) if self.alone else 0
+        return self.model.readout(_longer(y, more) if more else y)[: len(y)]
 
 
 def declaration(model: OpenMythos) -> Declaration:

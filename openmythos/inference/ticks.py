@@ -253,6 +253,7 @@ class Ticker:
         rows = self.scheduler.plan()
         if not rows:
             return
+        self.passes.check()
         self.passes.enter([row for row in rows if row.seat < 0])
         loops = self.scheduler.steady(rows) if self.passes.may_run_ahead(rows) else 1
         fires, loops = self.passes.loop(rows, loops)

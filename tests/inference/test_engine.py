@@ -146,8 +146,13 @@ def test_a_request_writes_what_generate_writes(name, thinking):
         assert [(token_id, loops) for _, token_id, loops, _ in tokens] == expected
 
 
+SEVERAL_SLOTS = {"prelude_layers": 3, "coda_layers": 2, "core_output": "norm"}
+
+
+@pytest.mark.parametrize("changes", [{}, SEVERAL_SLOTS], ids=["", "outer layers in several slots"])
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_logits_are_those_of_one_uncached_pass(lm, deterministic):
+def test_logits_are_those_of_one_uncached_pass(deterministic, changes):
+    lm = model_of(**changes)
     one = request(21, thinking=THINKING["delta"], prompt_logprobs=True)
     events = alone(lm, one, deterministic=deterministic)
     tokens = [event for event in events if isinstance(event, TokenEvent)]
@@ -588,6 +593,36 @@ def test_logits_that_are_not_numbers_are_an_error(monkeypatch):
     )
     events = alone(lm, request())
     assert [(e.reason, e.error) for e in events] == [("error", "the model's logits are not finite")]
+
+
+@pytest.mark.parametrize("name", ["embed", "prelude.0", "core.layers.0", "coda.0.attention"])
+def test_a_model_with_a_new_hook_is_an_error_until_it_is_gone(name):
+    lm = model_of()
+    ticker = ticker_of(lm)
+    if not ticker.passes.native:
+        pytest.skip("torch calls every module, hooks included")
+    expected = written(run(ticker, [request()])[0])
+    hook = lm.model.get_submodule(name).register_forward_hook(lambda *_: None)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="make a new engine"):
+            run(ticker, [request()])
+        ticker.fail("it was changed")
+    hook.remove()
+    assert written(run(ticker, [request()])[0]) == expected
+
+
+def test_weights_that_move_write_the_same_and_new_ones_are_read():
+    lm = model_of()
+    ticker = ticker_of(lm, prefix_sharing=False)
+    expected = written(run(ticker, [request()])[0])
+    for parameter in lm.model.parameters():
+        parameter.data = parameter.data.clone()
+    assert written(run(ticker, [request()])[0]) == expected
+    layer = lm.model.core.layers[0].attention.out
+    layer.weight = torch.nn.Parameter(-layer.weight.detach())
+    found = written(run(ticker, [request()])[0])
+    assert found != expected
+    assert found == written(alone(lm, request()))
 
 
 def test_a_listener_that_fails_loses_its_request_alone(lm, caplog):

@@ -43,7 +43,7 @@ KNOWN = (
 """Modules whose work the native code does."""
 
 Part = tuple[dict[str, Any], str, object]
-"""A module's table, a name in it, and what it held."""
+"""A table of a module, a name in it, and what it held."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,19 @@ class Described:
 
     structure: Any
     """None: the native code cannot take it."""
-    modules: list[nn.Module]
-    hooked: bool
     parts: list[Part]
+    tensors: list[Tensor]
+    """The numbers among them."""
     addresses: list[int]
+    hooks: list[dict[int, Any]]
+    """Each module's table of them."""
+    hooked: bool
 
     def stands(self) -> bool:
         """Whether nothing was moved, replaced or hooked since."""
         if any(held.get(name) is not part for held, name, part in self.parts):
             return False
-        watched = hooked(self.modules)
-        return watched == self.hooked and _addresses(self.parts) == self.addresses
+        return any(self.hooks) == self.hooked and _addresses(self.tensors) == self.addresses
 
 
 _described: WeakKeyDictionary[nn.Module, Described] = WeakKeyDictionary()
@@ -104,7 +106,13 @@ def outside_of(model: OpenMythos) -> Outside | None:
 
 def hooked(modules: Sequence[nn.Module]) -> bool:
     """Whether anybody watches these modules' calls."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    return any(_hooks(modules))
+
+
+def _hooks(modules: Sequence[nn.Module]) -> list[dict[int, Any]]:
+    return [
+        table for module in modules for table in (module._forward_hooks, module._forward_pre_hooks)
+    ]
 
 
 class _Cannot(Exception):  # noqa: N818 - not an error, only the end of a description
@@ -119,14 +127,18 @@ def _describe(
     for module in watched:
         for held in (module._modules, module._parameters, module._buffers):
             parts += [(held, name, part) for name, part in held.items()]
+    tensors = [part for _, _, part in parts if isinstance(part, Tensor)]
+    int8 = [x for x in tensors if isinstance(x, Int8Weight)]
+    parts += [(vars(x), "numbers", x.numbers) for x in int8]
+    tensors = [x.numbers if isinstance(x, Int8Weight) else x for x in tensors]
     known = all(_known(module) for module in inner)
-    structure, seen = None, hooked(inner)
-    if known and not seen:
+    structure, hooks = None, _hooks(inner)
+    if known and not any(hooks):
         try:
             structure = make()
         except _Cannot:
             structure = None
-    return Described(structure, list(inner), seen, parts, _addresses(parts))
+    return Described(structure, parts, tensors, _addresses(tensors), hooks, any(hooks))
 
 
 def _known(module: nn.Module) -> bool:
@@ -135,12 +147,8 @@ def _known(module: nn.Module) -> bool:
     return type(module) in (*KNOWN, nn.Embedding, FewRowsLinear) and "forward" not in vars(module)
 
 
-def _addresses(parts: list[Part]) -> list[int]:
-    return [_address(part) for _, _, part in parts if isinstance(part, Tensor)]
-
-
-def _address(tensor: Tensor) -> int:
-    return (tensor.numbers if isinstance(tensor, Int8Weight) else tensor).data_ptr()
+def _addresses(tensors: list[Tensor]) -> list[int]:
+    return [x.data_ptr() for x in tensors]
 
 
 def _structure(layer: Layer) -> LayerStructure:

@@ -59,26 +59,83 @@ def takes(x: Tensor) -> bool:
 
 def takes_rows(x: Tensor, width: int) -> bool:
     """Whether the native code takes so few rows of `width` numbers or ids."""
+    if not may_run() or type(x) is not Tensor or x.device.type != "cpu":
+        return False
+    return 0 < x.numel() <= MOST_ROWS * width
+
+
+def may_run() -> bool:
+    """Whether torch is asked for nothing now that the native code does not do."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     if torch._C._len_torch_dispatch_stack():  # somebody watches torch's operations
         return False
-    if type(x) is not Tensor or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return False
-    return 0 < x.numel() <= MOST_ROWS * width and library() is not None
+    return not torch.is_autocast_enabled("cpu") and library() is not None
 
 
-def takes_all(model: OpenMythos) -> bool:
-    """Whether every layer and map of a model runs natively: rows then depend on nothing else."""
-    weight = model.embed.weight
-    if library() is None or weight.dtype not in FLOATS or weight.device.type != "cpu":
-        return False
-    layers = [*model.prelude, *model.core.layers, *model.coda]
-    owners = (model.core.injection, model.core_output)
-    maps = [getattr(owner, "weight", None) for owner in owners]
-    known = all(structure_of(layer) is not None for layer in layers)
-    sound = model.config.hidden_size % LANES == 0 and model.config.injection != "linear"
-    return known and sound and all(plain(part) for part in maps)
+class Layers:
+    """Layers that run one after another, and where each keeps its entries."""
+
+    def __init__(
+        self, structures: Sequence[LayerStructure], stores: Sequence[dict[str, Tensor]]
+    ) -> None:
+        self.structures = structures
+        kept = [list(store.values()) for store in stores]
+        self.numbers = numbers_read(structures[0]) if structures else 0
+        self._arrays = [
+            pointers([ctypes.addressof(part) for part in structures]),
+            pointers([part[0].data_ptr() for part in kept]),
+            pointers([part[-1].data_ptr() for part in kept]),
+        ]
+        self.layer, self.keys, self.values = map(ctypes.addressof, self._arrays)
+        self._steps = [part.stride(0) for part in kept[0]] if kept else []
+
+    def call(self, h: Tensor, rope: Rope, entries: Entries) -> CallStructure:
+        """Return the rows `h` of a call, which the native code changes in place."""
+        code = library()
+        assert code is not None
+        rows = h.numel() // h.shape[-1]
+        threads = threads_for(rows * self.numbers)
+        cos, sin = rope.cos.float().contiguous(), rope.sin.float().contiguous()
+        sizes = [code.work_size(part, rows, entries.most, threads) for part in self.structures]
+        call = CallStructure(
+            rows=rows,
+            rope_rows=cos.numel() // cos.shape[-1],
+            threads=threads,
+            h=h.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            write=entries.write.data_ptr(),
+            also=at(entries.also),
+            read=at(entries.read),
+            first=at(entries.first),
+            counts=entries.counts.data_ptr(),
+            work=_work(max(sizes, default=h.numel())).data_ptr(),
+            most_keys=entries.most,
+        )
+        call.alive = (cos, sin)  # Python's own attribute: kept as long as the call
+        return call
+
+    def around(self, template: OuterStructure) -> OuterStructure:
+        """Return these layers with what stands before and behind them."""
+        made = OuterStructure.from_buffer_copy(template)
+        made.layers, made.layer = len(self.structures), self.layer
+        made.keys, made.values = self.keys, self.values
+        return made
+
+    def inside(self, core: Core) -> CoreStructure:
+        """Return these layers as a core's; a call adds its loops and what enters them."""
+        return CoreStructure(
+            layers=len(self.structures),
+            slots=1,
+            layer=self.layer,
+            keys=self.keys,
+            values=self.values,
+            keys_step=self._steps[0],
+            values_step=self._steps[-1],
+            norm=None if core.norm is None else core.norm.weight.data_ptr(),
+            eps=core.config.norm_eps,
+        )
 
 
 def layer_here(layer: Layer, span: Span) -> LayerStructure | None:
@@ -105,11 +162,10 @@ def run_layer(
     if structure is None or found is None:
         return None
     data, entries = found
-    kept = list(data.values())
-    if not _keeps(structure, kept[0]):
+    if not keeps(structure, data):
         return None
-    new = _fresh(h)
-    choice = _choice(structure, *h.shape[:-1])
+    new, kept = _fresh(h), list(data.values())
+    choice = choices(structure, *h.shape[:-1])
     loops = None
     if _corrects(structure) and loop.ndim:
         leading = loop.reshape(*loop.shape, *[1] * (h.ndim - 1 - loop.ndim))
@@ -117,8 +173,8 @@ def run_layer(
     elif _corrects(structure):
         loops = loop.expand(h.shape[:-1]).contiguous()
     given = None if given is None else given.contiguous()
-    call = _call([structure], new, rope, entries)
-    call.loops, call.given, call.choice = _at(loops), _at(given), _at(choice)
+    call = Layers([structure], [data]).call(new, rope, entries)
+    call.loops, call.given, call.choice = at(loops), at(given), at(choice)
     call.keys, call.values = kept[0].data_ptr(), kept[-1].data_ptr()
     code = library()
     assert code is not None
@@ -159,34 +215,6 @@ def run_until_exit(
     )
 
 
-def run_pages(
-    core: Core,
-    h: Float[Tensor, "rows hidden"],
-    rows: Rows,
-    first: Int[Tensor, " rows"],
-    pages: Sequence[dict[str, Tensor]],
-    entries: Entries,
-    exits: Exits,
-) -> Float[Tensor, "rows hidden"] | None:
-    """Run loops of a core until a row leaves, for rows whose entries lie in pages.
-
-    Args:
-        core: the core.
-        h: their states.
-        rows: their angles and what enters each loop.
-        first: the loop that each row runs first, from 0.
-        pages: each layer's storage, `(places, ...)` by name.
-        entries: places with a first axis for the loops, all but `counts`.
-        exits: when they leave; afterwards, what was decided.
-
-    Returns:
-        The last state.
-    """
-    loops = len(entries.write)
-    found = _run_core(core, h, rows, loops, pages, entries, first=first, exits=exits)
-    return None if found is None else found[0]
-
-
 def _run_core(
     core: Core,
     h: Tensor,
@@ -195,12 +223,11 @@ def _run_core(
     data: Sequence[dict[str, Tensor]],
     entries: Entries,
     *,
+    slots: int,
     start: int = 0,
-    slots: int = 0,
-    first: Tensor | None = None,
     exits: Exits | None = None,
 ) -> tuple[Tensor, list[list[Tensor]]] | None:
-    """Run loops in so many slots of a cache; without `slots`, at places given for each loop."""
+    """Run loops in so many slots of a cache."""
     kind = core.config.injection
     if kind == "linear" or not takes(h) or h.dtype != torch.float32:
         return None
@@ -209,36 +236,19 @@ def _run_core(
     found = [layer_here(layer, rows.span) for layer in core.layers]  # type: ignore[arg-type]
     structures = [part for part in found if part is not None]
     norm = None if core.norm is None else core.norm.weight
-    kept = [list(part.values()) for part in data]
-    if len(structures) < len(found) or not plain(norm) or not _keeps(structures[0], kept[0][0]):
+    if len(structures) < len(found) or not plain(norm) or not keeps(structures[0], data[0]):
         return None
-    new = _fresh(h)
-    choice = _choice(structures[0], loops, len(structures), *h.shape[:-1])
-    call = _call(structures, new, rows.rope, entries)
-    call.choice, call.loops, call.loop = _at(choice), _at(first), start
-    leaving = None if exits is None else exits.structure(h.shape[-1])
+    new, layers = _fresh(h), Layers(structures, data)
+    choice = choices(structures[0], loops, len(structures), *h.shape[:-1])
+    call = layers.call(new, rows.rope, entries)
+    call.choice, call.loop = at(choice), start
+    run = layers.inside(core)
+    run.loops, run.start, run.slots = loops, start, slots
     drive = rows.drive.contiguous() if kind != "none" else None
     carry = rows.carry.float().contiguous() if kind in ("lti", "free") else None
-    layers = pointers([ctypes.addressof(part) for part in structures])
-    keys = pointers([part[0].data_ptr() for part in kept])
-    values = pointers([part[-1].data_ptr() for part in kept])
-    run = CoreStructure(
-        loops=loops,
-        layers=len(structures),
-        start=start,
-        slots=max(1, slots),
-        layer=ctypes.addressof(layers),
-        keys=ctypes.addressof(keys),
-        values=ctypes.addressof(values),
-        keys_step=kept[0][0].stride(0),
-        values_step=kept[0][-1].stride(0),
-        places_step=0 if slots else call.rows,
-        carry=_at(carry),
-        drive=_at(drive),
-        norm=_at(norm),
-        exits=None if leaving is None else ctypes.addressof(leaving),
-        eps=core.config.norm_eps,
-    )
+    run.drive, run.carry = at(drive), at(carry)
+    if exits is not None:
+        run.exits = ctypes.addressof(exits.structure(h.shape[-1]))
     code = library()
     assert code is not None
     code.run_core(run, call)
@@ -286,28 +296,22 @@ def _run_outer(
     token_ids: Tensor | None = None,
 ) -> bool:
     """Run layers once, in place; say whether the native code could."""
-    structures, kept, entries = [], [], None
+    structures, stores, entries = [], [], None
     for layer, place in zip(layers, places, strict=True):
         structure = layer_here(layer, place.span)
         found = None if place.store is None else place.store.entries(place.span, place.slot)
-        if structure is None or found is None:
+        if structure is None or found is None or not keeps(structure, found[0]):
             return False
-        own = list(found[0].values())
-        if not _keeps(structure, own[0]) or (entries is not None and found[1] is not entries):
+        if entries is not None and found[1] is not entries:
             return False
         structures.append(structure)
-        kept.append(own)
+        stores.append(found[0])
         entries = found[1]
     if hooked(layers) or entries is None:
         return False
-    call = _call(structures, h, rope, entries)
-    addresses = pointers([ctypes.addressof(part) for part in structures])
-    keys = pointers([part[0].data_ptr() for part in kept])
-    values = pointers([part[-1].data_ptr() for part in kept])
-    outer = OuterStructure.from_buffer_copy(template)
-    outer.layers, outer.layer = len(structures), ctypes.addressof(addresses)
-    outer.keys, outer.values = ctypes.addressof(keys), ctypes.addressof(values)
-    outer.ids = _at(token_ids)
+    some = Layers(structures, stores)
+    call, outer = some.call(h, rope, entries), some.around(template)
+    outer.ids = at(token_ids)
     code = library()
     assert code is not None
     code.run_outer(outer, call)
@@ -360,7 +364,7 @@ def matrix_structure(weight: Tensor) -> LinearStructure | None:
     if not plain(numbers) or not plain(scale) or inputs % LANES:
         return None
     found = Map(outputs=outputs, inputs=inputs, kind=KINDS[numbers.dtype])
-    found.weight, found.scale = numbers.data_ptr(), _at(scale)
+    found.weight, found.scale = numbers.data_ptr(), at(scale)
     return LinearStructure(map=found, factor=1)
 
 
@@ -397,42 +401,14 @@ def plain(numbers: Tensor | None) -> bool:
     return known and numbers.is_contiguous()
 
 
-def _keeps(structure: LayerStructure, kept: Tensor) -> bool:
+def keeps(structure: LayerStructure, store: dict[str, Tensor]) -> bool:
     """Whether entries of a cache are the kind of numbers that a layer keeps."""
-    return KINDS.get(kept.dtype) == structure.kind
+    return KINDS.get(next(iter(store.values())).dtype) == structure.kind
 
 
 def _fresh(h: Tensor) -> Tensor:
     """Return rows in fp32 that may be written over."""
     return h.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-
-
-def _call(
-    structures: list[LayerStructure], h: Tensor, rope: Rope, entries: Entries
-) -> CallStructure:
-    code = library()
-    assert code is not None
-    rows = h.numel() // h.shape[-1]
-    threads = threads_for(rows * numbers_read(structures[0]))
-    cos, sin = rope.cos.float().contiguous(), rope.sin.float().contiguous()
-    size = max(code.work_size(part, rows, entries.most, threads) for part in structures)
-    call = CallStructure(
-        rows=rows,
-        rope_rows=cos.numel() // cos.shape[-1],
-        threads=threads,
-        h=h.data_ptr(),
-        cos=cos.data_ptr(),
-        sin=sin.data_ptr(),
-        write=entries.write.data_ptr(),
-        also=_at(entries.also),
-        read=_at(entries.read),
-        first=_at(entries.first),
-        counts=entries.counts.data_ptr(),
-        work=_work(size).data_ptr(),
-        most_keys=entries.most,
-    )
-    call.alive = (cos, sin)  # Python's own attribute: kept as long as the call
-    return call
 
 
 def numbers_read(structure: LayerStructure) -> int:
@@ -443,7 +419,8 @@ def numbers_read(structure: LayerStructure) -> int:
     return int(dense + structure.chosen * sum(part.outputs * part.inputs for part in stacks))
 
 
-def _choice(structure: LayerStructure, *shape: int) -> Tensor | None:
+def choices(structure: LayerStructure, *shape: int) -> Tensor | None:
+    """Room for the experts that rows choose; None where there are none."""
     if not structure.chosen:
         return None
     return torch.empty(*shape, structure.chosen, dtype=torch.int64)
@@ -460,7 +437,8 @@ def pointers(addresses: list[int]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
-def _at(tensor: Tensor | None) -> int | None:
+def at(tensor: Tensor | None) -> int | None:
+    """Where a tensor lies, if there is one."""
     return None if tensor is None else tensor.data_ptr()
 
 

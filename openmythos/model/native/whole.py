@@ -15,14 +15,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from openmythos.model.cache import Cache, Store
+from openmythos.model.cache import Cache
 from openmythos.model.native.build import library
 from openmythos.model.native.describe import Outside, hooked, outside_of, structure_of
 from openmythos.model.native.run import (
+    Layers,
     matrix_structure,
     numbers_read,
     plain,
-    pointers,
     takes_rows,
     threads_for,
 )
@@ -33,7 +33,6 @@ from openmythos.model.native.structures import (
     LayerStructure,
     LinearStructure,
     ModelStructure,
-    OuterStructure,
 )
 from openmythos.model.rope import Rope
 
@@ -60,9 +59,9 @@ class Plan:
         self.addresses = _addresses(cache)
         first, last = len(model.prelude), len(model.prelude) + len(model.core.layers)
         outer = [*range(first), *range(last, len(structures))]
-        self._layers = [_Layers(structures[:first], cache.outer[:first])]
-        self._layers.append(_Layers(structures[last:], cache.outer[first:]))
-        self._layers.append(_Layers(structures[first:last], cache.core))
+        stores = [store.data for store in (*cache.outer[:first], *cache.core, *cache.outer[first:])]
+        parts = slice(0, first), slice(last, None), slice(first, last)
+        self._layers = [Layers(structures[part], stores[part]) for part in parts]
         width = config.hidden_size
         self._rows = torch.empty(3, rows, width)  # states, the prelude's output, what enters
         self._constants = torch.empty(2, width)
@@ -75,8 +74,8 @@ class Plan:
         self._work = torch.empty(0)
         self._core = self._core_structure(model, cache)
         self._parts = [
-            _with_layers(outside.before, self._layers[0]),
-            _with_layers(outside.after, self._layers[1]),
+            self._layers[0].around(outside.before),
+            self._layers[1].around(outside.after),
         ]
         self._drive = drive
         own = [numbers_read(structures[number]) for number in outer]
@@ -112,19 +111,8 @@ class Plan:
         self._call.counts = self._places[1].ctypes.data
 
     def _core_structure(self, model: OpenMythos, cache: Cache) -> CoreStructure:
-        own, data = self._layers[2], list(cache.core[0].data.values())
-        made = CoreStructure(
-            layers=len(own.structures),
-            slots=cache.slots,
-            layer=own.layer,
-            keys=own.keys,
-            values=own.values,
-            keys_step=data[0].stride(0),
-            values_step=data[-1].stride(0),
-            eps=model.config.norm_eps,
-        )
-        if model.core.norm is not None:
-            made.norm = model.core.norm.weight.data_ptr()
+        made = self._layers[2].inside(model.core)
+        made.slots = cache.slots
         if model.config.injection == "lti":
             made.carry = self._constants[1].data_ptr()
         elif model.config.injection == "free":
@@ -167,20 +155,6 @@ class Plan:
         self._core.loops, made.logits = loops, logits.data_ptr()
         code.run_model(made, call)
         return logits, choice if chosen else None
-
-
-class _Layers:
-    """Addresses of some layers and of their storage."""
-
-    def __init__(self, structures: list[LayerStructure], stores: list[Store]) -> None:
-        self.structures = structures
-        kept = [list(store.data.values()) for store in stores]
-        self._arrays = [
-            pointers([ctypes.addressof(part) for part in structures]),
-            pointers([part[0].data_ptr() for part in kept]),
-            pointers([part[-1].data_ptr() for part in kept]),
-        ]
-        self.layer, self.keys, self.values = map(ctypes.addressof, self._arrays)
 
 
 _plans: WeakKeyDictionary[Cache, Plan] = WeakKeyDictionary()
@@ -233,10 +207,3 @@ def _addresses(cache: Cache) -> list[int]:
     """Where a cache's entries lie, and how many slots there are: both change when it grows."""
     stores = [*cache.outer, *cache.core]
     return [cache.slots, *(data.data_ptr() for store in stores for data in store.data.values())]
-
-
-def _with_layers(template: OuterStructure, layers: _Layers) -> OuterStructure:
-    made = OuterStructure.from_buffer_copy(template)
-    made.layers, made.layer = len(layers.structures), layers.layer
-    made.keys, made.values = layers.keys, layers.values
-    return made
