@@ -236,10 +236,15 @@ def _sentences(name: str, runs: list[Result]) -> list[str]:
     sentence = (
         f"Trained on chains of at most {TRAINED_HOPS} hops, a looped model with a core of "
         f"{layers} ({seeds}) answers chains of {deepest} hops with {min(rights(deepest)):.3f} "
-        f"right or more, with {min(loops)} to {max(loops)} loops where {min(solved)} hops take "
-        f"{min(base)} to {max(base)}."
+        f"right or more, with {_between(loops)} loops where {min(solved)} hops take "
+        f"{_between(base)}."
     )
     return [sentence]
+
+
+def _between(numbers: list[int]) -> str:
+    """The least and the most, or the one that all are."""
+    return " to ".join(map(str, sorted({min(numbers), max(numbers)})))
 
 
 def _expectations(name: str, runs: list[Result]) -> list[Expectation]:

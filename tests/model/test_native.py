@@ -341,6 +341,20 @@ def test_changed_weights_are_used(by_torch):
     assert structure_of(model.core.layers[0]) is None
 
 
+@pytest.mark.parametrize("part", ["head", "norm", "core_output", "embed"])
+def test_a_part_around_the_core_that_is_replaced_is_used(part, by_torch):
+    model = wide(tie_head=False)
+    before, _ = written(model, 2)
+    with torch.no_grad():
+        other = copy.deepcopy(getattr(model, part))
+        other.weight.copy_(other.weight.flip(-1) * 2)
+        setattr(model, part, other)
+    replaced, _ = written(model, 2)
+    assert not replaced.equal(before)
+    expected, _ = by_torch(lambda: written(model, 2))
+    assert_close(replaced, expected, rtol=1e-4, atol=2e-5)
+
+
 def test_gradients_and_counted_operations_go_through_torch(monkeypatch):
     def refuse(*_):
         raise AssertionError

@@ -97,9 +97,9 @@ def outside_of(model: OpenMythos) -> Outside | None:
     if found is None or not found.stands():
         own = (model.embed, model.prelude_norm, model.core_output, model.norm, model.head)
         modules = [part for part in own if part is not None]
-        core = [model.core, *model.core.injection.modules()]
-        core += [] if model.core.norm is None else [model.core.norm]
-        found = _described[model] = _describe([*modules, *core], modules, lambda: _outside(model))
+        around = [model, model.core, *model.core.injection.modules()]
+        around += [] if model.core.norm is None else [model.core.norm]
+        found = _described[model] = _describe([*around, *modules], modules, lambda: _outside(model))
     made: Outside | None = found.structure
     return made
 
