@@ -113,7 +113,7 @@ def sentences(results: dict[str, Result]) -> list[str]:
     if looped is None or not rows:
         return []
     others = " and ".join(
-        f"{run['fresh']:.3f} of {run['parameters'] / looped['parameters']:.2f} times its parameters"
+        f"{run['fresh']:.3f} at {run['parameters'] / looped['parameters']:.2f} times its parameters"
         for run in rows.values()
     )
     sentence = (
