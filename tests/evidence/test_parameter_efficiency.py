@@ -209,7 +209,7 @@ def test_a_rate_at_the_edge_is_admitted():
 
 def test_hops_are_compared_at_the_rate_that_validation_chains_prefer():
     section = conclude(HOPS)
-    assert "answers 0.990 right, plain ones 0.300 of 1.00 times" in section.sentences[0]
+    assert "answers 0.990 right, plain ones 0.300 at 1.00 times" in section.sentences[0]
     assert [(e.wanted, e.met) for e in section.expectations] == [("≥ 0.300", True)]
     worse = {**HOPS, "hops-looped/seed-0": {**HOPS["hops-looped/seed-0"], "fresh": 0.1}}
     assert not conclude(worse).expectations[0].met
