@@ -39,7 +39,6 @@ from openmythos.inference.shipped import REASONER as SHIPPED_REASONER
 from openmythos.model.transformer import OpenMythos
 from openmythos.tasks.hops import Chains
 from openmythos.training.gate import Labelled, train_gate
-from openmythos.training.settings import OptimizerConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -282,13 +281,7 @@ def _saving(model: OpenMythos, token_ids: Tensor, budget: int, mean: float) -> R
 
 def _train_with_exits(model: OpenMythos, study: Study, folder: Path, say: Say) -> None:
     """Train on with the loops that the gate gives each token, so that early keys are seen."""
-    optimizer = OptimizerConfig(
-        muon_lr=0.1 * study.training.muon_lr,
-        adam_lr=0.1 * study.training.adam_lr,
-        weight_decay=study.training.weight_decay,
-        warmup_steps=10,
-        decay_share=0.8,
-    )
+    optimizer = study.training.optimizer(0.1, warmup_steps=10)
     config = FitConfig(steps=study.exit_steps, seed=study.training.seed, optimizer=optimizer)
 
     def batch(step: int, _: int) -> Batch:

@@ -23,7 +23,6 @@ from openmythos.evidence.fit import Batch, FitConfig, fit
 from openmythos.evidence.hop_training import REASONER, TASK, TRAINED_HOPS
 from openmythos.model.transformer import OpenMythos
 from openmythos.tasks.hops import Chains
-from openmythos.training.settings import OptimizerConfig
 
 STREAM = 14
 """Of training chains."""
@@ -85,13 +84,7 @@ def _taught(
     config = FitConfig(
         steps=training.steps,
         seed=training.seed,
-        optimizer=OptimizerConfig(
-            muon_lr=training.rate * REASONER.muon_lr,
-            adam_lr=training.rate * REASONER.adam_lr,
-            weight_decay=REASONER.weight_decay,
-            warmup_steps=10,
-            decay_share=0.8,
-        ),
+        optimizer=REASONER.optimizer(training.rate, warmup_steps=10),
     )
 
     def batch(step: int, _: int) -> Batch:

@@ -89,18 +89,21 @@ class HopTraining:
     @property
     def fit_config(self) -> FitConfig:
         """How it is trained."""
-        optimizer = OptimizerConfig(
-            muon_lr=self.muon_lr,
-            adam_lr=self.adam_lr,
-            weight_decay=self.weight_decay,
-            warmup_steps=100,
-            decay_share=0.8,
-        )
         return FitConfig(
             steps=self.steps,
             backprop_loops=self.backprop_loops,
             seed=self.seed,
-            optimizer=optimizer,
+            optimizer=self.optimizer(),
+        )
+
+    def optimizer(self, share: float = 1.0, warmup_steps: int = 100) -> OptimizerConfig:
+        """Return its optimizers; a training that goes on from it takes a share of the rates."""
+        return OptimizerConfig(
+            muon_lr=share * self.muon_lr,
+            adam_lr=share * self.adam_lr,
+            weight_decay=self.weight_decay,
+            warmup_steps=warmup_steps,
+            decay_share=0.8,
         )
 
     def batch(self, step: int) -> Batch:

@@ -13,8 +13,6 @@ is read, and M gives it 0.98 of its own state: nearly the model without lanes.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from openmythos.config import MythosConfig
 from openmythos.model.cache import Cache, Place
 from openmythos.model.core import Core, Rows
-from openmythos.model.injection import FLOOR, Decay
+from openmythos.model.injection import Decay
 from openmythos.model.notes import CoreOutput, Notes
 from openmythos.model.transformer import OpenMythos
 
@@ -46,14 +44,11 @@ class LanedCore(Core):
         self.out_scale = nn.Parameter(first.clone())
         self.mix_scale = nn.Parameter((OWN * torch.eye(lanes)).flatten())  # a vector never decays
 
-    @torch.no_grad()
     def start(self) -> None:
         """Set the further lanes' diagonals, slower ones for later lanes."""
-        first = float(self.injection.A.mean())
+        first = float(self.injection.A.detach().mean())
         for number, decay in enumerate(self.decays, start=1):
-            wanted = first + (LONGEST - first) * number / len(self.decays)
-            decay.step.fill_(math.log(math.expm1(-math.log(wanted) - FLOOR)))  # type: ignore[operator]
-            decay.rate.fill_(math.log(math.expm1(1.0)))  # type: ignore[operator]
+            decay.reset_parameters(first + (LONGEST - first) * number / len(self.decays))  # type: ignore[operator]
 
     def mixing(self) -> Float[Tensor, "lanes lanes"]:
         """M: rows are positive and sum to 1."""
@@ -61,12 +56,7 @@ class LanedCore(Core):
 
     def carries(self, first: Tensor) -> list[Tensor]:
         """The diagonals of all lanes."""
-        softplus = nn.functional.softplus
-        further = [
-            torch.exp(-(FLOOR + softplus(decay.step) * softplus(decay.rate)))  # type: ignore[arg-type]
-            for decay in self.decays
-        ]
-        return [first, *further]
+        return [first, *(decay.A for decay in self.decays)]  # type: ignore[list-item]
 
     def _together(
         self,
@@ -80,18 +70,20 @@ class LanedCore(Core):
         if cache is not None or notes.by_token:
             raise NotImplementedError("lanes are there for whole texts, without a cache")
         numbers, learns = torch.arange(loops, device=h.device), torch.is_grad_enabled()
-        state = torch.stack([h] * self.lanes)
+        state, carries, mixing = (
+            torch.stack([h] * self.lanes),
+            self.carries(rows.carry),
+            self.mixing(),
+        )
         for loop in range(loops):
             with torch.set_grad_enabled(learns and loop >= loops - window):
-                carried = [
-                    self.injection(lane, rows.drive, carry)
-                    for lane, carry in zip(state, self.carries(rows.carry), strict=True)
-                ]
-                u = weighted(self.read_scale, torch.stack(carried))
+                lanes = zip(state, carries, strict=True)
+                carried = torch.stack([self.injection(x, rows.drive, a) for x, a in lanes])
+                u = weighted(self.read_scale, carried)
                 y, place = u, Place(rows.span, None, 0)
                 for layer in self.layers:
                     y, _ = layer(y, rows.rope, numbers[loop], place, None)
-                mixed = torch.einsum("ij,j...->i...", self.mixing(), torch.stack(carried))
+                mixed = torch.einsum("ij,j...->i...", mixing, carried)
                 state = mixed + torch.einsum("i,...->i...", self.write_scale, y - u)
         taken = torch.full(h.shape[:2], loops, device=h.device)
         return CoreOutput(weighted(self.out_scale, state), taken)

@@ -55,9 +55,14 @@ class Decay(nn.Module):
         self.step = nn.Parameter(torch.empty(width))
         self.rate = nn.Parameter(torch.empty(width))
 
-    def reset_parameters(self) -> None:
-        """Set step * rate so that A starts at `START`, with rate 1."""
-        wanted = -math.log(START) - FLOOR
+    @property
+    def A(self) -> Float[Tensor, " hidden"]:
+        """The diagonal they stand for, in fp32 or wider, each value in [0, 1)."""
+        return torch.exp(-(FLOOR + F.softplus(self.step) * F.softplus(self.rate)))
+
+    def reset_parameters(self, start: float = START) -> None:
+        """Set step * rate so that A starts at `start`, with rate 1."""
+        wanted = -math.log(start) - FLOOR
         with torch.no_grad():
             self.step.fill_(math.log(math.expm1(wanted)))
             self.rate.fill_(math.log(math.expm1(1.0)))
@@ -83,8 +88,7 @@ class LTI(nn.Module):
     @property
     def A(self) -> Float[Tensor, " hidden"]:
         """The diagonal in use, in fp32 or wider, each value in [0, 1)."""
-        product = F.softplus(self.decay.step) * F.softplus(self.decay.rate)
-        return torch.exp(-(FLOOR + product))
+        return self.decay.A
 
     def prepare(self, e: Float[Tensor, "*rows hidden"]) -> tuple[Tensor, Carry]:
         """Return B e and A, both in fp32 or wider."""
