@@ -1,4 +1,4 @@
-"""Compile `layer.c` once for this processor, keep the result, and load it.
+"""Compile the C code once for this processor, keep the result, and load it.
 
 Without a C compiler, or with `OPENMYTHOS_NATIVE=0`, there is no native code and torch's own
 operations do the same work.
@@ -27,6 +27,8 @@ from openmythos.model.native.structures import (
 )
 
 SOURCE = Path(__file__).with_name("layer.c")
+PARTS = ("vectors.h", "tiles.h", "products.h", "attention.h")
+"""What it includes."""
 FLAGS = (
     "-O3",
     "-march=native",
@@ -75,7 +77,8 @@ def _folder() -> Path:
 def _compiled(compiler: str) -> Path:
     """Return the compiled file, made where it is not there yet."""
     told = subprocess.run([compiler, "--version"], capture_output=True, timeout=SECONDS, check=True)
-    parts = (SOURCE.read_bytes(), told.stdout, " ".join(FLAGS).encode(), _processor())
+    code = [path.read_bytes() for path in (SOURCE, *map(SOURCE.with_name, PARTS))]
+    parts = (*code, told.stdout, " ".join(FLAGS).encode(), _processor())
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
     path = _folder() / f"layer-{name}.so"
     if path.is_file():
@@ -126,4 +129,5 @@ def _load(path: Path) -> ctypes.CDLL:
         *(pointer, pointer),  # results
     ]
     found.run_constants.restype = None
+    found.use_tiles.argtypes, found.use_tiles.restype = [ctypes.c_int], ctypes.c_int
     return found

@@ -11,25 +11,10 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
 
-#define INLINE static inline __attribute__((always_inline))
-#define LANES 8
-
-typedef float wide __attribute__((vector_size(32)));
-typedef float wide_anywhere __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t whole __attribute__((vector_size(32)));
-typedef int32_t whole_four __attribute__((vector_size(16)));
-typedef float four __attribute__((vector_size(16), may_alias));
-typedef float four_anywhere __attribute__((vector_size(16), aligned(4), may_alias));
-typedef int8_t bytes_anywhere __attribute__((vector_size(8), aligned(1), may_alias));
-typedef uint16_t bf16;  /* the upper half of a float */
-typedef uint16_t halves_anywhere __attribute__((vector_size(16), aligned(2), may_alias));
-
-/* What numbers are. Beside int8 matrices, all else of a layer is fp32. */
-enum { FP32, INT8, BF16 };
+#include "attention.h"
+#include "products.h"
+#include "vectors.h"
 
 /* What `openmythos.model.native.structures` declares, field by field. */
 
@@ -113,7 +98,7 @@ typedef struct {
     int64_t kind, hidden, layers;
     const Layer *const *layer;          /* (layers) */
     void *const *keys, *const *values;  /* (layers) */
-    const int64_t *ids;      /* (rows) tokens whose embeddings the rows are; null: the rows are given */
+    const int64_t *ids;      /* (rows) tokens whose embeddings the rows are; null: they are given */
     Map embedding;           /* (vocabulary, hidden) */
     Map output;              /* what the core's states pass first; null: nothing */
     const void *first_norm;  /* (hidden), before the layers; null: none */
@@ -142,250 +127,6 @@ typedef struct {
     int64_t outer_threads, drive_threads, core_threads, readout_threads;
     float floor, largest;
 } Model;
-
-/* Vectors */
-
-#ifdef __clang__
-#define MIX(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#else
-#define MIX(x, y, ...) __builtin_shuffle(x, y, (whole_four){__VA_ARGS__})
-#endif
-
-INLINE wide load(const float *x) { return *(const wide_anywhere *)x; }
-INLINE void store(float *x, wide v) { *(wide_anywhere *)x = v; }
-INLINE wide all(float x) { return (wide){x, x, x, x, x, x, x, x}; }
-INLINE wide widen(const int8_t *x) {
-#ifdef __AVX2__  /* what gcc makes of the line below takes eight times as long */
-    __m128i bytes = _mm_loadl_epi64((const __m128i *)x);
-    return (wide)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-#else
-    return __builtin_convertvector(*(const bytes_anywhere *)x, wide);
-#endif
-}
-INLINE wide widen_bf16(const bf16 *x) {
-#ifdef __AVX2__
-    __m128i halves = _mm_loadu_si128((const __m128i *)x);
-    return (wide)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
-#else
-    return (wide)(__builtin_convertvector(*(const halves_anywhere *)x, whole) << 16);
-#endif
-}
-/* The nearest bf16, of two as near the even one; NaN stays NaN. */
-INLINE bf16 narrow(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof(bits));
-    if (x != x) return (bf16)(bits >> 16 | 64);
-    return (bf16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-/* Numbers of a kind, FP32 or BF16, that lie at x. */
-INLINE const void *at(const void *x, int64_t i, int64_t kind) {
-    return (const char *)x + i * (kind == BF16 ? (int64_t)sizeof(bf16) : (int64_t)sizeof(float));
-}
-INLINE wide read(const void *x, int64_t i, int64_t kind) {
-    return kind == BF16 ? widen_bf16((const bf16 *)x + i) : load((const float *)x + i);
-}
-INLINE float read_one(const void *x, int64_t i, int64_t kind) {
-    if (kind != BF16) return ((const float *)x)[i];
-    uint32_t bits = (uint32_t)((const bf16 *)x)[i] << 16;
-    float found;
-    memcpy(&found, &bits, sizeof(found));
-    return found;
-}
-/* z + x y, rounded once where the processor can. Compilers choose by themselves where they fuse, and
-   not alike in every copy of a loop, so they are told not to, and this says where. */
-INLINE wide fuse(wide x, wide y, wide z) {
-#if defined(__FMA__) && defined(__AVX2__)
-    return (wide)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z);
-#elif defined(__ARM_FEATURE_FMA)
-    for (int lane = 0; lane < LANES; lane++) z[lane] = __builtin_fmaf(x[lane], y[lane], z[lane]);
-    return z;
-#else
-    return z + x * y;
-#endif
-}
-INLINE float sum(wide v) {
-    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
-}
-/* The same of four vectors, in the same order of additions. */
-INLINE four sums(const wide *v) {
-    four half[4];
-    for (int i = 0; i < 4; i++) {
-        const four *parts = (const four *)(v + i);
-        half[i] = parts[0] + parts[1];
-    }
-    four even[2], odd[2];
-    for (int i = 0; i < 2; i++) {
-        even[i] = MIX(half[2 * i], half[2 * i + 1], 0, 4, 2, 6);
-        odd[i] = MIX(half[2 * i], half[2 * i + 1], 1, 5, 3, 7);
-    }
-    return (MIX(even[0], even[1], 0, 1, 4, 5) + MIX(even[0], even[1], 2, 3, 6, 7)) +
-           (MIX(odd[0], odd[1], 0, 1, 4, 5) + MIX(odd[0], odd[1], 2, 3, 6, 7));
-}
-INLINE float dot(const float *x, const void *y, int64_t n, int64_t kind) {
-    wide total = all(0);
-    for (int64_t i = 0; i < n; i += LANES) total = fuse(load(x + i), read(y, i, kind), total);
-    return sum(total);
-}
-/* The same with four y, whose sums do not wait for each other. */
-INLINE four dots(const float *x, const void *const *y, int64_t n, int64_t kind) {
-    wide total[4] = {all(0), all(0), all(0), all(0)};
-    for (int64_t i = 0; i < n; i += LANES) {
-        wide own = load(x + i);
-        for (int k = 0; k < 4; k++) total[k] = fuse(own, read(y[k], i, kind), total[k]);
-    }
-    return sums(total);
-}
-INLINE wide smaller(wide x, wide y) {
-    whole less = x < y;
-    return (wide)(((whole)x & less) | ((whole)y & ~less));
-}
-
-/* e^x to 2 units in the last place: 2^n e^r with |r| <= ln 2 / 2, and a polynomial for e^r. */
-INLINE wide exponential(wide x) {
-    x = -smaller(-smaller(x, all(88.0f)), all(87.0f));
-    wide n = x * all(1.44269504f);
-    whole negative = n < all(0);
-    whole power = __builtin_convertvector(
-        n + (wide)(((whole)all(-0.5f) & negative) | ((whole)all(0.5f) & ~negative)), whole);
-    n = __builtin_convertvector(power, wide);
-    wide r = x - n * all(0.693359375f) + n * all(2.12194440e-4f);
-    wide y = all(1.9875691500e-4f);
-    y = y * r + all(1.3981999507e-3f);
-    y = y * r + all(8.3334519073e-3f);
-    y = y * r + all(4.1665795894e-2f);
-    y = y * r + all(1.6666665459e-1f);
-    y = y * r + all(5.0000001201e-1f);
-    y = y * r * r + r + all(1);
-    return y * (wide)((power + 127) << 23);
-}
-
-/* Products. Each sum runs over the inputs in eight lanes, or one by one, and in no other way.
-
-   While rows are multiplied with some weights, the next ones are asked for, as many with each tile
-   of rows as it takes for all to be there in time: the processor's own guess stops at a tile that
-   reads what the cache has. */
-
-INLINE void ask(const char *ahead, int64_t bytes) {
-    __builtin_prefetch(ahead);
-    if (bytes > 64) __builtin_prefetch(ahead + 64);
-}
-
-#define PRODUCT(NAME, NUMBER, LOAD)                                                              \
-    INLINE void NAME##_tile(int rows, int outputs, const float *x, int64_t x_row,               \
-                            const NUMBER *w, const float *scale, int64_t inputs, float *y,      \
-                            int64_t y_row, const char *ahead, int64_t step) {                   \
-        wide total[3][4];                                                                       \
-        for (int r = 0; r < rows; r++)                                                          \
-            for (int o = 0; o < outputs; o++) total[r][o] = all(0);                             \
-        for (int64_t i = 0; i < inputs; i += LANES, ahead += step) {                            \
-            wide column[3];                                                                     \
-            if (outputs == 4) ask(ahead, step);                                                 \
-            for (int r = 0; r < rows; r++) column[r] = load(x + r * x_row + i);                 \
-            for (int o = 0; o < outputs; o++) {                                                 \
-                wide weight = LOAD(w + o * inputs + i);                                         \
-                for (int r = 0; r < rows; r++) total[r][o] = fuse(column[r], weight, total[r][o]); \
-            }                                                                                   \
-        }                                                                                       \
-        for (int r = 0; r < rows; r++, y += y_row)                                              \
-            if (outputs == 4) {                                                                 \
-                four found = sums(total[r]);                                                    \
-                if (scale) found *= *(const four_anywhere *)scale;                              \
-                *(four_anywhere *)y = found;                                                    \
-            } else                                                                              \
-                for (int o = 0; o < outputs; o++) y[o] = sum(total[r][o]) * (scale ? scale[o] : 1); \
-    }                                                                                           \
-    static void NAME(const float *x, int64_t rows, int64_t x_row, const NUMBER *w,              \
-                     const float *scale, int64_t inputs, int64_t from, int64_t to, float *y,    \
-                     int64_t y_row) {                                                           \
-        int64_t part = 4 * inputs * (int64_t)sizeof(NUMBER) / ((rows + 2) / 3);                 \
-        int64_t step = part * LANES / inputs, o = from;                                         \
-        for (; o + 4 <= to; o += 4) {                                                           \
-            const NUMBER *at = w + o * inputs;                                                  \
-            const char *ahead = (const char *)(at + 4 * inputs);                                \
-            const float *by = scale ? scale + o : 0;                                            \
-            int64_t r = 0;                                                                      \
-            for (; r + 3 <= rows; r += 3, ahead += part)                                        \
-                NAME##_tile(3, 4, x + r * x_row, x_row, at, by, inputs, y + r * y_row + o,      \
-                            y_row, ahead, step);                                                \
-            if (rows - r == 2)                                                                  \
-                NAME##_tile(2, 4, x + r * x_row, x_row, at, by, inputs, y + r * y_row + o,      \
-                            y_row, ahead, step);                                                \
-            if (rows - r == 1)                                                                  \
-                NAME##_tile(1, 4, x + r * x_row, x_row, at, by, inputs, y + r * y_row + o,      \
-                            y_row, ahead, step);                                                \
-        }                                                                                       \
-        for (; o < to; o++)                                                                     \
-            for (int64_t r = 0; r < rows; r++)                                                  \
-                NAME##_tile(1, 1, x + r * x_row, x_row, w + o * inputs, scale ? scale + o : 0,  \
-                            inputs, y + r * y_row + o, y_row, 0, 0);                            \
-    }
-
-PRODUCT(product_fp32, float, load)
-PRODUCT(product_int8, int8_t, widen)
-PRODUCT(product_bf16, bf16, widen_bf16)
-
-/* y[from:to] = x (rows, inputs) times w (outputs, inputs) transposed. */
-static void product(const float *x, int64_t rows, int64_t x_row, const void *w, int64_t kind,
-                    const float *scale, int64_t inputs, int64_t from, int64_t to, float *y,
-                    int64_t y_row) {
-    if (kind == INT8)
-        product_int8(x, rows, x_row, w, scale, inputs, from, to, y, y_row);
-    else if (kind == BF16)
-        product_bf16(x, rows, x_row, w, 0, inputs, from, to, y, y_row);
-    else
-        product_fp32(x, rows, x_row, w, 0, inputs, from, to, y, y_row);
-}
-
-/* Add x (rows, inputs) times w (inputs, outputs) to y, or set it, for a few inputs and rows. */
-INLINE void columns_tile(int rows, int inputs, int set, const float *x, int64_t x_row,
-                         const void *w, int64_t kind, int64_t outputs, float *y, int64_t y_row,
-                         const char *ahead, int64_t step) {
-    wide input[2][4];
-    for (int r = 0; r < rows; r++)
-        for (int i = 0; i < inputs; i++) input[r][i] = all(x[r * x_row + i]);
-    for (int64_t o = 0; o < outputs; o += LANES, ahead += step) {
-        wide total[2];
-        ask(ahead, step);
-        for (int r = 0; r < rows; r++) total[r] = set ? all(0) : load(y + r * y_row + o);
-        for (int i = 0; i < inputs; i++) {
-            wide weight = read(w, i * outputs + o, kind);
-            for (int r = 0; r < rows; r++) total[r] = fuse(input[r][i], weight, total[r]);
-        }
-        for (int r = 0; r < rows; r++) store(y + r * y_row + o, total[r]);
-    }
-}
-
-/* x (rows, inputs) times w (inputs, outputs): w is read in its own order, four inputs at a time. */
-INLINE void columns_of(int64_t kind, const float *x, int64_t rows, int64_t x_row, const void *w,
-                       int64_t inputs, int64_t outputs, float *y, int64_t y_row) {
-    int64_t size = (const char *)at(w, 4 * outputs, kind) - (const char *)w;
-    int64_t part = size / ((rows + 1) / 2), step = part * LANES / outputs;
-    for (int64_t i = 0; i < inputs; i += 4) {
-        const void *four_inputs = at(w, i * outputs, kind);
-        const char *ahead = (const char *)four_inputs + size;
-        int64_t r = 0;
-#define COLUMNS(ROWS, SET)                                                                       \
-    for (; r + ROWS <= rows; r += ROWS, ahead += part)                                           \
-    columns_tile(ROWS, 4, SET, x + r * x_row + i, x_row, four_inputs, kind, outputs,             \
-                 y + r * y_row, y_row, ahead, step)
-        if (i == 0) {
-            COLUMNS(2, 1);
-            COLUMNS(1, 1);
-        } else {
-            COLUMNS(2, 0);
-            COLUMNS(1, 0);
-        }
-#undef COLUMNS
-    }
-}
-static void columns(const float *x, int64_t rows, int64_t x_row, const void *w, int64_t kind,
-                    int64_t inputs, int64_t outputs, float *y, int64_t y_row) {
-    if (kind == BF16)  /* each with loads of its own */
-        columns_of(BF16, x, rows, x_row, w, inputs, outputs, y, y_row);
-    else
-        columns_of(FP32, x, rows, x_row, w, inputs, outputs, y, y_row);
-}
 
 /* One thread's share of a call */
 
@@ -422,27 +163,30 @@ static int64_t loop_of(const Call *call, int64_t row, int64_t last) {
     return loop < last ? loop : last;
 }
 
+static Matrix matrix_of(const Map *m) {
+    return (Matrix){m->weight, m->scale, m->kind, m->outputs, m->inputs};
+}
+
 /* y = x W^T for all rows, with the loop's own correction; ends with everything written. */
 static void map(const Map *m, const Call *call, Thread t, const float *x, float *y) {
     int64_t from, to;
-    share(t, m->outputs, 4, &from, &to);
-    product(x, call->rows, m->inputs, m->weight, m->kind, m->scale, m->inputs, from, to, y,
-            m->outputs);
+    Matrix weights = matrix_of(m);
+    share(t, m->outputs, UNIT, &from, &to);
+    product(&weights, x, call->rows, m->inputs, from, to, y, m->outputs);
     wait_for_all(t);
     if (!m->down) return;
     int64_t kind = m->kind == BF16 ? BF16 : FP32;
     share(t, call->rows, 1, &from, &to);
     for (int64_t row = from; row < to; row++) {
         int64_t loop = loop_of(call, row, m->loops - 1);
-        const void *down = at(m->down, loop * m->rank * m->inputs, kind);
+        Matrix down = {at(m->down, loop * m->rank * m->inputs, kind), 0, kind, m->rank, m->inputs};
         const void *up = at(m->up, loop * m->outputs * m->rank, kind);
         float inner[m->rank];
-        product(x + row * m->inputs, 1, m->inputs, down, kind, 0, m->inputs, 0, m->rank, inner,
-                m->rank);
+        product(&down, x + row * m->inputs, 1, m->inputs, 0, m->rank, inner, m->rank);
         for (int64_t o = 0; o < m->outputs; o++) {
             float total = 0;
             for (int64_t i = 0; i < m->rank; i++)
-                total += read_one(up, o * m->rank + i, kind) * inner[i];
+                total += one_at(up, o * m->rank + i, kind) * inner[i];
             y[row * m->outputs + o] += total;
         }
     }
@@ -454,7 +198,8 @@ static void map(const Map *m, const Call *call, Thread t, const float *x, float 
 static void normalise(const float *x, const void *gain, int64_t kind, float eps, int64_t n,
                       float *y) {
     wide scale = all(1.0f / sqrtf(dot(x, x, n, FP32) / (float)n + eps));
-    for (int64_t i = 0; i < n; i += LANES) store(y + i, load(x + i) * scale * read(gain, i, kind));
+    for (int64_t i = 0; i < n; i += LANES)
+        store(y + i, load(x + i) * scale * wide_at(gain, i, kind));
 }
 
 static void rotate(float *x, const float *cos, const float *sin, int64_t n, int64_t interleaved) {
@@ -488,77 +233,6 @@ static void activate(int64_t swiglu, const float *x, int64_t size, float scale, 
 
 /* Attention */
 
-INLINE int64_t place_of(const Call *call, int64_t row, int64_t key) {
-    return call->read ? call->read[row][key] : call->first[row] + key;
-}
-
-/* Softmax of scores, in place; returns one over their sum. */
-static float soften(float *scores, int64_t count) {
-    float most = scores[0];
-    for (int64_t key = 1; key < count; key++) most = scores[key] > most ? scores[key] : most;
-    int64_t padded = (count + LANES - 1) / LANES * LANES;
-    for (int64_t key = count; key < padded; key++) scores[key] = -INFINITY;
-    wide total = all(0);
-    for (int64_t key = 0; key < padded; key += LANES) {
-        wide e = exponential(load(scores + key) - all(most));
-        for (int64_t lane = count - key; lane < LANES && lane > 0; lane++) e[lane] = 0;
-        store(scores + key, e);
-        total += e;
-    }
-    return 1.0f / sum(total);
-}
-
-/* y = sum over keys of weight * entry, where an entry's first `n` numbers start at `offset`. */
-INLINE void weigh(const Call *call, int64_t row, const float *scores, float scale,
-                  const void *entries, int64_t kind, int64_t kept, int64_t offset, int64_t n,
-                  float *y) {
-    for (int64_t i = 0; i < n; i += 8 * LANES) {
-        int vectors = n - i >= 8 * LANES ? 8 : (int)((n - i) / LANES);
-        wide total[8];
-        for (int v = 0; v < 8; v++) total[v] = all(0);
-#define WEIGH(VECTORS)                                                                           \
-    for (int64_t key = 0; key < call->counts[row]; key++) {                                      \
-        int64_t entry = place_of(call, row, key) * kept + offset + i;                            \
-        wide weight = all(scores[key]);                                                          \
-        for (int v = 0; v < VECTORS; v++)                                                        \
-            total[v] = fuse(weight, read(entries, entry + v * LANES, kind), total[v]);           \
-    }
-        if (vectors == 8) {
-            WEIGH(8)
-        } else if (vectors == 4) {
-            WEIGH(4)
-        } else {
-            WEIGH(vectors)
-        }
-#undef WEIGH
-        for (int v = 0; v < vectors; v++) store(y + i + v * LANES, total[v] * all(scale));
-    }
-}
-
-/* scores = products of a query with the keys a row sees, each of which starts at `offset`; `more` is
-   what the query has for the numbers that follow there, null: nothing. */
-INLINE void score(const Call *call, int64_t row, const float *q, int64_t n, const float *more,
-                  int64_t more_n, const void *keys, int64_t kind, int64_t kept, int64_t offset,
-                  float scale, float *scores) {
-    int64_t key = 0, count = call->counts[row];
-    for (; key + 4 <= count; key += 4) {
-        const void *k[4], *behind[4];
-        for (int i = 0; i < 4; i++) {
-            k[i] = at(keys, place_of(call, row, key + i) * kept + offset, kind);
-            behind[i] = at(k[i], n, kind);
-        }
-        four found = dots(q, k, n, kind);
-        if (more) found += dots(more, behind, more_n, kind);
-        *(four_anywhere *)(scores + key) = found * scale;
-    }
-    for (; key < count; key++) {
-        const void *k = at(keys, place_of(call, row, key) * kept + offset, kind);
-        float found = dot(q, k, n, kind);
-        if (more) found += dot(more, at(k, n, kind), more_n, kind);
-        scores[key] = found * scale;
-    }
-}
-
 static void put(void *entries, int64_t first, int64_t kind, const float *entry, int64_t kept) {
     if (kind == BF16)
         for (int64_t i = 0; i < kept; i++) ((bf16 *)entries)[first + i] = narrow(entry[i]);
@@ -577,8 +251,56 @@ static const float *angles(const Call *call, const float *table, int64_t row, in
     return table + row % call->rope_rows * n;
 }
 
+/* Where queries of a call lie: number i of row r at first + r * row + i * step. */
+typedef struct {
+    float *first;
+    int64_t row, step;
+} Queries;
+
+/* Most queries that are answered at a time. */
+static int64_t most_beside(const Layer *l, int64_t rows) {
+    int64_t of_one = l->latent ? l->heads : l->heads / l->kv_heads;
+    return rows * of_one < most(BESIDE, of_one) ? rows * of_one : most(BESIDE, of_one);
+}
+
+/* Attention of all rows: `groups` times `beside` queries each, of which one group reads the same
+   keys and values. Rows that follow each other and read the same places are answered together. */
+static void attend_in_bands(const Call *call, Thread t, Shared shared, int64_t groups,
+                            int64_t beside, Queries q, Queries y, float *work) {
+    const char *keys = shared.keys, *values = shared.values;
+    int64_t parts = groups < t.count && t.count <= beside ? t.count : 1, turn = 0;
+    int64_t size = (beside + parts - 1) / parts, band = most(1, BESIDE / size);
+    for (int64_t row = 0, end; row < call->rows; row = end) {
+        for (end = row + 1; end < call->rows && end - row < band; end++)
+            if (call->read ? call->read[end] != call->read[row]
+                           : call->first[end] != call->first[row])
+                break;
+        shared.places = call->read ? call->read[row] : 0;
+        shared.first = call->read ? 0 : call->first[row];
+        for (int64_t item = 0; item < groups * parts; item++) {
+            if (turn++ % t.count != t.number) continue;
+            int64_t group = item / parts, from = item % parts * size, n = 0;
+            int64_t to = from + size < beside ? from + size : beside;
+            const float *of[(end - row) * size];
+            float *into[(end - row) * size];
+            int64_t counts[(end - row) * size];
+            for (int64_t r = row; r < end; r++)
+                for (int64_t i = from; i < to; i++, n++) {
+                    int64_t number = group * beside + i;
+                    of[n] = q.first + r * q.row + number * q.step;
+                    into[n] = y.first + r * y.row + number * y.step;
+                    counts[n] = call->counts[r];
+                }
+            shared.keys = at(keys, group * shared.width, shared.kind);
+            shared.values = at(values, group * shared.value, shared.kind);
+            if (n) attend(&shared, n, of, counts, work, into);
+        }
+    }
+    wait_for_all(t);
+}
+
 INLINE float *grouped_attention(const Layer *l, int64_t kind, const Call *call, Thread t,
-                                const float *x, float *work, float *scores) {
+                                const float *x, float *work, float *own_work) {
     int64_t d = l->head_dim, heads = l->heads, turned = heads + l->kv_heads, from, to;
     int64_t width = l->qkv.outputs, kept = l->kv_heads * d;
     float *qkv = work, *y = work + call->rows * width;
@@ -590,7 +312,7 @@ INLINE float *grouped_attention(const Layer *l, int64_t kind, const Call *call, 
         for (int64_t head = 0; head < turned; head++) {
             float *q = own + head * d;
             if (l->qk_bias)
-                for (int64_t i = 0; i < d; i++) q[i] += read_one(l->qk_bias, head * d + i, kind);
+                for (int64_t i = 0; i < d; i++) q[i] += one_at(l->qk_bias, head * d + i, kind);
             if (l->qk_scale) normalise(q, at(l->qk_scale, head * d, kind), kind, l->eps, d, q);
             rotate(q, cos, sin, d, l->interleaved);
         }
@@ -598,23 +320,21 @@ INLINE float *grouped_attention(const Layer *l, int64_t kind, const Call *call, 
         keep(call, row, call->values, kind, kept, own + turned * d);
     }
     wait_for_all(t);
-    share(t, call->rows * heads, 1, &from, &to);
-    for (int64_t item = from; item < to; item++) {
-        int64_t row = item / heads, head = item % heads, offset = head * l->kv_heads / heads * d;
-        const float *q = qkv + row * width + head * d;
-        score(call, row, q, d, 0, 0, call->keys, kind, kept, offset, l->score_scale, scores);
-        float scale = soften(scores, call->counts[row]);
-        weigh(call, row, scores, scale, call->values, kind, kept, offset, d, y + item * d);
-    }
-    wait_for_all(t);
+    Shared shared = {.kind = kind, .keys = call->keys, .values = call->values, .kept = kept,
+                     .width = d, .value = d, .scale = l->score_scale};
+    attend_in_bands(call, t, shared, l->kv_heads, heads / l->kv_heads, (Queries){qkv, width, d},
+                    (Queries){y, heads * d, d}, own_work);
     return y;
 }
 
 /* Absorbed: queries are mapped into the latent, and the kept latents are keys and values. */
 INLINE float *latent_attention(const Layer *l, int64_t kind, const Call *call, Thread t,
-                               const float *x, float *work, float *scores) {
+                               const float *x, float *work, float *own_work) {
     int64_t rows = call->rows, width = l->nope + l->rope, kept = l->latent + l->rope, from, to;
-    float *latent = work, *query = latent + rows * kept, *y = query + rows * l->heads * width;
+    int64_t of_row = l->heads * width, mapped_row = l->heads * kept;
+    int64_t seen_row = l->heads * l->latent;
+    float *latent = work, *query = latent + rows * kept, *mapped = query + rows * of_row;
+    float *seen = mapped + rows * mapped_row, *y = seen + rows * seen_row;
     float *narrow = y + rows * l->heads * l->value;
     map(&l->kv_down, call, t, x, latent);
     if (l->q_down.weight) {
@@ -645,32 +365,38 @@ INLINE float *latent_attention(const Layer *l, int64_t kind, const Call *call, T
         }
     }
     wait_for_all(t);
-    share(t, rows * l->heads, 1, &from, &to);
-    for (int64_t item = from; item < to; item++) {
-        int64_t row = item / l->heads, head = item % l->heads;
+    share(t, l->heads, 1, &from, &to);
+    for (int64_t head = from; head < to; head++) {
         const void *to_key = at(l->kv_up, head * (l->nope + l->value) * l->latent, kind);
-        const void *to_value = at(to_key, l->nope * l->latent, kind);
-        const float *q = query + item * width;
-        float mapped[l->latent];
-        columns(q, 1, width, to_key, kind, l->nope, l->latent, mapped, l->latent);
-        score(call, row, mapped, l->latent, q + l->nope, l->rope, call->keys, kind, kept, 0,
-              l->score_scale, scores);
-        float scale = soften(scores, call->counts[row]);
-        weigh(call, row, scores, scale, call->keys, kind, kept, 0, l->latent, mapped);
-        product(mapped, 1, l->latent, to_value, kind, 0, l->latent, 0, l->value,
-                y + item * l->value, l->value);
+        const float *q = query + head * width;
+        float *own = mapped + head * kept;
+        columns(q, rows, of_row, to_key, kind, l->nope, l->latent, own, mapped_row);
+        for (int64_t row = 0; row < rows; row++)
+            memcpy(own + row * mapped_row + l->latent, q + row * of_row + l->nope,
+                   l->rope * sizeof(float));
+    }
+    wait_for_all(t);
+    Shared shared = {.kind = kind, .keys = call->keys, .values = call->keys, .kept = kept,
+                     .width = kept, .value = l->latent, .scale = l->score_scale};
+    attend_in_bands(call, t, shared, 1, l->heads, (Queries){mapped, mapped_row, kept},
+                    (Queries){seen, seen_row, l->latent}, own_work);
+    for (int64_t head = from; head < to; head++) {
+        int64_t first = head * (l->nope + l->value) + l->nope;
+        Matrix to_value = {at(l->kv_up, first * l->latent, kind), 0, kind, l->value, l->latent};
+        product(&to_value, seen + head * l->latent, rows, seen_row, 0, l->value,
+                y + head * l->value, l->heads * l->value);
     }
     wait_for_all(t);
     return y;
 }
 
 static float *attention(const Layer *l, const Call *call, Thread t, const float *x, float *work,
-                        float *scores) {
+                        float *own_work) {
     if (l->kind == BF16)  /* each with loads of its own */
-        return l->latent ? latent_attention(l, BF16, call, t, x, work, scores)
-                         : grouped_attention(l, BF16, call, t, x, work, scores);
-    return l->latent ? latent_attention(l, FP32, call, t, x, work, scores)
-                     : grouped_attention(l, FP32, call, t, x, work, scores);
+        return l->latent ? latent_attention(l, BF16, call, t, x, work, own_work)
+                         : grouped_attention(l, BF16, call, t, x, work, own_work);
+    return l->latent ? latent_attention(l, FP32, call, t, x, work, own_work)
+                     : grouped_attention(l, FP32, call, t, x, work, own_work);
 }
 
 /* Feed-forward */
@@ -692,8 +418,8 @@ static void route(const Layer *l, const Call *call, int64_t row, const float *x,
                   float *weights) {
     int64_t *choice = call->choice + row * l->chosen;
     int64_t size = l->experts * l->hidden, loop = loop_of(call, row, l->routers - 1);
-    const void *router = at(l->router, loop * size, l->kind);
-    product(x, 1, l->hidden, router, l->kind, 0, l->hidden, 0, l->experts, scores, l->experts);
+    Matrix router = {at(l->router, loop * size, l->kind), 0, l->kind, l->experts, l->hidden};
+    product(&router, x, 1, l->hidden, 0, l->experts, scores, l->experts);
     if (call->given)
         memcpy(choice, call->given + row * l->chosen, l->chosen * sizeof(int64_t));
     else {
@@ -719,13 +445,12 @@ static void route(const Layer *l, const Call *call, int64_t row, const float *x,
 }
 
 static void multiply(const Stack *s, int64_t expert, const float *x, int64_t rows, float *y) {
-    int64_t size = s->inputs * s->outputs;
-    if (s->kind == INT8)
-        product_int8(x, rows, s->inputs, (const int8_t *)s->weight + expert * size,
-                     s->scale + expert * s->outputs, s->inputs, 0, s->outputs, y, s->outputs);
-    else
-        columns(x, rows, s->inputs, at(s->weight, expert * size, s->kind), s->kind, s->inputs,
-                s->outputs, y, s->outputs);
+    const void *weights = at(s->weight, expert * s->inputs * s->outputs, s->kind);
+    if (s->kind == INT8) {
+        Matrix own = {weights, s->scale + expert * s->outputs, INT8, s->outputs, s->inputs};
+        product(&own, x, rows, s->inputs, 0, s->outputs, y, s->outputs);
+    } else
+        columns(x, rows, s->inputs, weights, s->kind, s->inputs, s->outputs, y, s->outputs);
 }
 
 static void experts(const Layer *l, const Call *call, Thread t, const float *x, float *work,
@@ -749,8 +474,8 @@ static void experts(const Layer *l, const Call *call, Thread t, const float *x, 
                    hidden * sizeof(float));
         multiply(&l->experts_in, expert, gathered, count, in);
         for (int64_t n = 0; n < count; n++)
-            activate(l->swiglu, in + n * wider, l->expert_size, weights[pair_of[n]] * l->routed_scale,
-                     inner + n * l->expert_size);
+            activate(l->swiglu, in + n * wider, l->expert_size,
+                     weights[pair_of[n]] * l->routed_scale, inner + n * l->expert_size);
         multiply(&l->experts_out, expert, inner, count, gathered);
         for (int64_t n = 0; n < count; n++)
             memcpy(of_pair + pair_of[n] * hidden, gathered + n * hidden, hidden * sizeof(float));
@@ -772,29 +497,31 @@ static void experts(const Layer *l, const Call *call, Thread t, const float *x, 
 static int64_t stage_size(const Layer *l, int64_t rows, int64_t threads) {
     int64_t attention = rows * (l->qkv.outputs + l->heads * l->head_dim);
     if (l->latent)
-        attention = rows * (l->latent + l->rope + l->heads * (l->nope + l->rope + l->value) +
-                            l->q_down.outputs);
+        attention = rows * (l->latent + l->rope + l->q_down.outputs +
+                            l->heads * (l->nope + l->value + 2 * (l->latent + l->rope)));
     int64_t dense = rows * (l->w_in.outputs + l->size), pairs = rows * l->chosen;
-    int64_t routed = l->experts ? lanes(pairs) + pairs * l->hidden + threads * own_size(l, rows) : 0;
-    return most(attention, most(dense, routed));
+    int64_t routed = lanes(pairs) + pairs * l->hidden + threads * own_size(l, rows);
+    return most(attention, most(dense, l->experts ? routed : 0));
 }
 
 /* Numbers of scratch memory that a call needs. */
 int64_t work_size(const Layer *l, int64_t rows, int64_t most_keys, int64_t threads) {
-    return 3 * rows * l->hidden + threads * lanes(most_keys) + stage_size(l, rows, threads);
+    return 3 * rows * l->hidden + threads * attend_size(most_beside(l, rows), most_keys) +
+           stage_size(l, rows, threads);
 }
 
 static void run(const Layer *l, const Call *call, Thread t) {
     int64_t rows = call->rows, hidden = l->hidden, from, to;
     float *x = call->work, *y = x + rows * hidden, *z = y + rows * hidden;
-    float *scores = z + rows * hidden + t.number * lanes(call->most_keys);
-    float *work = z + rows * hidden + t.count * lanes(call->most_keys);
+    int64_t each = attend_size(most_beside(l, rows), call->most_keys);
+    float *own_work = z + rows * hidden + t.number * each;
+    float *work = z + rows * hidden + t.count * each;
     share(t, rows, 1, &from, &to);
     for (int64_t row = from; row < to; row++)
         normalise(call->h + row * hidden, l->attention_norm, l->kind, l->eps, hidden,
                   x + row * hidden);
     wait_for_all(t);
-    float *attended = attention(l, call, t, x, work, scores);
+    float *attended = attention(l, call, t, x, work, own_work);
     map(&l->out, call, t, attended, y);
     for (int64_t row = from; row < to; row++) {
         float *h = call->h + row * hidden;
@@ -910,7 +637,7 @@ static void run_once(const Outer *o, Call call, Thread t) {
             wide x = o->embedding.kind == INT8
                          ? widen((const int8_t *)o->embedding.weight + id * n + i) *
                                all(o->embedding.scale[id])
-                         : read(o->embedding.weight, id * n + i, o->embedding.kind);
+                         : wide_at(o->embedding.weight, id * n + i, o->embedding.kind);
             store(call.h + row * n + i, x * scale);
         }
     }
@@ -959,9 +686,9 @@ void run_linear(const Linear *l, const float *x, int64_t rows, float *y, float *
         if (threads > 1) t = (Thread){omp_get_thread_num(), omp_get_num_threads()};
 #endif
         int64_t from, to;
-        share(t, m->outputs, 4, &from, &to);
-        product(x, rows, m->inputs, m->weight, m->kind, m->scale, m->inputs, from, to, y,
-                m->outputs);
+        Matrix weights = matrix_of(m);
+        share(t, m->outputs, UNIT, &from, &to);
+        product(&weights, x, rows, m->inputs, from, to, y, m->outputs);
         for (int64_t row = 0; row < rows; row++) {
             float *own = y + row * m->outputs;
             for (int64_t o = from; l->times && o < to; o++) own[o] *= l->times[o];
@@ -986,7 +713,7 @@ void run_constants(const float *step, const float *rate, int64_t n, float floor,
 static void rounded(float *x, int64_t n, int64_t kind) {
     for (int64_t i = 0; kind == BF16 && i < n; i++) {
         bf16 half = narrow(x[i]);
-        x[i] = read_one(&half, 0, BF16);
+        x[i] = one_at(&half, 0, BF16);
     }
 }
 
