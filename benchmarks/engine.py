@@ -11,7 +11,7 @@ Parts:
     theirs       PyPI's open-mythos 0.5.0, `generate` at the shapes of versus_open_mythos.py
     gap          a prompt of 4,000 tokens that arrives among 16 decoders
     speculative  drafts after a few loops, at batch 1
-    modes        deterministic or not; fp32 or int8 weights; 1, 8 and 32 requests
+    modes        deterministic or not; fp32, bf16 or int8 weights; 1, 8 and 32 requests
 
 All text is greedy, so that every way must give the same tokens; how many do is printed. Ratios are
 of medians over repeats.
@@ -342,9 +342,10 @@ def measure_speculative(options: argparse.Namespace) -> Figures:
 
 
 def measure_modes(options: argparse.Namespace) -> Figures:
-    """Tokens per second, deterministic or not, and with fp32 or int8 weights."""
+    """Tokens per second, deterministic or not, and with fp32, bf16 or int8 weights."""
     int8 = openmythos.load(LANGUAGE_MODEL, weights="int8")
     fp32 = openmythos.load(LANGUAGE_MODEL, weights="fp32")
+    bf16 = openmythos.load(LANGUAGE_MODEL, weights="bf16")
     prompts = texts(int8, 32, options.seed)
     found: Figures = {}
     for count in (1, 8, 32):
@@ -355,6 +356,7 @@ def measure_modes(options: argparse.Namespace) -> Figures:
                 {
                     "fp32, deterministic": lambda a=arrivals: serve(ticker(fp32), a),
                     "fp32": lambda a=arrivals: serve(ticker(fp32, deterministic=False), a),
+                    "bf16, deterministic": lambda a=arrivals: serve(ticker(bf16), a),
                     "int8, deterministic": lambda a=arrivals: serve(ticker(int8), a),
                 },
                 options.repeats,

@@ -1,12 +1,10 @@
-"""Variations on the model that a claim about facts needs, and the product does not.
+"""Two variations on the model that a claim about facts needs, and the product does not.
 
 Both take `loops` and give states as a looped model does, so that training, measuring and reading
 the states are the same for all.
 """
 
 from __future__ import annotations
-
-import zlib
 
 import torch
 from jaxtyping import Int
@@ -63,40 +61,4 @@ class FedBack(OpenMythos):
             expected = out.logits.float().softmax(dim=-1) @ self.embed.weight
             h = states[-1] + expected * float(self.config.embedding_scale or 1.0)
         out.states = torch.stack(states) if return_states else None
-        return out
-
-
-class Shaken(OpenMythos):
-    """A looped model whose states are shaken between the loops of its training.
-
-    An answer that is not quite what training chains made of it must then do for the next hop, too.
-    """
-
-    noise = 0.0
-    """Standard deviation of what is added, for states whose mean square is 1."""
-
-    def forward(  # type: ignore[override]
-        self,
-        token_ids: Int[Tensor, "batch sequence"],
-        loops: int,
-        *,
-        backprop_loops: int | None = None,
-        return_states: bool = False,
-    ) -> MythosOutput:
-        """Compute logits after `loops` loops; the state after each, where asked for.
-
-        With gradient the noise is drawn from a seed made of the tokens, so that a step that is
-        taken again, after an interruption, is the same.
-        """
-        if not torch.is_grad_enabled():
-            return super().forward(token_ids, loops, return_states=return_states)
-        random = torch.Generator().manual_seed(zlib.crc32(token_ids.numpy().tobytes()))
-        h: Tensor | None = None
-        for loop in range(loops):
-            out = super().forward(token_ids, 1, h0=h, return_states=True)
-            assert out.states is not None
-            h = out.states[0]
-            if loop < loops - 1:
-                size = h.detach().square().mean(-1, keepdim=True).sqrt()
-                h = h + self.noise * size * torch.randn(h.shape, generator=random)
         return out

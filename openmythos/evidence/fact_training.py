@@ -26,7 +26,7 @@ from torch import Tensor
 from openmythos.config import InjectionKind, MythosConfig
 from openmythos.errors import CheckpointError
 from openmythos.evidence.cells import Say
-from openmythos.evidence.fact_models import FedBack, Shaken, Untied
+from openmythos.evidence.fact_models import FedBack, Untied
 from openmythos.evidence.fit import IGNORE, Batch, FitConfig, fit
 from openmythos.files import write_atomically
 from openmythos.model.transformer import OpenMythos
@@ -58,8 +58,6 @@ class FactTraining:
     injection: InjectionKind = "lti"
     feedback: bool = False
     """Add the expected embedding of the current answer at each loop."""
-    noise: float = 0.0
-    """Of the states between loops, while training: of the size that they have."""
     loop_norm: bool = False
     hidden_size: int = 96
     feed_forward_size: int = 256
@@ -77,8 +75,6 @@ class FactTraining:
     """Begin with single facts alone, until their loss has fallen below 0.3 nats."""
     steps: int = 4000
     adam_lr: float = 2e-3
-    decay_share: float = 0.5
-    """Share of the steps, the last ones, over which the rate falls."""
     weight_decay: float = 0.1
     added_steps: int = 300
     """Steps that learn the facts added afterwards, alone."""
@@ -132,11 +128,7 @@ class FactTraining:
     def fit_config(self, steps: int, rate: float) -> FitConfig:
         """How it is trained."""
         optimizer = OptimizerConfig(
-            matrices="adamw",
-            adam_lr=rate,
-            weight_decay=self.weight_decay,
-            warmup_steps=100,
-            decay_share=self.decay_share,
+            matrices="adamw", adam_lr=rate, weight_decay=self.weight_decay, warmup_steps=100
         )
         return FitConfig(
             steps=steps,
@@ -148,10 +140,6 @@ class FactTraining:
 
     def new_model(self) -> OpenMythos:
         """Return the model as initialised."""
-        if self.noise:
-            model = Shaken(self.config, seed=self.seed)
-            model.noise = self.noise
-            return model
         kind = Untied if self.plain_layers else FedBack if self.feedback else OpenMythos
         return kind(self.config, seed=self.seed)
 
@@ -261,9 +249,6 @@ class FactTraining:
     def as_json(self) -> dict[str, Any]:
         """Return the settings as a cell keeps them."""
         fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        for name, usual in (("decay_share", 0.5), ("noise", 0.0)):
-            if fields[name] == usual:
-                del fields[name]  # as results from before it could be chosen have it
         return fields
 
 

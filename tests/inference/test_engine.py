@@ -903,7 +903,7 @@ def callers(lm, count, *, threads):
         for worker in workers:
             worker.join()
     assert not failures
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
     statistics = engine.statistics()
     assert statistics.running == statistics.waiting == statistics.pages_used == 0
     assert statistics.pages_free + statistics.pages_cached == statistics.pages_total
