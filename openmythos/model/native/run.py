@@ -1,7 +1,8 @@
 """Hand few rows on the CPU to the native code: through layers, a whole core, or a linear map.
 
 It takes fp32, bf16 or int8 weights, few rows, and keys kept in a cache: reading weights and
-starting operations is then all the time there is. It computes in fp32 whatever the weights are.
+starting operations is then all the time there is. It computes in fp32 whatever the weights are, or
+on matrix tiles with nearly as many digits.
 Everything else goes through torch, with the same result but for rounding. A row's bits do not
 depend on the other rows of a call.
 """
