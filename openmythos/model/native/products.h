@@ -14,6 +14,7 @@
 #endif
 
 enum {
+    FEW = 8,    /* rows for which reading weights in their own order is quicker */
     UNIT = 16,  /* outputs that threads share out at a time */
     CHUNK = 64  /* vectors that are weighed at a time, so that they stay in the first cache */
 };
@@ -212,15 +213,18 @@ INLINE void columns_tile(int rows, int set, const float *const *x, int64_t i, co
     }
 }
 
-/* One row or two: w is read in its own order, four inputs at a time. */
-INLINE void few_columns(int rows, int64_t kind, const float *const *x, const void *w,
+/* A few rows: w is read in its own order, four inputs at a time, and asked for. */
+INLINE void few_columns(int64_t kind, const float *const *x, int64_t rows, const void *w,
                         int64_t inputs, int64_t outputs, float *const *y) {
-    int64_t size = 4 * outputs * bytes_of(kind), step = size * LANES / outputs;
-    columns_tile(rows, 1, x, 0, w, kind, outputs, y, (const char *)w + size, step);
-    for (int64_t i = 4; i < inputs; i += 4) {
-        const void *four_inputs = at(w, i * outputs, kind);
-        columns_tile(rows, 0, x, i, four_inputs, kind, outputs, y,
-                     (const char *)four_inputs + size, step);
+    int64_t size = 4 * outputs * bytes_of(kind);
+    int64_t part = size / ((rows + 1) / 2), step = part * LANES / outputs;
+    for (int64_t i = 0; i < inputs; i += 4) {
+        const void *some = at(w, i * outputs, kind);
+        const char *ahead = (const char *)some + size;
+        int64_t r = 0;
+        for (; r + 2 <= rows; r += 2, ahead += part)
+            columns_tile(2, i == 0, x + r, i, some, kind, outputs, y + r, ahead, step);
+        if (r < rows) columns_tile(1, i == 0, x + r, i, some, kind, outputs, y + r, ahead, step);
     }
 }
 
@@ -237,14 +241,10 @@ static void columns(const float *x, int64_t rows, int64_t x_row, const void *w, 
         if (tile_columns(in, rows, each, inputs, outputs, 0, out)) return;
     }
 #endif
-    if (rows == 1 && kind == BF16)
-        few_columns(1, BF16, in, w, inputs, outputs, out);
-    else if (rows == 1)
-        few_columns(1, FP32, in, w, inputs, outputs, out);
-    else if (rows == 2 && kind == BF16)
-        few_columns(2, BF16, in, w, inputs, outputs, out);
-    else if (rows == 2)
-        few_columns(2, FP32, in, w, inputs, outputs, out);
+    if (rows <= FEW && kind == BF16)
+        few_columns(BF16, in, rows, w, inputs, outputs, out);
+    else if (rows <= FEW)
+        few_columns(FP32, in, rows, w, inputs, outputs, out);
     else
         for (int64_t i = 0; i < inputs; i += CHUNK) {
             const void *v[CHUNK];
