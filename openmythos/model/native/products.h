@@ -81,8 +81,12 @@ INLINE void dot_tile(int rows, int64_t kind, const float *const *x, const void *
 INLINE void product_of(int64_t kind, const float *const *x, int64_t rows, const void *w,
                        const float *scale, int64_t inputs, int64_t from, int64_t to,
                        float *const *y) {
-    int64_t part = 4 * inputs * bytes_of(kind) / ((rows + 2) / 3), step = part * LANES / inputs;
-    int64_t o = from;
+#ifdef PAIRED
+    int64_t tiles = rows / 6 + (rows % 6 + 2) / 3;
+#else
+    int64_t tiles = (rows + 2) / 3;
+#endif
+    int64_t part = 4 * inputs * bytes_of(kind) / tiles, step = part * LANES / inputs, o = from;
     for (; o + 4 <= to; o += 4) {
         const void *four_outputs[4];
         for (int i = 0; i < 4; i++) four_outputs[i] = at(w, (o + i) * inputs, kind);
