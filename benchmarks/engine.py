@@ -47,6 +47,7 @@ from openmythos.inference.language_model import LanguageModel
 from openmythos.inference.request import Request
 from openmythos.inference.shipped import LANGUAGE_MODEL, REASONER, find_model
 from openmythos.inference.thinking import Thinking
+from openmythos.model.quantised import quantise
 from openmythos.model.transformer import OpenMythos
 from openmythos.tasks.rooms import HOUSE
 
@@ -216,35 +217,55 @@ def measure_reasoner(options: argparse.Namespace) -> Figures:
 
 def measure_theirs(options: argparse.Namespace) -> Figures:
     """Open-mythos' own generate, greedy as far as it can be: equal requests, and a mixed load."""
-    model, theirs = our_model("gqa").eval(), their_model("gqa").eval()
-    tokenizer = openmythos.load(LANGUAGE_MODEL).tokenizer
-    lm: Any = type("Solver", (), {"model": model, "tokenizer": tokenizer})()
+    theirs = their_model("gqa").eval()
+    ours = {name: solver(weights) for name, weights in OUR_WEIGHTS.items()}
     length, new = 128, 32
     found: Figures = {}
     for batch in (1, 8):
         prompts = torch.randint(0, 4000, (batch, length))
         arrivals = [Arrival(0.0, wanted_text(tuple(p.tolist()), new, 8)) for p in prompts]
-        seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+        seconds: dict[str, list[float]] = {name: [] for name in (*ours, "theirs")}
         for turn in range(options.repeats + 1):
+            took = {name: serve(ticker(lm), arrivals).seconds for name, lm in ours.items()}
             start = time.perf_counter()
-            serve(ticker(lm), arrivals)
-            middle = time.perf_counter()
             theirs.generate(prompts, max_new_tokens=new, n_loops=8, top_k=1)
-            end = time.perf_counter()
-            if turn:
-                seconds["ours"].append(middle - start)
-                seconds["theirs"].append(end - middle)
-        each = {side: batch * new / statistics.median(s) for side, s in seconds.items()}
-        found[f"batch {batch}"] = {**each, "ratio": each["ours"] / each["theirs"]}
+            took["theirs"] = time.perf_counter() - start
+            for name, each in took.items():
+                if turn:
+                    seconds[name].append(each)
+        found[f"batch {batch}"] = over_theirs(
+            {name: batch * new / statistics.median(s) for name, s in seconds.items()}
+        )
     load = mixed_numbers(options)
 
     def batches() -> Served:
         return serve_in_batches(load, lambda *batch: write_theirs(theirs, *batch))
 
-    ways = {"ours": lambda: serve(ticker(lm), load), "theirs": batches}
-    rows = {name: medians(runs) for name, runs in repeated(ways, options.repeats).items()}
-    ratio = rows["ours"]["tokens_per_second"] / rows["theirs"]["tokens_per_second"]
-    return {**found, "load": {**rows, "ratio": ratio}}
+    ways: dict[str, Callable[[], Served]] = {
+        name: lambda lm=lm: serve(ticker(lm), load) for name, lm in ours.items()
+    }
+    runs = repeated({**ways, "theirs": batches}, options.repeats)
+    speed = {name: medians(served)["tokens_per_second"] for name, served in runs.items()}
+    return {**found, "load": over_theirs(speed)}
+
+
+OUR_WEIGHTS: dict[str, Callable[[OpenMythos], OpenMythos]] = {
+    "ours": lambda model: model,
+    "ours, bf16": lambda model: model.bfloat16(),
+    "ours, int8": quantise,
+}
+
+
+def solver(weights: Callable[[OpenMythos], OpenMythos]) -> LanguageModel:
+    """The model of versus_open_mythos.py with its weights in another precision."""
+    tokenizer = openmythos.load(LANGUAGE_MODEL).tokenizer
+    return LanguageModel(weights(our_model("gqa").eval()), tokenizer)
+
+
+def over_theirs(speed: dict[str, float]) -> Figures:
+    """Tokens per second of each, and how many times theirs it is."""
+    ratio = {name: value / speed["theirs"] for name, value in speed.items() if name != "theirs"}
+    return {"tokens_per_second": speed, "ratio": ratio}
 
 
 def mixed_numbers(options: argparse.Namespace) -> list[Arrival]:

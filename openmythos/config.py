@@ -127,6 +127,8 @@ class MythosConfig:
     """Normalise the state after every loop."""
     final_norm: bool = True
     """Normalise the coda's output before the head."""
+    gate_size: int = 32
+    """Hidden units of the gate that decides when tokens leave the core; 0: it is linear."""
     learned_act: bool = False
     """Learn Graves' exit probability jointly with the model, for `halting="act"`."""
 
@@ -221,6 +223,7 @@ class MythosConfig:
             "shared_experts",
             "lora_rank",
             "q_latent",
+            "gate_size",
         ]:
             self._at_least(name, 0)
         if self.num_heads % self.kv_heads:  # type: ignore[operator]

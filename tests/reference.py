@@ -279,12 +279,18 @@ class Reference:
 
 
 def exit_probability(reference, which, before, after):
-    """Logistic on the state's direction and the logarithm of how far the last loop moved it."""
+    """Of the state's direction and the logarithm of how far the last loop moved it.
+
+    Logistic regression on what some hidden units make of them, or on them alone.
+    """
     weight, bias = (reference.weights[f"core.{which}.{part}"] for part in ("weight", "bias"))
-    length = np.sqrt((after**2).sum())
-    moved = np.sqrt(((after - before) ** 2).sum()) / (length + 1e-8)
-    direction = (weight[:-1] @ after) * np.sqrt(len(after)) / (length + 1e-8)
-    return sigmoid(direction + weight[-1] * np.log(moved + 1e-6) + bias.sum())
+    length = np.sqrt((after**2).sum()) + 1e-8
+    moved = np.sqrt(((after - before) ** 2).sum()) / length
+    x = np.append(after / length * np.sqrt(len(after)), np.log(moved + 1e-6))
+    if f"core.{which}.w_in" in reference.weights:
+        w_in, bias_in = (reference.weights[f"core.{which}.{part}"] for part in ("w_in", "bias_in"))
+        x = np.maximum(w_in @ x + bias_in, 0)
+    return sigmoid(weight @ x + bias.sum())
 
 
 class OneRule:

@@ -38,11 +38,17 @@ def shake(model, *, seed=0, spread=0.3):
     """Move norms, biases, LoRA, gates and the injection away from their first values."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
+        if name.startswith("core.gate."):
+            continue
         if parameter.ndim < 2 or name.endswith(("lora.up", "_scale", "_bias", "injection.weight")):
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter += (spread * noise).to(parameter.dtype)
     for exit_ in model.core.learned_exits().values():
         exit_.bias.fill_(-0.5)
+    gate, own = model.core.gate, torch.Generator().manual_seed(seed)
+    gate.weight.normal_(0, spread, generator=own)
+    if gate.size:
+        gate.w_in.normal_(0, spread, generator=own)
 
 
 def some_ids(batch=2, sequence=7, *, vocab=SIZES["vocab_size"], seed=0):

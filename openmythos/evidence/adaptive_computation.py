@@ -64,6 +64,8 @@ class Study:
     budget: int = 40
     """Most loops of a token."""
     gate_steps: int = 150
+    margin: float = 0.05
+    """Nats a token that the gate's exits may cost."""
     exit_steps: int = 200
     """Steps of the training with the gate's exits."""
     chains: int = 16
@@ -123,7 +125,7 @@ def fit_gate(model: OpenMythos, study: Study) -> dict[str, Any]:
         held_out,
         steps=study.gate_steps,
         budget=study.budget,
-        margin=0.1,
+        margin=study.margin,
     )
     return dataclasses.asdict(report)
 

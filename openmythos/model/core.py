@@ -75,7 +75,7 @@ class Core(nn.Module):
         self.injection = INJECTION[config.injection](config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, in_core=True) for _ in range(config.core_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps) if config.loop_norm else None
-        self.gate = LearnedExit(config.hidden_size)
+        self.gate = LearnedExit(config.hidden_size, config.gate_size)
         self.act = LearnedExit(config.hidden_size) if config.learned_act else None
         self.checkpointing = False
         """Recompute each layer in the backward pass instead of keeping its activations."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from openmythos.errors import InputError
 from openmythos.model.wide import keep_wide
@@ -46,20 +47,35 @@ class Rule(Protocol):
 
 
 class LearnedExit(nn.Module):
-    """Probability of an exit from the state after a loop: linear on its direction and change.
+    """Probability of an exit from the state after a loop: from its direction and its change.
 
-    Features are the state's root-mean-square norm and the logarithm of how far, relative to its
-    length, the last loop moved it; never the loop's number, which would bind it to one depth.
+    Features are the state's direction and the logarithm of how far, relative to its length, the
+    last loop moved it; never the loop's number, which would bind it to one depth. `size` hidden
+    units see them where there are any: "some answer is clear, whichever" is no linear question.
     Kept in fp32 or wider: in bf16 a threshold of 0.999 would round to 1 and never be reached.
     """
 
     threshold: Tensor
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, size: int = 0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(hidden + 1))
+        self.size = size
+        if size:
+            self.w_in = nn.Parameter(torch.zeros(size, hidden + 1))
+            self.bias_in = nn.Parameter(torch.zeros(size))
+        self.weight = nn.Parameter(torch.zeros(size or hidden + 1))
         self.bias = nn.Parameter(torch.zeros(1))  # sharding refuses scalars
         self.register_buffer("threshold", torch.tensor(DEFAULT_THRESHOLD))
+
+    @torch.no_grad()
+    def start_anew(self) -> None:
+        """Forget what was learned; hidden units start at random, but the same each time."""
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.parameters():
+            parameter.zero_()
+        for parameter in (self.w_in, self.weight) if self.size else ():
+            start = torch.empty(parameter.shape, dtype=torch.float32).normal_(generator=generator)
+            parameter.copy_(start / start.shape[-1] ** 0.5)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedExit:
         return super()._apply(keep_wide(fn), recurse)  # type: ignore[no-untyped-call]
@@ -69,10 +85,14 @@ class LearnedExit(nn.Module):
     ) -> Float[Tensor, "*rows"]:
         """Return logits of the exit probability, in fp32 or wider."""
         weight, bias = self.weight.to(after.dtype), self.bias.to(after.dtype)
-        length = torch.linalg.vector_norm(after, dim=-1)
-        moved = torch.linalg.vector_norm(after - before, dim=-1) / (length + 1e-8)
-        direction = (after * weight[:-1]).sum(-1) * after.shape[-1] ** 0.5 / (length + 1e-8)
-        return direction + weight[-1] * (moved + 1e-6).log() + bias
+        length = torch.linalg.vector_norm(after, dim=-1, keepdim=True) + 1e-8
+        moved = torch.linalg.vector_norm(after - before, dim=-1, keepdim=True) / length
+        direction, change = after * (after.shape[-1] ** 0.5 / length), (moved + 1e-6).log()
+        if not self.size:
+            return (direction * weight[:-1]).sum(-1) + weight[-1] * change[..., 0] + bias
+        w_in, bias_in = self.w_in.to(after.dtype), self.bias_in.to(after.dtype)
+        inner = F.linear(direction, w_in[:, :-1], bias_in) + change * w_in[:, -1]
+        return (inner.relu() * weight).sum(-1) + bias
 
 
 class Never:

@@ -3,8 +3,8 @@
 The model is frozen and run to twice its mean loops; every state is decoded, which gives each
 token's loss at each depth. A state is fit to stop at where it and the next (a fired token runs
 one loop more) are as good as the best later one within a margin. One-step gains would mislead:
-they are zero while a long chain is being worked. Then the gate, linear on the state, learns by
-binary cross-entropy, and its threshold is chosen on held-out text.
+they are zero while a long chain is being worked. Then the gate learns by binary cross-entropy, and
+its threshold is chosen on held-out text.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from openmythos.config import HaltingKind
 from openmythos.model.halting import LearnedExit
 from openmythos.model.transformer import OpenMythos, cross_entropy
 
-CHANCES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)
+CHANCES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.985, 0.99, 0.995, 0.998, 0.999)
 """Thresholds that are tried on held-out text."""
 
-UPDATES = 8
+UPDATES = 16
 """Steps of the optimizer on each batch: the model is frozen, and its states cost most."""
 
 
@@ -66,7 +66,7 @@ def train_gate(
     steps: int = 100,
     budget: int | None = None,
     margin: float = 0.02,
-    lr: float = 0.02,
+    lr: float = 0.005,
 ) -> GateReport:
     """Train `model.core.gate` and set its threshold; nothing else of the model changes.
 
@@ -83,8 +83,7 @@ def train_gate(
     model.eval()
     gate, budget = model.core.gate, budget or 2 * model.config.mean_loops
     with torch.no_grad():
-        for parameter in gate.parameters():
-            parameter.zero_()
+        gate.start_anew()
     optimizer = torch.optim.AdamW(gate.parameters(), lr=lr, weight_decay=0.0)
     for parameter in gate.parameters():
         parameter.requires_grad_(True)

@@ -34,7 +34,7 @@ def test_parameters_of_a_dense_model_are_those_counted_by_hand():
     attention = 24 * (6 + 2 + 2) * 4 + 6 * 4 * 24
     layer = attention + 3 * 24 * 40 + 2 * 24  # SwiGLU's three maps, two norms
     injection = 24 * 24 + 2 * 24  # B; the two raw values of A
-    gate = 24 + 1 + 1
+    gate = 32 * (24 + 1) + 32 + 32 + 1  # hidden units, what reads them
     parts = account(DENSE).parts
     assert parts["embedding"] == parts["head"] == 100 * 24
     assert parts["prelude"] == 2 * layer + 24

@@ -17,7 +17,7 @@ from openmythos.model.transformer import OpenMythos
 
 WEIGHTS = ["fp32", "bf16", "int8"]
 WIDE = ("norm.weight", "router.weight", "decay.step", "decay.rate", "gate.weight", "gate.bias")
-WIDE += ("gate.threshold", "_scale", "_bias")
+WIDE += ("gate.threshold", "gate.w_in", "gate.bias_in", "_scale", "_bias")
 
 
 def model_of(**changes):

@@ -90,6 +90,16 @@ def deciding(**kind):
     return model
 
 
+@pytest.mark.parametrize("gate_size", [0, 7])
+def test_a_gate_of_any_size_decides_as_by_torch(gate_size, by_torch):
+    model = deciding(gate_size=gate_size)
+    _, outs = written(model, 6, **RULES["gate"])
+    _, torchs = by_torch(lambda: written(model, 6, **RULES["gate"]))
+    taken = [out.loops.tolist() for out in outs]
+    assert taken == [out.loops.tolist() for out in torchs]
+    assert len({loops for rows in taken for row in rows for loops in row}) > 1
+
+
 RULES = {
     "delta": {"halting": "delta", "threshold": 0.5},
     "gate": {"halting": "gate", "threshold": 0.5},

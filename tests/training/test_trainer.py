@@ -359,8 +359,9 @@ def test_a_trained_gate_changes_nothing_but_the_gate(tmp_path, text):
     trainer.fit()
     saved = checkpoint.load(checkpoint.latest(tmp_path / "run")).tensors["model"]
     changed = {n for n, t in weights(tmp_path / "run").items() if not torch.equal(t, saved[n])}
-    assert changed <= {"core.gate.weight", "core.gate.bias", "core.gate.threshold"}
-    assert "core.gate.weight" in changed
+    parts = ("w_in", "bias_in", "weight", "bias", "threshold")
+    assert changed <= {f"core.gate.{part}" for part in parts}
+    assert {"core.gate.w_in", "core.gate.weight"} <= changed
 
 
 def test_a_plain_transformer_is_the_same_code(tmp_path, text):

@@ -80,17 +80,24 @@ class Exits:
             self.budgets.contiguous(),
             torch.from_numpy(np.array([rule.kind for rule in each], dtype=np.int64)),
             torch.from_numpy(np.array([rule.threshold for rule in each], dtype=np.float32)),
-            *((None, None) if gate is None else (gate.weight.float(), gate.bias.float())),
+            *_weights(gate),
             self.quiet,
             self.fired,
             self.fires,
             torch.empty(rows, hidden),
         )
-        self._structure = ExitsStructure(
-            *(None if part is None else part.data_ptr() for part in self._alive)
-        )
+        pointers = (None if part is None else part.data_ptr() for part in self._alive)
+        self._structure = ExitsStructure(*pointers, 0 if gate is None else gate.size)
         return self._structure
 
     def read(self) -> None:
         """Take over what the native code has found."""
         self.ran = self._structure.ran
+
+
+def _weights(gate: LearnedExit | None) -> list[Tensor | None]:
+    """What the native code reads of a gate, in its order."""
+    if gate is None:
+        return [None] * 4
+    inner = [gate.w_in, gate.bias_in] if gate.size else [None, None]
+    return [None if part is None else part.float() for part in (*inner, gate.weight, gate.bias)]

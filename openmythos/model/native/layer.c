@@ -73,12 +73,13 @@ typedef struct {
     const int64_t *budgets;   /* (rows) loops that each may still run */
     const int64_t *kinds;     /* (rows) the rule of each */
     const float *thresholds;  /* (rows) */
-    const float *gate, *bias; /* (hidden + 1), (1) of the learned exit; null: no row has GATE */
+    const float *gate_in, *gate_in_bias;  /* (gate_size, hidden + 1), (gate_size) of the gate */
+    const float *gate, *bias;  /* (gate_size, or hidden + 1 if that is 0), (1); null: none has GATE */
     uint8_t *quiet;  /* (rows) for CHANGE: whether the last loop moved the state little */
     uint8_t *fired;  /* (rows) whether the rule had fired before the last loop that was run */
     uint8_t *fires;  /* (rows) whether it fires after it */
     float *before;   /* (rows, hidden) scratch */
-    int64_t ran;     /* loops run, until the first row left */
+    int64_t gate_size, ran;  /* ran: loops, until the first row left */
 } Exits;
 
 typedef struct {
@@ -544,6 +545,20 @@ static void run(const Layer *l, const Call *call, Thread t) {
     wait_for_all(t);
 }
 
+/* `openmythos.model.halting.LearnedExit`, of a state that a loop moved by so much. */
+static float exit_logit(const Exits *exits, const float *h, float moved, int64_t n) {
+    float length = sqrtf(dot(h, h, n, FP32)) + 1e-8f, scale = sqrtf((float)n) / length;
+    float change = logf(moved / length + 1e-6f), total = *exits->bias;
+    if (!exits->gate_size)
+        return dot(h, exits->gate, n, FP32) * scale + exits->gate[n] * change + total;
+    for (int64_t unit = 0; unit < exits->gate_size; unit++) {
+        const float *w = exits->gate_in + unit * (n + 1);
+        float inner = dot(h, w, n, FP32) * scale + w[n] * change + exits->gate_in_bias[unit];
+        if (inner > 0) total += exits->gate[unit] * inner;
+    }
+    return total;
+}
+
 /* The rules of `openmythos.model.halting` that need a row's state alone. */
 static int fires(Exits *exits, int64_t row, const float *h, int64_t n) {
     const float *before = exits->before + row * n;
@@ -553,12 +568,8 @@ static int fires(Exits *exits, int64_t row, const float *h, int64_t n) {
         total = fuse(moved, moved, total);
     }
     float moved = sqrtf(sum(total)), threshold = exits->thresholds[row];
-    if (exits->kinds[row] == GATE) {
-        float length = sqrtf(dot(h, h, n, FP32)) + 1e-8f;
-        float logit = dot(h, exits->gate, n, FP32) * sqrtf((float)n) / length +
-                      exits->gate[n] * logf(moved / length + 1e-6f) + *exits->bias;
-        return 1.0f / (1.0f + expf(-logit)) >= threshold;
-    }
+    if (exits->kinds[row] == GATE)
+        return 1.0f / (1.0f + expf(-exit_logit(exits, h, moved, n))) >= threshold;
     int was = exits->quiet[row];
     exits->quiet[row] = moved < threshold * sqrtf(dot(before, before, n, FP32));
     return was && exits->quiet[row];

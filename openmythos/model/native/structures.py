@@ -87,8 +87,9 @@ class ExitsStructure(ctypes.Structure):
     """When rows leave the core, and which rules have fired."""
 
     _fields_ = [
-        *_fields(_pointer, "budgets kinds thresholds gate bias quiet fired fires before"),
-        *_fields(_number, "ran"),
+        *_fields(_pointer, "budgets kinds thresholds gate_in gate_in_bias gate bias"),
+        *_fields(_pointer, "quiet fired fires before"),
+        *_fields(_number, "gate_size ran"),
     ]
 
 
