@@ -26,7 +26,7 @@ openmythos train --text mix --held-out 0.01 --tokenizer "$tokenizer" --run engli
   --model.head-dim 64 --model.core-layers 2 --model.mean-loops 3 --model.lora-loops 3 \
   --model.feed-forward relu2 --model.feed-forward-size 1024 --model.experts 16 \
   --model.experts-per-token 2 --model.expert-size 256 --model.max-length 1024 \
-  --model.embedding-scale 16 --model.logit-scale 0.70710678 \
+  --model.embedding-scale 16 --model.logit-scale 0.70710678 --model.gate-size 0 \
   --steps 2919 --batch-size 64 --length 256 --optimizer.decay-share 0 \
   --optimizer.warmup-steps 100 --gate-steps 0 --evaluate-every 500 --seed 0 "${common[@]}"
 

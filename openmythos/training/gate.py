@@ -66,6 +66,7 @@ def train_gate(
     steps: int = 100,
     budget: int | None = None,
     margin: float = 0.02,
+    cost: float | None = None,
     lr: float = 0.005,
 ) -> GateReport:
     """Train `model.core.gate` and set its threshold; nothing else of the model changes.
@@ -76,8 +77,9 @@ def train_gate(
         held_out: what the threshold is chosen on.
         steps: batches; each serves for `UPDATES` steps of the optimizer.
         budget: most loops; default: twice the model's mean.
-        margin: nats by which a state may be worse than the best later one. The threshold is the
-            lowest whose mean loss is within it of full depth.
+        margin: nats by which a state may be worse than the best later one.
+        cost: nats a token that exits may cost; the threshold is the lowest that keeps to it.
+            Default: the margin.
         lr: learning rate of AdamW, decaying linearly to 0.
     """
     model.eval()
@@ -99,7 +101,7 @@ def train_gate(
             optimizer.step()
     for parameter in gate.parameters():
         parameter.requires_grad_(False)
-    return _choose_threshold(model, held_out, budget, margin)
+    return _choose_threshold(model, held_out, budget, margin if cost is None else cost)
 
 
 @torch.no_grad()
@@ -119,9 +121,9 @@ def _scores(gate: LearnedExit, states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _choose_threshold(
-    model: OpenMythos, held_out: Sequence[Labelled], budget: int, margin: float
+    model: OpenMythos, held_out: Sequence[Labelled], budget: int, cost: float
 ) -> GateReport:
-    """Take the lowest threshold whose loss is within the margin of full depth.
+    """Take the lowest threshold at which exits cost no more nats a token than they may.
 
     Measured with exits as they will be, because a token that leaves early is read by others.
     """
@@ -129,7 +131,7 @@ def _choose_threshold(
     report = GateReport(CHANCES[-1], float(budget), full, full, budget)
     for threshold in reversed(CHANCES):
         loss, mean = _measure(model, held_out, budget, threshold)
-        if loss > full + margin:
+        if loss > full + cost:
             break
         report = GateReport(threshold, mean, loss, full, budget)
     model.core.gate.threshold.fill_(report.threshold)

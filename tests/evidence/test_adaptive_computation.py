@@ -12,6 +12,7 @@ from openmythos import OpenMythos, Tokenizer
 from openmythos.evidence import graves_exits, text_exits
 from openmythos.evidence.adaptive_computation import (
     QUICK,
+    GateFit,
     _cheapest,
     conclude,
     constant_length,
@@ -55,8 +56,9 @@ def test_a_study_runs_and_is_concluded_from(tmp_path):
     training = dataclasses.replace(
         QUICK.training, hidden_size=16, feed_forward_size=16, steps=2, loops=(2, 3)
     )
+    gate = GateFit(steps=2, cost=0.05)
     study = dataclasses.replace(
-        QUICK, training=training, budget=4, gate_steps=2, exit_steps=2, chains=1
+        QUICK, training=training, budget=4, first_gate=gate, last_gate=gate, exit_steps=2, chains=1
     )
     result = run(study, tmp_path, lambda line: None)
     assert (tmp_path / "reasoner" / "config.json").is_file()
