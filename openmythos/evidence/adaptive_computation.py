@@ -411,9 +411,10 @@ NOTES = (
 )
 
 
-def _saved(part: Result, way: str) -> float:
-    """Loops a token saves on average."""
-    return float(part["budget"] - part[way]["mean_loops"])
+def _of_saving(part: Result, oracle: str) -> float:
+    """Loops that the gate saves, as a share of those that an oracle does."""
+    gates, best = (part["budget"] - part[way]["mean_loops"] for way in ("chosen", oracle))
+    return float(gates / best)
 
 
 def _full(part: Result) -> float:
@@ -427,17 +428,15 @@ def _rows(phase: str, parts: list[Result]) -> list[list[str]]:
         return [name, phase, accuracy, spread([point["mean_loops"] for point in points], 1)]
 
     full = [_point(_full(part), max(map(int, part["fixed"]))) for part in parts]
-    rows = [
+    return [
         row("none: full depth", full),
         row("fixed depth, enough", [_cheapest(part, "fixed") for part in parts]),
         row("gate, as chosen", [part["chosen"] for part in parts]),
         *(row(f"{rule}, enough", [_cheapest(part, rule) for part in parts]) for rule in RULES),
         row("random, the gate's loops", [part["random"] for part in parts]),
         row("oracle", [part["oracle"] for part in parts]),
+        row("oracle, settled", [part["settled_oracle"] for part in parts]),
     ]
-    if all("settled_oracle" in part for part in parts):
-        rows.append(row("oracle, settled", [part["settled_oracle"] for part in parts]))
-    return rows
 
 
 def _cheapest(part: Result, way: str) -> Result:
@@ -464,11 +463,10 @@ def _expectations(runs: list[Result]) -> list[Expectation]:
     expect("share of the loops taken", "≤ 0.6", share, share <= 0.6)
     above = min(part["chosen"]["accuracy"] - part["random"]["accuracy"] for part in parts)
     expect("above random exit", "≥ 0.2", above, above >= 0.2)
-    saved = min(_saved(part, "chosen") / _saved(part, "oracle") for part in parts)
+    saved = min(_of_saving(part, "oracle") for part in parts)
     expect("share of the saving of the oracle that ends too soon", "≥ 0.8", saved, saved >= 0.8)
-    if all("settled_oracle" in part for part in parts):
-        saved = min(_saved(part, "chosen") / _saved(part, "settled_oracle") for part in parts)
-        expect("share of the settled oracle's saving", "≥ 0.8", saved, saved >= 0.8)
+    saved = min(_of_saving(part, "settled_oracle") for part in parts)
+    expect("share of the settled oracle's saving", "≥ 0.8", saved, saved >= 0.8)
     rank = min(part["spearman"] for part in parts)
     expect("rank correlation of loops and hops", "≥ 0.9", rank, rank >= 0.9)
     placed = min(part["spearman_at_place"] for part in parts)
@@ -479,7 +477,7 @@ def _expectations(runs: list[Result]) -> list[Expectation]:
 
 
 def _oracle_expectations(part: Result) -> list[Expectation]:
-    saved = _saved(part, "chosen") / _saved(part, "settled_oracle")
+    saved = _of_saving(part, "settled_oracle")
     return [
         Expectation(
             "shipped reasoner: share of the settled oracle's saving",

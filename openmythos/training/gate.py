@@ -84,8 +84,7 @@ def train_gate(
     """
     model.eval()
     gate, budget = model.core.gate, budget or 2 * model.config.mean_loops
-    with torch.no_grad():
-        gate.start_anew()
+    gate.start_anew()
     optimizer = torch.optim.AdamW(gate.parameters(), lr=lr, weight_decay=0.0)
     for parameter in gate.parameters():
         parameter.requires_grad_(True)
