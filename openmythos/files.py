@@ -1,12 +1,13 @@
 """Files that are either whole or not there: written beside, made durable, then renamed."""
 
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY = ".openmythos-"
-"""How the names of unfinished files and folders begin. None outlives the next start."""
+"""How the names of unfinished files and folders begin. A training removes those in its run."""
 
 
 def write_atomically(path: str | Path, content: bytes | Callable[[Path], object]) -> None:
@@ -33,6 +34,24 @@ def write_atomically(path: str | Path, content: bytes | Callable[[Path], object]
             temporary.unlink()
         raise
     flush_to_disk(path.parent)
+
+
+@contextmanager
+def written_together(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write files into, which take their places in `folder` at the end.
+
+    An error before, or a full disk, leaves `folder` as it was. Only files that are renamed one
+    after the other can be seen apart.
+    """
+    beside = folder / f"{TEMPORARY}{os.getpid()}"
+    beside.mkdir(exist_ok=True)
+    try:
+        yield beside
+        for path in sorted(beside.iterdir()):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    flush_to_disk(folder)
 
 
 def flush_to_disk(path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from openmythos.config import MythosConfig
 from openmythos.errors import InputError
 from openmythos.model.transformer import OpenMythos, cross_entropy
-from openmythos.training.machine import Machine, matmul_peak, measure
+from openmythos.training.machine import Machine, matmul_peak, measure, seconds_of
 from openmythos.training.optimizer import build_optimizers
 from openmythos.training.settings import OptimizerConfig
 
@@ -109,7 +108,7 @@ def bench(
                 for number, task in enumerate(tasks):
                     if done == 0:
                         task.call()  # the first call allocates
-                    seconds.setdefault((number, count), []).append(_seconds(task.call, device))
+                    seconds.setdefault((number, count), []).append(seconds_of(task.call, device))
             report(done + 1)
     finally:
         torch.set_num_threads(before)
@@ -247,18 +246,3 @@ def _decode(model: OpenMythos, batch: int, length: int, loops: int, new: int = 1
 def _some_ids(config: MythosConfig, batch: int, length: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(config.vocab_size, (batch, length), generator=generator).to(device)
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
-    started = time.perf_counter()
-    call()
-    _wait(device)
-    return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

@@ -79,7 +79,10 @@ class Study:
     """The one in the end."""
     exit_steps: int = 200
     """Steps of the training with the gate's exits."""
-    chains: int = 16
+    held_out: int = 32
+    """Chains for each number of hops on which a gate's threshold is chosen: a chain whose first
+    wrong answer comes early costs a nat a token, so that few chains say little."""
+    chains: int = 64
     """Test chains for each number of hops, 1 to 20, each among as many no-ops as make 40 slots."""
 
 
@@ -90,6 +93,7 @@ QUICK = Study(
     first_gate=GateFit(steps=30, cost=0.05),
     last_gate=GateFit(steps=30, cost=0.05),
     exit_steps=20,
+    held_out=4,
     chains=4,
 )
 
@@ -124,16 +128,19 @@ def run(study: Study, folder: Path, say: Say) -> Result:
 def fit_gate(model: OpenMythos, study: Study, how: GateFit) -> dict[str, Any]:
     """Train the gate of a hop model; return what it does on held-out chains."""
 
-    def asked(stream: int, step: int, sequences: int) -> Labelled:
-        random = np.random.default_rng([study.training.seed, stream, step])
-        hops = int(random.integers(1, TRAINED_HOPS + 1))
+    def asked(random: np.random.Generator, hops: int, sequences: int) -> Labelled:
         chains = TASK.chains(random, sequences, hops, 2 * TRAINED_HOPS)
         return Labelled(torch.from_numpy(chains.token_ids), torch.from_numpy(chains.answers))
 
-    held_out = [asked(GATE_HELD_OUT, step, 32) for step in range(4)]
+    def batch(step: int) -> Labelled:
+        random = np.random.default_rng([study.training.seed, GATE_TRAINING, step])
+        return asked(random, int(random.integers(1, TRAINED_HOPS + 1)), 16)
+
+    random = np.random.default_rng([study.training.seed, GATE_HELD_OUT])
+    held_out = [asked(random, hops, study.held_out) for hops in range(1, TRAINED_HOPS + 1)]
     report = train_gate(
         model,
-        lambda step: asked(GATE_TRAINING, step, 16),
+        batch,
         held_out,
         steps=how.steps,
         budget=study.budget,

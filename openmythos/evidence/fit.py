@@ -132,6 +132,7 @@ def fit(
     if frozen:
         asked["frozen"] = list(frozen)
     step, seconds, course = 0, 0.0, Course(config)
+    losses: list[float] = []  # since the last report
     if (newest := checkpoint.latest(folder)) is not None:
         found = checkpoint.load(newest)
         if _with_defaults(found.state["asked"]) != asked:
@@ -142,7 +143,8 @@ def fit(
         optimizers.load_state_tensors(found.tensors["optimizer"])
         step, seconds = found.step, found.state["seconds"]
         course.level, course.mean = found.state["level"], found.state["mean"]
-    started, losses = time.perf_counter() - seconds, []
+        losses = list(found.state.get("losses", []))
+    started = time.perf_counter() - seconds
     if step < config.steps:
         layers = _layers(model, config, batch(0, config.levels - 1))
     model.train()
@@ -166,7 +168,7 @@ def fit(
             losses = []
         if step % config.save_every == 0 or step == config.steps:
             state = {"asked": asked, "seconds": time.perf_counter() - started}
-            state |= {"level": course.level, "mean": course.mean}
+            state |= {"level": course.level, "mean": course.mean, "losses": losses}
             tensors = {"model": storable(model), "optimizer": optimizers.state_tensors()}
             checkpoint.save(folder, step, tensors, state, keep=1)
     model.eval()

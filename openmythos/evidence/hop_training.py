@@ -20,6 +20,7 @@ from torch import Tensor
 from openmythos.config import MythosConfig
 from openmythos.evidence.cells import Say
 from openmythos.evidence.fit import Batch, FitConfig, fit
+from openmythos.evidence.text_training import PLAIN
 from openmythos.model.transformer import OpenMythos
 from openmythos.tasks.hops import Chains, HopTask
 from openmythos.training.settings import OptimizerConfig
@@ -72,17 +73,7 @@ class HopTraining:
             "feed_forward": "relu2",
         }
         if self.plain_layers:
-            return MythosConfig(
-                **common,
-                prelude_layers=0,
-                core_layers=self.plain_layers,
-                coda_layers=0,
-                mean_loops=1,
-                injection="none",
-                h0="e",
-                core_output="none",
-                prelude_norm=False,
-            )
+            return MythosConfig(**common, **PLAIN, core_layers=self.plain_layers)
         mean = sum(self.loops) // 2
         return MythosConfig(**common, core_layers=self.core_layers, mean_loops=mean)
 

@@ -13,17 +13,21 @@ is read, and M gives it 0.98 of its own state: nearly the model without lanes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from openmythos.config import MythosConfig
-from openmythos.model.cache import Cache, Place
+from openmythos.model.cache import Cache, Place, Span
 from openmythos.model.core import Core, Rows
 from openmythos.model.injection import Decay
 from openmythos.model.notes import CoreOutput, Notes
+from openmythos.model.rope import Rope
 from openmythos.model.transformer import OpenMythos
 
+WHOLE = "lanes are there for whole texts and one number of loops, without a cache or exits"
 LONGEST = 0.9
 """A of the last lane at the start; between it and the first, lanes are spaced evenly."""
 OWN = 4.0
@@ -43,6 +47,14 @@ class LanedCore(Core):
         self.write_scale = nn.Parameter(torch.ones(lanes))
         self.out_scale = nn.Parameter(first.clone())
         self.mix_scale = nn.Parameter((OWN * torch.eye(lanes)).flatten())  # a vector never decays
+
+    def forward(
+        self, e: Tensor, rope: Rope, span: Span, loops: int | Tensor, **how: Any
+    ) -> CoreOutput:
+        """Run the loop, as `Core` does."""
+        if not isinstance(loops, int) or how.get("rule") is not None:
+            raise NotImplementedError(WHOLE)
+        return super().forward(e, rope, span, loops, **how)
 
     def start(self) -> None:
         """Set the further lanes' diagonals, slower ones for later lanes."""
@@ -68,7 +80,7 @@ class LanedCore(Core):
         notes: Notes,
     ) -> CoreOutput:
         if cache is not None or notes.by_token:
-            raise NotImplementedError("lanes are there for whole texts, without a cache")
+            raise NotImplementedError(WHOLE)
         numbers, learns = torch.arange(loops, device=h.device), torch.is_grad_enabled()
         state, carries, mixing = (
             torch.stack([h] * self.lanes),

@@ -54,8 +54,8 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def rows_of(results: Mapping[str, Result], prefixes: tuple[str, ...]) -> dict[str, Runs]:
-    """Return the rows whose cells, `NAME/seed-0`, begin with one of `prefixes`."""
+def rows_of(results: Mapping[str, Result], prefixes: tuple[str, ...] = ("",)) -> dict[str, Runs]:
+    """Return the rows whose cells, `NAME/seed-0`, begin with one of `prefixes`; default: all."""
     rows: dict[str, Runs] = {}
     for cell, result in results.items():
         name, _, seed = cell.partition("/seed-")

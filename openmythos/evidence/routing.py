@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from openmythos.evidence.cells import Cell, Result, Say
 from openmythos.evidence.expert_choice import NOISE, chance, jitter, statistics_of
 from openmythos.evidence.forced_routing import FORCED, bootstrap, costs, read, windows_of
-from openmythos.evidence.paired import Interval, Runs, common_seeds
+from openmythos.evidence.paired import Interval, Runs, common_seeds, rows_of
 from openmythos.evidence.report import Expectation, Section, spread, table
 from openmythos.evidence.text_training import Texts, TextTraining, read_texts, work_of
 from openmythos.model.transformer import OpenMythos
@@ -142,14 +142,10 @@ def measure(model: OpenMythos, training: TextTraining, texts: Texts, say: Say) -
     return measured
 
 
-def rows_of(results: dict[str, Result]) -> dict[str, Runs]:
-    """Return the rows that have results, by seed."""
-    rows: dict[str, Runs] = {}
-    for name in ROWS:
-        for cell, result in results.items():
-            if cell.startswith(f"{name}/seed-"):
-                rows.setdefault(name, {})[int(cell.rpartition("-")[2])] = result
-    return rows
+def in_order(results: dict[str, Result]) -> dict[str, Runs]:
+    """Return the rows that have results, by seed, as the tables have them."""
+    found = rows_of(results)
+    return {name: found[name] for name in ROWS if name in found}
 
 
 def at(run: Result, factor: int) -> Result:
@@ -160,7 +156,7 @@ def at(run: Result, factor: int) -> Result:
 
 def conclude(results: dict[str, Result]) -> Section:
     """Say what the numbers say."""
-    rows = rows_of(results)
+    rows = in_order(results)
     runs = list(rows.get(MAIN, {}).values())
     sentences = _choice(runs) + _causal(runs) + _frozen(rows) + _own(rows) + _corrections(rows)
     tables = [_choices_table(rows), _pairs_table(rows), _forced_table(rows)] if rows else []
@@ -454,7 +450,7 @@ def draw_figure(results: dict[str, Result]) -> Figure:
     """Load of each expert at each loop, a panel for each layer, and what forcing costs."""
     from openmythos.training.figures import BLUE, GREY, ORANGE, blank
 
-    runs = rows_of(results).get(MAIN, {})
+    runs = in_order(results).get(MAIN, {})
     layers = len(at(next(iter(runs.values())), 1)["load"][0]) if runs else 0
     figure, panels = blank("Experts by loop", "expert", "loop", columns=layers + 1)
     for layer, axes in enumerate(panels[:-1]):

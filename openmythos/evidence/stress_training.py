@@ -239,7 +239,7 @@ def spectral_radius(core: Core) -> float:
 
 def state_size(h: Tensor) -> float:
     """Return the root of the mean square of a token's state, on average over tokens."""
-    return float(h.detach().double().square().mean(-1).sqrt().mean())
+    return float(h.detach().cpu().double().square().mean(-1).sqrt().mean())
 
 
 class Deep(NamedTuple):

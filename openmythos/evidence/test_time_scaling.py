@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from openmythos.evidence.cells import Cell, Result, Say, weights_digest
-from openmythos.evidence.paired import Runs
+from openmythos.evidence.paired import Runs, rows_of
 from openmythos.evidence.report import Expectation, Section, spread, table
 from openmythos.evidence.text_training import TextTraining, divided, novel, read_texts, work_of
 from openmythos.inference.language_model import load
@@ -218,11 +218,7 @@ def _rise(curve: dict[int, float], trained: int) -> float:
 
 def _rows(results: dict[str, Result]) -> dict[str, Runs]:
     """All rows with results by seed, the given model's first."""
-    rows: dict[str, Runs] = {}
-    for cell, result in results.items():
-        name, _, seed = cell.partition("/seed-")
-        rows.setdefault(name, {})[int(seed)] = result
-    return dict(sorted(rows.items(), key=lambda row: row[0] in LAWS))
+    return dict(sorted(rows_of(results).items(), key=lambda row: row[0] in LAWS))
 
 
 def conclude(results: dict[str, Result]) -> Section:

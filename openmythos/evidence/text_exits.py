@@ -54,7 +54,7 @@ def measure(lm: LanguageModel, text: TokenFile, say: Say, tokens: int = TOKENS) 
     sizes = torch.from_numpy(lm.tokenizer.token_bytes)[windows[:, 1:]]
 
     def point(nats: Tensor, mean_loops: float) -> dict[str, float]:
-        bits = float(nats.double().sum()) / math.log(2) / int(sizes.sum())
+        bits = float(nats.cpu().double().sum()) / math.log(2) / int(sizes.sum())
         return {"bits_per_byte": bits, "mean_loops": mean_loops}
 
     def read(loops: int | Tensor = BUDGET, **rule: Any) -> tuple[dict[str, float], Tensor]:
@@ -66,7 +66,7 @@ def measure(lm: LanguageModel, text: TokenFile, say: Say, tokens: int = TOKENS) 
             nats.append(cross_entropy(out.logits, part[:, 1:]))
             taken.append(out.loops)
         every = torch.cat(taken)
-        return point(torch.cat(nats), float(every.double().mean())), every
+        return point(torch.cat(nats), float(every.cpu().double().mean())), every
 
     say(f"reading {windows[:, 1:].numel():,} tokens at fixed depths")
     losses = _losses(lm, windows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from openmythos.errors import InputError
+from openmythos.numbers import at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,5 @@ class EngineSettings:
             InputError: a size is below 1.
         """
         for name in ("cache_bytes", "budget", "chunk", "max_waiting"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name}={value!r} must be an integer of 1 or more")
+            if not at_least(getattr(self, name), 1):
+                raise InputError(f"{name}={getattr(self, name)!r} must be an integer of 1 or more")

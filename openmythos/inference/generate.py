@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -117,21 +117,20 @@ def _tokens(
         batch, prompt + max_new_tokens, loops=loops, policy=thinking.cache_policy
     )
     how = {"halting": thinking.halting, "threshold": thinking.threshold}
-    lengths = [prompt] * batch if mask is None else mask.sum(1).tolist()
     for _ in range(max_new_tokens):
         out = model(token_ids, loops, cache=cache, mask=mask, **how)
-        last = _last_places(lengths, token_ids.shape[1], mask)
+        last = _last_places(mask)
         rows = torch.arange(batch, device=token_ids.device)
         new = drawing.draw(out.logits[rows, last], token_ids[rows, last], generator)
         yield NewToken(new, out.loops[rows, last])
         token_ids, mask = new.unsqueeze(1), None
 
 
-def _last_places(lengths: Sequence[int], sequence: int, mask: Tensor | None) -> Tensor | int:
-    """Where each sequence's last real token stands in this call."""
+def _last_places(mask: Tensor | None) -> Tensor | int:
+    """Where each sequence's last real token stands in a call."""
     if mask is None:
         return -1
-    places = torch.arange(sequence, device=mask.device).expand(len(lengths), sequence)
+    places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     return places.masked_fill(~mask, -1).amax(1)
 
 

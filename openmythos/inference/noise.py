@@ -33,6 +33,6 @@ def draw_at(
     if sampling.temperature == 0:
         return int(logits.argmax())
     noise = torch.from_numpy(exponentials(seed, choice, position, len(logits)))
-    # In float64, or small probabilities would tie; one of 0 arrives never.
-    times = noise.to(logits.device) / distribution(logits, sampling).double()
+    # In float64, or small probabilities would tie; one of 0 arrives never. Not every GPU has it.
+    times = noise / distribution(logits, sampling).cpu().double()
     return int(times.argmin())

@@ -14,6 +14,7 @@ import numpy as np
 from openmythos.errors import InputError
 from openmythos.inference.sampling import Sampling
 from openmythos.inference.thinking import Thinking
+from openmythos.numbers import whole
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -82,32 +83,39 @@ class Request:
         Raises:
             InputError: a value is out of range.
         """
-        object.__setattr__(self, "token_ids", tuple(self.token_ids))
+        self._take("token_ids", tuple(_checked_id(token_id) for token_id in self.token_ids))
         self._check_stop()
         if not self.token_ids:
             raise InputError(
                 "token_ids holds no token, must hold at least one: start with the end-of-document "
                 "token"
             )
-        for token_id in self.token_ids:
-            if not _is_whole(token_id) or token_id < 0:
-                raise InputError(f"token_ids holds {token_id!r}, must hold integers of 0 or more")
-        for name, least in (("max_new_tokens", 0), ("choices", 1)):
-            value = getattr(self, name)
-            if not _is_whole(value) or value < least:
-                raise InputError(f"{name}={value!r} must be an integer of {least} or more")
-        if not _is_whole(self.priority):
-            raise InputError(f"priority={self.priority!r} must be an integer")
-        if self.logprobs is not None and (not _is_whole(self.logprobs) or self.logprobs < 0):
-            raise InputError(f"logprobs={self.logprobs!r} must be an integer of 0 or more, or None")
+        self._take("max_new_tokens", self._whole("max_new_tokens", 0))
+        self._take("choices", self._whole("choices", 1))
+        self._take("priority", self._whole("priority"))
+        if self.logprobs is not None:
+            self._take("logprobs", self._whole("logprobs", 0, ", or None"))
         if self.draft_loops is not None:
+            self._take("draft_loops", self._whole("draft_loops", 1, ", or None"))
             self._check_drafts()
+
+    def _take(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _whole(self, name: str, least: int | None = None, otherwise: str = "") -> int:
+        """A field as Python's own integer, whoever's it is."""
+        number = whole(getattr(self, name))
+        if number is None or (least is not None and number < least):
+            wanted = "" if least is None else f" of {least} or more"
+            given = getattr(self, name)
+            raise InputError(f"{name}={given!r} must be an integer{wanted}{otherwise}")
+        return number
 
     def _check_stop(self) -> None:
         stop: object = self.stop
         if isinstance(stop, str):
             raise InputError(f"stop={stop!r} must be a tuple of strings: write ({stop!r},)")
-        object.__setattr__(self, "stop", tuple(self.stop))
+        self._take("stop", tuple(self.stop))
         for text in self.stop:
             if not isinstance(text, str):
                 raise InputError(f"stop holds {text!r}, must hold strings")
@@ -115,18 +123,17 @@ class Request:
                 raise InputError("stop must hold no empty string: it would end every text at once")
 
     def _check_drafts(self) -> None:
-        if not _is_whole(self.draft_loops) or self.draft_loops < 1:  # type: ignore[operator]
-            raise InputError(
-                f"draft_loops={self.draft_loops!r} must be an integer of 1 or more, or None"
-            )
         if self.constraint is not None:
             raise InputError("draft_loops must be left out with a constraint")
         if self.thinking.cache_policy == "last":
             raise InputError("draft_loops must be left out with cache_policy='last'")
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _checked_id(token_id: object) -> int:
+    number = token_id if type(token_id) is int else whole(token_id)
+    if number is None or number < 0:
+        raise InputError(f"token_ids holds {token_id!r}, must hold integers of 0 or more")
+    return number
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from openmythos.errors import InputError
-from openmythos.numbers import at_least, real
+from openmythos.numbers import at_least, real, whole
 
 COLDEST = 1e-30  # a temperature that fp32 can still divide by
 
@@ -47,8 +47,13 @@ class Sampling:
             raise InputError(f"top_p={self.top_p} must be above 0 and at most 1")
         if not 0 <= self._number("min_p") < 1:
             raise InputError(f"min_p={self.min_p} must be from 0 to below 1")
-        if self.seed is not None and not (at_least(self.seed, 0) and self.seed < 2**63):
-            raise InputError(f"seed={self.seed!r} must be an integer from 0 to 2^63 - 1, or None")
+        if self.seed is not None:
+            seed = whole(self.seed)
+            if seed is None or not 0 <= seed < 2**63:
+                raise InputError(
+                    f"seed={self.seed!r} must be an integer from 0 to 2^63 - 1, or None"
+                )
+            object.__setattr__(self, "seed", seed)  # generators take Python's own only
 
     def _number(self, name: str) -> float:
         number = real(getattr(self, name))

@@ -187,7 +187,8 @@ def _score_batch(
         targets, _ = _padded([ids for _, ids in rows], device)
         out = model(token_ids, loops, cache=cache, mask=mask, halting=halting, threshold=threshold)
         cache.rollback(mask.sum(1).tolist())
-        nats = (cross_entropy(out.logits, targets).double() * mask).sum(1).tolist()
+        losses = cross_entropy(out.logits, targets).cpu().double()  # not every GPU has float64
+        nats = (losses * mask.cpu()).sum(1).tolist()
         greedy = ((out.logits.argmax(-1) == targets) | ~mask).all(1).tolist()
         taken = (out.loops * mask).sum(1).tolist()
         for (number, ids), loss, likeliest, took in zip(rows, nats, greedy, taken, strict=True):

@@ -113,7 +113,11 @@ def check_loops(loops: int | Tensor, batch: int, sequence: int) -> None:
 
 def check_states(wanted: bool | Collection[int]) -> None:
     """Raise `InputError` unless `return_states` is a bool or holds loop counts."""
-    for count in () if isinstance(wanted, bool) else wanted:
+    if isinstance(wanted, bool):
+        return
+    if not isinstance(wanted, Collection):
+        raise InputError(f"return_states={wanted!r} must be True, False, or hold loop counts")
+    for count in wanted:
         if not at_least(count, 1):
             raise InputError(f"return_states holds {count!r}, must hold integers of 1 or more")
 

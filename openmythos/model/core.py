@@ -128,7 +128,7 @@ class Core(nn.Module):
             want_routing=return_routing,
             given=None if routing is None else _carried_on(routing),
         )
-        budget = loops if isinstance(loops, Tensor) else torch.tensor(loops, device=e.device)
+        budget = loops.long() if isinstance(loops, Tensor) else torch.tensor(loops, device=e.device)
         if rule is None and isinstance(loops, int):
             window = loops if backprop_loops is None else backprop_loops
             output = self._together(h, rows, loops, window, cache, notes)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from openmythos.config import CONFIG_FILE, MythosConfig, WeightsKind
 from openmythos.errors import CheckpointError, InputError
-from openmythos.files import write_atomically
+from openmythos.files import write_atomically, written_together
 from openmythos.model.quantised import (
     Int8Weight,
     input_axis,
@@ -55,7 +55,7 @@ def save_model(
     tokenizer: Saveable | None,
     weights: WeightsKind | None = None,
 ) -> None:
-    """Write a model's folder, each file beside and then renamed.
+    """Write a model's folder: every file beside, and when all are whole, each renamed.
 
     Raises:
         InputError: there are no such `weights`.
@@ -71,12 +71,13 @@ def save_model(
     metadata = {"format": "pt"} | ({} if weights is None else {WEIGHTS: weights})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata)
-        )
-        write_atomically(folder / CONFIG_FILE, model.config.to_json().encode())
-        if tokenizer is not None:
-            tokenizer.save(folder)
+        with written_together(folder) as beside:
+            write_atomically(
+                beside / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata)
+            )
+            write_atomically(beside / CONFIG_FILE, model.config.to_json().encode())
+            if tokenizer is not None:
+                tokenizer.save(beside)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"folder={folder} must be writable: {error}") from error
 

@@ -41,6 +41,7 @@ class Notes:
     chosen: list[tuple[list[Tensor], Tensor, Tensor | None]] = field(default_factory=list)
     routing: list[Tensor] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
+    latest: Tensor | None = None
 
     def choices(self, loop: int, numbers: Tensor | None) -> list[Tensor | None]:
         """The given experts of the rows in the core at `loop`, layer by layer."""
@@ -58,6 +59,8 @@ class Notes:
 
     def keep_state(self, loops: int, h: Tensor) -> None:
         """Write down the state after so many loops, where it is wanted."""
+        if self.want_states:
+            self.latest = h
         if self.want_states is True or (self.want_states and loops in self.want_states):
             self.states.append(h)
 
@@ -101,11 +104,15 @@ class Notes:
 
     def finish(self, output: CoreOutput) -> CoreOutput:
         """Put the notes into the output."""
+        if isinstance(self.want_states, Set) and self.latest is not None:
+            # Nothing changes after the last loop: a token that has left keeps its state.
+            self.states += [self.latest] * (len(self.want_states) - len(self.states))
         finished = replace(
             output,
             notes=self,
             routing=torch.stack(self.routing) if self.routing else None,
             states=torch.stack(self.states) if self.states else None,
         )
-        self.routing, self.states, self.given = [], [], None  # held by the output now
+        self.routing, self.states = [], []  # held by the output now
+        self.given = self.latest = None
         return finished

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,12 @@ class OpenMythos(nn.Module):
             self.head.weight = self.embed.weight
         self.identity = object()  # caches know whose they are
         self.reset_parameters(seed)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OpenMythos:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.config.tie_head:  # a cast int8 matrix is a new one in each of its places
+            self.head.weight = self.embed.weight
+        return self
 
     def forward(
         self,
@@ -206,6 +212,26 @@ class OpenMythos(nn.Module):
         for layer, place in zip(self.coda, own, strict=True):
             y, _ = layer(y, rope, once, place)
         return y
+
+    def encode(
+        self,
+        token_ids: Int[Tensor, "batch sequence"],
+        *,
+        mask: Bool[Tensor, "batch sequence"] | None = None,
+        positions: Int[Tensor, "batch sequence"] | None = None,
+    ) -> Float[Tensor, "batch sequence hidden"]:
+        """Compute e, which enters every loop: embedding and prelude, without the core.
+
+        Arguments are those of `forward`.
+
+        Raises:
+            InputError: they do not fit.
+        """
+        check_call(self, token_ids, 1, None, mask, positions, None, None)
+        batch, sequence = token_ids.shape
+        span = Span.fresh(batch, sequence, mask, token_ids.device)
+        places = iter([Place(span)] * len(self.prelude))
+        return self.before_core(token_ids, self._rope(span, positions), places)
 
     def decode(
         self,

@@ -165,8 +165,11 @@ def remove_leftovers(run: str | Path) -> None:
     """
     run = Path(run)
     _remove_unfinished(run)
-    for leftover in run.glob(f"{TEMPORARY}*"):
-        leftover.unlink()
+    for leftover in [*run.glob(f"{TEMPORARY}*"), *run.glob(f"*/{TEMPORARY}*")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def _remove_unfinished(run: Path) -> None:

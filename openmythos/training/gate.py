@@ -22,7 +22,10 @@ from openmythos.config import HaltingKind
 from openmythos.model.halting import LearnedExit
 from openmythos.model.transformer import OpenMythos, cross_entropy
 
-CHANCES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.985, 0.99, 0.995, 0.998, 0.999)
+CHANCES = (
+    *(0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.985),
+    *(0.99, 0.993, 0.995, 0.996, 0.997, 0.998, 0.999),
+)
 """Thresholds that are tried on held-out text."""
 
 UPDATES = 16
@@ -108,8 +111,8 @@ def _trajectory(model: OpenMythos, asked: Labelled, budget: int) -> tuple[Tensor
     """States after each loop, the first one before them, and losses: `(loops, batch, sequence)`."""
     states = model(asked.token_ids, budget, return_states=True).states
     losses = torch.stack([cross_entropy(model.decode(h), asked.targets) for h in states])
-    first = torch.zeros_like(states[:1])
-    return torch.cat([first, states]), losses
+    first = model.core.first_state(model.encode(asked.token_ids).to(states.dtype))
+    return torch.cat([first.unsqueeze(0), states]), losses
 
 
 def _scores(gate: LearnedExit, states: Tensor) -> Tensor:
@@ -124,15 +127,21 @@ def _choose_threshold(
 ) -> GateReport:
     """Take the lowest threshold at which exits cost no more nats a token than they may.
 
-    Measured with exits as they will be, because a token that leaves early is read by others.
+    Where all cost more, the highest. Measured with exits as they will be, because a token that
+    leaves early is read by others.
     """
     full, _ = _measure(model, held_out, budget, None)
-    report = GateReport(CHANCES[-1], float(budget), full, full, budget)
-    for threshold in reversed(CHANCES):
+
+    def reported(threshold: float) -> GateReport:
         loss, mean = _measure(model, held_out, budget, threshold)
-        if loss > full + cost:
+        return GateReport(threshold, mean, loss, full, budget)
+
+    report = reported(CHANCES[-1])
+    for threshold in reversed(CHANCES[:-1]):
+        lower = reported(threshold)
+        if lower.loss > full + cost:
             break
-        report = GateReport(threshold, mean, loss, full, budget)
+        report = lower
     model.core.gate.threshold.fill_(report.threshold)
     return report
 
@@ -145,7 +154,8 @@ def _measure(
     for asked in held_out:
         halting: HaltingKind = "none" if threshold is None else "gate"
         out = model(asked.token_ids, budget, halting=halting, threshold=threshold)
-        total += float(cross_entropy(out.logits, asked.targets).double().sum())
-        loops += float(out.loops.double().sum())
+        losses = cross_entropy(out.logits, asked.targets)
+        total += float(losses.cpu().double().sum())  # not every GPU has float64
+        loops += float(out.loops.cpu().double().sum())
         tokens += asked.targets.numel()
     return total / tokens, loops / tokens

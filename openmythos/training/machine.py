@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -59,20 +60,21 @@ def matmul_peak(dtype: torch.dtype, device: torch.device, repeats: int = 10) -> 
     rows = ROWS if device.type == "cpu" else 8 * ROWS
     a = torch.randn(rows, WIDTH, device=device, dtype=torch.float32).to(dtype)
     b = torch.randn(WIDTH, WIDTH, device=device, dtype=torch.float32).to(dtype)
-    once = _seconds(a[:64], b, device)
-    if once > 0.02 and _seconds(a[:64], b, device) > 0.02:
+    once = seconds_of(lambda: a[:64] @ b, device)
+    if once > 0.02 and seconds_of(lambda: a[:64] @ b, device) > 0.02:
         return 2 * 64 * WIDTH * WIDTH / once
-    _seconds(a, b, device)
-    seconds = min(_seconds(a, b, device) for _ in range(repeats))
+    seconds_of(lambda: a @ b, device)
+    seconds = min(seconds_of(lambda: a @ b, device) for _ in range(repeats))
     return 2 * rows * WIDTH * WIDTH / seconds
 
 
-def _seconds(a: torch.Tensor, b: torch.Tensor, device: torch.device) -> float:
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that a call takes, with all the work that it leaves to the device."""
     _wait(device)
-    start = time.perf_counter()
-    a @ b
+    started = time.perf_counter()
+    call()
     _wait(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - started
 
 
 def _wait(device: torch.device) -> None:

@@ -43,13 +43,20 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path):
 
         return batch
 
+    told = {"whole": [], "cut": []}
+
+    def teller(name):
+        return lambda step, _level, loss: told[name].append((step, loss))
+
     whole, cut = tiny(), tiny()
-    fit(whole, copying, FAST, tmp_path / "whole")
+    config = dataclasses.replace(FAST, report_every=4)
+    fit(whole, copying, config, tmp_path / "whole", report=teller("whole"))
     with pytest.raises(InterruptedTrainingError):
-        fit(cut, until(5), FAST, tmp_path / "cut")
+        fit(cut, until(5), config, tmp_path / "cut")
     assert checkpoint.latest(tmp_path / "cut").name == "step-00000003"
     again = tiny()
-    fit(again, copying, FAST, tmp_path / "cut")
+    fit(again, copying, config, tmp_path / "cut", report=teller("cut"))
+    assert told["cut"] == told["whole"]
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
 

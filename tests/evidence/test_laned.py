@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import tiny
+from tiny import some_ids, tiny
 from torch.testing import assert_close
 
 from openmythos import OpenMythos
@@ -94,3 +94,14 @@ def test_a_row_with_lanes_counts_them_and_others_keep_their_settings():
     )
     assert more == further_parameters(training.config, 2) > 0
     assert laned.costs()["parameters"] - training.costs()["parameters"] == more
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"loops": torch.tensor([2, 1])}, {"halting": "delta"}, {"loops": torch.full((2, 7), 2)}],
+    ids=["by sequence", "exits", "by token"],
+)
+def test_calls_that_lanes_cannot_serve_are_refused(how):
+    model = Laned(tiny(experts=0).config, 2)
+    with pytest.raises(NotImplementedError, match="one number of loops, without a cache or exits"):
+        model(some_ids(), **how)

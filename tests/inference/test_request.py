@@ -4,15 +4,27 @@ import subprocess
 import sys
 
 import jaxtyping
+import numpy as np
 import pytest
 
 from openmythos.errors import InputError
+from openmythos.inference.engine_settings import EngineSettings
 from openmythos.inference.request import Request
+from openmythos.inference.sampling import Sampling
 from openmythos.inference.thinking import Thinking
 
 GOOD = {"token_ids": (1, 2), "max_new_tokens": 3}
 
 
+@pytest.fixture
+def as_called():
+    """Without checks of types: callers have none either."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("as_called")
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
@@ -36,12 +48,8 @@ GOOD = {"token_ids": (1, 2), "max_new_tokens": 3}
     ],
 )
 def test_what_no_engine_could_serve_is_refused(fields, sentence):
-    jaxtyping.config.update("jaxtyping_disable", True)  # callers are not checked either
-    try:
-        with pytest.raises(InputError) as error:
-            Request(**GOOD | fields)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    with pytest.raises(InputError) as error:
+        Request(**GOOD | fields)
     assert str(error.value).startswith(sentence)
 
 
@@ -49,6 +57,19 @@ def test_a_request_that_fits_is_taken():
     request = Request(**GOOD, stop=("a", "bc"), choices=2, logprobs=0)
     assert request.token_ids == (1, 2)
     assert request.thinking.halting == "none"
+
+
+@pytest.mark.usefixtures("as_called")
+def test_numbers_of_numpy_are_numbers():
+    two = np.int64(2)
+    request = Request(
+        token_ids=np.array([1, 2]), max_new_tokens=two, choices=two, priority=two, logprobs=two
+    )
+    fields = (request.max_new_tokens, request.choices, request.priority, request.logprobs)
+    assert request.token_ids == (1, 2)
+    assert {type(number) for number in (*fields, *request.token_ids)} == {int}
+    assert type(Sampling(seed=np.int64(3)).seed) is int
+    assert EngineSettings(budget=two).budget == 2
 
 
 @pytest.mark.parametrize("module", ["request", "pages", "scheduler", "speculation"])

@@ -124,6 +124,10 @@ BAD_CALLS = {
         lambda m: m(IDS, routing=torch.zeros(1, 2, 2, 4, 2, dtype=torch.int64)),
         "routing must hold different experts for a token",
     ),
+    "states for a number": (
+        lambda m: m(IDS, return_states=5),
+        "return_states=5 must be True, False, or hold loop counts",
+    ),
     "cache beyond all memory": (
         lambda m: m.new_cache(1, loops=2**30),
         "loops=1073741824, batch_size=1 and max_length=64 must leave room for the cache in memory",

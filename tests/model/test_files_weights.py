@@ -255,6 +255,27 @@ def test_what_cannot_be_saved_leaves_the_old_files(tmp_path):
     assert (tmp_path / WEIGHTS_FILE).read_bytes() == before
 
 
+class FullDisk:
+    """A tokenizer for which there is no room."""
+
+    def save(self, path):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_disk_that_fills_up_leaves_the_old_model_whole(tmp_path):
+    old = model_of()
+    old.save_pretrained(tmp_path)
+    other = model_of(mean_loops=7)
+    with torch.no_grad():
+        other.embed.weight.add_(1)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        other.save_pretrained(tmp_path, FullDisk())
+    again = OpenMythos.from_pretrained(tmp_path)
+    assert again.config == old.config
+    assert again.embed.weight.equal(old.embed.weight)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS_FILE]
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from openmythos.config import InjectionKind
 from openmythos.model.cache import Place, Span
-from openmythos.model.injection import INJECTION, LTI
+from openmythos.model.injection import INJECTION, LTI, Injection
 from openmythos.model.rope import rope_table
 from tests.tiny import some_ids, tiny
 
@@ -20,6 +20,7 @@ WIDEST = [-1e4, -1e3, -100.0, -30.0, -15.0, -1.0, 0.0, 1.0, 8.0, 30.0, 100.0, 1e
 
 def test_the_table_has_a_class_for_every_name_of_the_config():
     assert tuple(INJECTION) == get_args(InjectionKind)
+    assert all(isinstance(made(8), Injection) for made in INJECTION.values())
 
 
 def lti(values, dtype):

@@ -334,6 +334,60 @@ def test_a_hook_sees_every_call():
     handle.remove()
 
 
+class Doubled(Layer):
+    """A layer of one's own."""
+
+    calls = 0
+
+    def forward(self, h, rope, loop, place, given=None):
+        self.calls += 1
+        h, chosen = super().forward(h, rope, loop, place, given)
+        return 2 * h, chosen
+
+
+def test_a_layer_of_ones_own_is_called_in_every_loop():
+    model = wide()
+    layer = Doubled(model.config, in_core=True)
+    layer.load_state_dict(model.core.layers[0].state_dict())
+    model.core.layers[0] = layer
+    written(model, 3, parts=(2, 1))
+    written(model, torch.tensor([3, 2, 2]), parts=(1, 1))
+    assert layer.calls == 12
+    with torch.no_grad():
+        whole = model(some_ids(3, 8), 3).logits
+    assert_close(written(model, 3)[0], whole, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("where", ["layer", "part", "norm"])
+def test_what_is_put_in_the_place_of_a_function_is_called(where):
+    model, calls = wide(loop_norm=True), []
+    parts = {"layer": model.core.layers[0], "norm": model.core.norm}
+    part = parts.get(where, model.core.layers[0].attention)
+    written(model, 3, parts=(2, 1))  # described as it was
+    own = part.forward
+    part.forward = lambda *inputs: calls.append(1) or own(*inputs)
+    written(model, 3, parts=(2, 1))
+    assert len(calls) == 6
+    del part.forward
+    handle = part.register_forward_hook(lambda *_: calls.append(1))
+    written(model, 3, parts=(2, 1))
+    assert len(calls) == 12
+    handle.remove()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_loops_in_int32_are_loops(cached):
+    model, token_ids = wide(), some_ids(2, 6)
+    loops = torch.tensor([[3, 2, 5, 4, 1, 6], [2, 2, 2, 7, 3, 1]])
+    for depths in (loops, loops[:, 0]):
+        caches = [model.new_cache(2, loops=7) if cached else None for _ in range(2)]
+        with torch.no_grad():
+            wide_numbers = model(token_ids, depths, cache=caches[0])
+            narrow = model(token_ids, depths.int(), cache=caches[1])
+        assert narrow.logits.equal(wide_numbers.logits)
+        assert narrow.loops.tolist() == wide_numbers.loops.tolist()
+
+
 def test_changed_weights_are_used(by_torch):
     model = wide()
     before, _ = written(model, 2)

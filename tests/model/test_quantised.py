@@ -305,6 +305,12 @@ def test_moving_to_where_it_is_changes_nothing_and_casting_widens():
         assert model(some_ids()).logits.dtype == torch.bfloat16
 
 
+def test_a_cast_leaves_a_tied_head_tied():
+    model = quantise(tiny(tie_head=True)).to(torch.bfloat16)
+    assert model.head.weight is model.embed.weight
+    assert model.double().head.weight is model.embed.weight
+
+
 def test_adapters_learn_on_an_int8_model_as_on_the_fp32_one():
     model = quantise(model_of(lora_rank=2))
     wide, grads = copy.deepcopy(model), []

@@ -208,3 +208,24 @@ def test_weights_made_on_meta_are_those_made_at_once(injection):
     model.reset_parameters()
     assert model.head.weight is model.embed.weight
     assert_close(dict(model.state_dict()), dict(at_once.state_dict()), rtol=0, atol=0)
+
+
+def test_encoding_gives_what_enters_the_loop():
+    model, token_ids, seen = tiny(h0="e"), some_ids(), []
+    handle = model.core.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(token_ids, 1)
+    handle.remove()
+    assert model.encode(token_ids).equal(seen[0])
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[0, :3] = False
+    assert_close(model.encode(token_ids, mask=mask)[0, 3:], model.encode(token_ids[:1, 3:])[0])
+
+
+def test_states_after_more_loops_than_ran_are_the_last():
+    model, token_ids = tiny(), some_ids()
+    every = model(token_ids, 3, return_states=True).states
+    assert model(token_ids, 3, return_states=[2, 6]).states.equal(every[1:])
+    budget = some_loops(2, 7)
+    deepest = int(budget.max())
+    states = model(token_ids, budget, return_states=True).states
+    assert model(token_ids, budget, return_states=[deepest + 2]).states[0].equal(states[-1])

@@ -385,10 +385,13 @@ def test_leftovers_of_a_crash_are_removed_and_a_half_replacement_undone(tmp_path
     (tmp_path / ".openmythos-unfinished-step-00000004").mkdir()
     (tmp_path / ".openmythos-unfinished-step-00000004" / "tensors.safetensors").touch()
     (tmp_path / ".openmythos-99-config.json").touch()
+    (tmp_path / "model" / ".openmythos-99").mkdir(parents=True)
+    (tmp_path / "model" / ".openmythos-99" / "config.json").touch()
     (tmp_path / "metrics.jsonl").touch()
     assert latest(tmp_path) is None  # and changes nothing, since a trainer may be writing
     remove_leftovers(tmp_path)
-    assert names(tmp_path) == ["metrics.jsonl", "step-00000003"]
+    assert names(tmp_path) == ["metrics.jsonl", "model", "step-00000003"]
+    assert not names(tmp_path / "model")
     assert latest(tmp_path) == path
 
 

@@ -6,7 +6,7 @@ native code does not know, is left to torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -30,6 +30,7 @@ from openmythos.model.norm import RMSNorm
 from openmythos.model.quantised import Int8Weight
 
 if TYPE_CHECKING:
+    from openmythos.model.core import Core
     from openmythos.model.layer import Layer
     from openmythos.model.transformer import OpenMythos
 
@@ -58,13 +59,16 @@ class Described:
     addresses: list[int]
     hooks: list[dict[int, Any]]
     """Each module's table of them."""
-    hooked: bool
+    fields: list[dict[str, Any]]
+    """Of each module that the native code stands for."""
+    altered: bool
 
     def stands(self) -> bool:
         """Whether nothing was moved, replaced or hooked since."""
         if any(held.get(name) is not part for held, name, part in self.parts):
             return False
-        return any(self.hooks) == self.hooked and _addresses(self.tensors) == self.addresses
+        altered = any(self.hooks) or any("forward" in own for own in self.fields)
+        return altered == self.altered and _addresses(self.tensors) == self.addresses
 
 
 _described: WeakKeyDictionary[nn.Module, Described] = WeakKeyDictionary()
@@ -104,9 +108,22 @@ def outside_of(model: OpenMythos) -> Outside | None:
     return made
 
 
-def hooked(modules: Sequence[nn.Module]) -> bool:
-    """Whether anybody watches these modules' calls."""
-    return any(_hooks(modules))
+def own_core(core: Core) -> bool:
+    """Whether a core is what its config says: of our classes, and nobody watches its parts."""
+    from openmythos.model.core import Core
+    from openmythos.model.injection import INJECTION
+
+    if type(core) is not Core or type(core.injection) is not INJECTION[core.config.injection]:
+        return False
+    if core.norm is not None and type(core.norm) is not RMSNorm:
+        return False
+    return not altered([core.injection, core.norm, *core.layers])
+
+
+def altered(modules: Iterable[nn.Module | None]) -> bool:
+    """Whether anybody watches these modules' calls, or gave one a function of its own."""
+    there = [module for module in modules if module is not None]
+    return any(_hooks(there)) or any("forward" in vars(module) for module in there)
 
 
 def _hooks(modules: Sequence[nn.Module]) -> list[dict[int, Any]]:
@@ -131,20 +148,20 @@ def _describe(
     int8 = [x for x in tensors if isinstance(x, Int8Weight)]
     parts += [(vars(x), "numbers", x.numbers) for x in int8]
     tensors = [x.numbers if isinstance(x, Int8Weight) else x for x in tensors]
-    known = all(_known(module) for module in inner)
-    structure, hooks = None, _hooks(inner)
-    if known and not any(hooks):
+    structure, changed = None, altered(inner)
+    if all(_known(module) for module in inner) and not changed:
         try:
             structure = make()
         except _Cannot:
             structure = None
-    return Described(structure, parts, tensors, _addresses(tensors), hooks, any(hooks))
+    fields = [vars(module) for module in inner]
+    return Described(structure, parts, tensors, _addresses(tensors), _hooks(inner), fields, changed)
 
 
 def _known(module: nn.Module) -> bool:
     from openmythos.model.native.run import FewRowsLinear
 
-    return type(module) in (*KNOWN, nn.Embedding, FewRowsLinear) and "forward" not in vars(module)
+    return type(module) in (*KNOWN, nn.Embedding, FewRowsLinear)
 
 
 def _addresses(tensors: list[Tensor]) -> list[int]:
@@ -152,6 +169,10 @@ def _addresses(tensors: list[Tensor]) -> list[int]:
 
 
 def _structure(layer: Layer) -> LayerStructure:
+    from openmythos.model.layer import Layer
+
+    if type(layer) is not Layer:
+        raise _Cannot
     attention, part = layer.attention, layer.feed_forward
     eps, gain = layer.attention_norm.eps, layer.attention_norm.weight
     kinds = {p.dtype for p in layer.parameters() if not isinstance(p, Int8Weight)}

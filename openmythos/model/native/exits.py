@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from openmythos.model.halting import Gate, LearnedExit, RelativeChange, Rule
+from openmythos.model.native.describe import altered
 from openmythos.model.native.structures import ExitsStructure
 
 NEVER, GATE, CHANGE = range(3)
@@ -37,7 +38,7 @@ def decided_here(rule: Rule | None) -> Decided | None:
     """Return a rule for the native code; None: it must be asked by torch."""
     if rule is None:
         return BY_BUDGET
-    if type(rule) is Gate and type(rule.gate) is LearnedExit:
+    if type(rule) is Gate and type(rule.gate) is LearnedExit and not altered([rule.gate]):
         return Decided(GATE, rule.threshold, rule.gate)
     return Decided(CHANGE, rule.threshold) if type(rule) is RelativeChange else None
 

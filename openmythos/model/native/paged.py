@@ -17,7 +17,7 @@ from torch import Tensor
 
 from openmythos.model.cache import Entries
 from openmythos.model.native.build import library
-from openmythos.model.native.describe import Outside, hooked, outside_of, structure_of
+from openmythos.model.native.describe import Outside, altered, outside_of, own_core, structure_of
 from openmythos.model.native.exits import Exits
 from openmythos.model.native.run import Layers, at, choices, keeps, plain
 from openmythos.model.native.structures import LayerStructure, Map, OuterStructure
@@ -62,7 +62,7 @@ class Paged:
         if outside_of(model) is not self._outside:
             return False
         layers = _layers(model)
-        if hooked([*layers, model.core.injection]):
+        if altered(layers) or not own_core(model.core):
             return False
         return all(structure_of(x) is y for x, y in zip(layers, self._structures, strict=True))
 
@@ -152,7 +152,7 @@ def paged(model: OpenMythos, pages: Sequence[dict[str, Tensor]]) -> Paged | None
     maps += [None if model.core.norm is None else model.core.norm.weight]
     if not all(plain(part) for part in maps) or not all(keeps(part, pages[0]) for part in known):
         return None
-    if hooked([*layers, model.core.injection]):
+    if altered(layers) or not own_core(model.core):
         return None
     return Paged(model, pages, outside, known)
 

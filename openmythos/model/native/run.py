@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from openmythos.model.cache import Cache, Entries, Place, Span
 from openmythos.model.native.build import library
-from openmythos.model.native.describe import LANES, hooked, outside_of, structure_of
+from openmythos.model.native.describe import LANES, altered, outside_of, own_core, structure_of
 from openmythos.model.native.exits import Exits
 from openmythos.model.native.structures import (
     KINDS,
@@ -232,7 +232,7 @@ def _run_core(
     kind = core.config.injection
     if kind == "linear" or not takes(h) or h.dtype != torch.float32:
         return None
-    if hooked([core.injection, *core.layers]):
+    if not own_core(core):
         return None
     found = [layer_here(layer, rows.span) for layer in core.layers]  # type: ignore[arg-type]
     structures = [part for part in found if part is not None]
@@ -308,7 +308,7 @@ def _run_outer(
         structures.append(structure)
         stores.append(found[0])
         entries = found[1]
-    if hooked(layers) or entries is None:
+    if altered(layers) or entries is None:
         return False
     some = Layers(structures, stores)
     call, outer = some.call(h, rope, entries), some.around(template)

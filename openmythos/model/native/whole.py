@@ -17,7 +17,7 @@ from torch import Tensor
 
 from openmythos.model.cache import Cache
 from openmythos.model.native.build import library
-from openmythos.model.native.describe import Outside, hooked, outside_of, structure_of
+from openmythos.model.native.describe import Outside, altered, outside_of, own_core, structure_of
 from openmythos.model.native.run import (
     Layers,
     matrix_structure,
@@ -167,8 +167,9 @@ def plan_of(model: OpenMythos, cache: Cache, token_ids: Tensor, loops: int) -> P
     """
     if len(set(cache.lengths)) > 1 or loops < cache.slots or not takes_rows(token_ids, 1):
         return None
-    inner = [*_layers(model), model.core, model.core.injection]
-    if model.config.injection == "linear" or hooked(inner):
+    if model.config.injection == "linear" or altered([*_layers(model), model.core]):
+        return None
+    if not own_core(model.core):
         return None
     sequence, found = token_ids.shape[1], _plans.get(cache)
     if found is None or not found.stands(model, cache, sequence):
