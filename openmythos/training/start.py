@@ -40,8 +40,8 @@ def start_run(
         start_from: a model's folder whose weights and tokenizer to start from.
 
     Raises:
-        MythosError: something does not fit. Of a folder made for the run nothing is left; in one that
-            was there, tokens and tokenizer may be new.
+        MythosError: something does not fit. Of a folder made for the run nothing is left; in
+            one that was there, tokens and tokenizer may be new.
     """
     check_folder(run)
     if (run / SETTINGS).exists():
