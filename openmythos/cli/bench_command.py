@@ -5,10 +5,10 @@ Examples:
     openmythos bench small --loops 1 8 --repeats 3
     openmythos bench runs/nano --json
 
-MODEL is a preset or the folder of a model or of a run. Measured are the peak of matrix products,
-training steps, prompts read (prefill) and tokens written (decode) at several depths, in
-interleaved rounds, with one CPU thread and with all. Shown are medians at the better number of
-threads. Other load on the machine slows everything down: let it rest.
+MODEL is a preset, a model in the package, or the folder of a model or run. Measured are the peak
+of matrix products, training steps, prompts read (prefill) and tokens written (decode) at several
+depths, in interleaved rounds, with one CPU thread and with all. Shown are medians at the better
+number of threads. Other load on the machine slows everything down: let it rest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -35,7 +34,7 @@ class Settings:
     """Flags of `openmythos bench`."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = "nano"
-    """A preset, or the folder of a model or of a training run."""
+    """A preset, a model that comes with the package, or the folder of a model or training run."""
 
     loops: tuple[int, ...] = (1, 4, 16)
     """Depths of prefill and decode; training runs at the mean loops."""
@@ -102,12 +101,14 @@ def _model(name: str) -> OpenMythos:
         config = MythosConfig.preset(name)
         check_fits(config)
         return OpenMythos(config).eval().to(default_device())
-    if not Path(name).is_dir():
-        raise InputError(
-            f"model={name!r} must be one of {', '.join(SCALES)}, or the folder of a model or run"
-        )
     from openmythos.inference.language_model import load
+    from openmythos.inference.shipped import find_model, shipped
 
+    if not find_model(name).is_dir():
+        raise InputError(
+            f"model={name!r} must be one of {', '.join([*SCALES, *shipped()])}, or the folder of a "
+            "model or run"
+        )
     return load(name).model.to(default_device())
 
 

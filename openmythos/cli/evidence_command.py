@@ -59,6 +59,7 @@ class Settings:
 def run(settings: Settings) -> None:
     """Reproduce, or list what can be."""
     if settings.claim is None:
+        print("Claims that are put to the test; docs/evidence.md says what held and what not.\n")
         for name, line in CLAIMS.items():
             print(f"{name:<26}{line} About {claim(name).HOURS:g} hours of one core.")
         return

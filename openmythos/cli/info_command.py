@@ -5,8 +5,8 @@ Examples:
     openmythos info 1t --loops 1 16 64
     openmythos info runs/nano --json
 
-MODEL is a preset, or the folder of a model or of a training run. Everything is counted on the
-model itself, built without memory.
+MODEL is a preset, a model that comes with the package, or the folder of a model or training run.
+Everything is counted on the model itself, built without memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -34,7 +33,8 @@ class Settings:
     """Flags of `openmythos info`."""
 
     model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
-    """A preset, or the folder of a model or of a training run. Default: compare all presets."""
+    """A preset, a model that comes with the package, or the folder of a model or of a training run.
+    Default: compare all presets."""
 
     loops: tuple[int, ...] | None = None
     """Depths to count operations at. Default: 1, and half, all and twice the mean loops; the
@@ -50,7 +50,7 @@ class Settings:
 def run(settings: Settings) -> None:
     """Count and print."""
     if settings.loops is not None and min(settings.loops, default=0) < 1:
-        raise InputError(f"loops={settings.loops} must hold depths of 1 or more")
+        raise InputError(f"loops={min(settings.loops)} must be 1 or more")
     if settings.loops is not None and settings.model is None and not settings.json:
         raise InputError("loops must be left out of the comparison: it shows the mean loops")
     if settings.keys < 1:
@@ -75,10 +75,13 @@ def find_config(name: str) -> MythosConfig:
     """
     if name in SCALES:
         return MythosConfig.preset(name)
-    folder = Path(name)
+    from openmythos.inference.shipped import find_model, shipped
+
+    folder = find_model(name)
     if not folder.is_dir():
         raise ConfigError(
-            f"model={name!r} must be one of {', '.join(SCALES)}, or the folder of a model or run"
+            f"model={name!r} must be one of {', '.join([*SCALES, *shipped()])}, or the folder of a "
+            "model or run"
         )
     if (folder / CONFIG_FILE).is_file():
         return MythosConfig.load(folder)

@@ -94,5 +94,8 @@ class Progress:
         if line["skipped"]:
             text += f"  {line['skipped']} skipped"
         self.bar.update(self.task, completed=line["step"] + 1, description=text)
-        if not self.console.is_terminal and (line["step"] + 1) % 50 == 0:
-            self.say(f"step {line['step'] + 1}/{self.trainer.config.steps}  {text}")
+        done, steps = line["step"] + 1, self.trainer.config.steps
+        if done == steps or (not self.console.is_terminal and done % 50 == 0):
+            self.say(f"step {done}/{steps}  {text}")
+        if done == steps:
+            self.say("all steps are taken; measuring on the held-out text, and training the gate")

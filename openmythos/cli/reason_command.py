@@ -77,8 +77,9 @@ def run(settings: Settings) -> None:
         token_ids = read_walk(settings.walk)
     else:
         hops = 40 if settings.hops is None else settings.hops
-        if settings.waits < 0:
-            raise InputError(f"waits={settings.waits} must be 0 or more")
+        for name, value in (("hops", hops), ("waits", settings.waits), ("seed", settings.seed)):
+            if value < 0:
+                raise InputError(f"{name}={value} must be 0 or more")
         random = np.random.default_rng(settings.seed)
         token_ids = HOUSE.chains(random, 1, hops, hops + settings.waits).token_ids
     reasoner = load_reasoner(settings.model)

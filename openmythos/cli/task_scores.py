@@ -59,8 +59,10 @@ def measure(
     Raises:
         MythosError: a task cannot be read, or the model or a depth does not fit.
     """
-    if not loops or min(loops) < 1:
-        raise InputError(f"loops={tuple(loops)} must hold depths of 1 or more")
+    if not loops:
+        raise InputError("loops must hold a depth of 1 or more, and holds none")
+    if min(loops) < 1:
+        raise InputError(f"loops={min(loops)} must be 1 or more")
     questions = {name: read_task(name, limit) for name in names}
     lm = None
     if model is not None:

@@ -22,7 +22,8 @@ import tyro
 
 from openmythos.config import MythosConfig
 from openmythos.errors import CheckpointError, ConfigError
-from openmythos.training.run import unfinished
+from openmythos.training.run import Settings as RunSettings
+from openmythos.training.run import finished, unfinished
 from openmythos.training.settings import TrainConfig
 
 PRESET = "--preset"
@@ -100,6 +101,9 @@ def run(settings: Settings) -> None:
                 f"resume={settings.resume} must stand alone: a run goes on with the settings it "
                 "was started with"
             )
+        if settings.until is None and (steps := _steps_of_finished(settings.resume)) is not None:
+            print(f"{settings.resume} is finished already, with all of its {steps} steps")
+            return
         trainer = open_run(settings.resume, steps=settings.until)
     elif settings.until is not None:
         raise ConfigError(f"until={settings.until} must go with --resume: a new run has --steps")
@@ -124,6 +128,16 @@ def run(settings: Settings) -> None:
     )
     if trainer.config.finish == "last" and (better := _better(trainer.run)) is not None:
         progress.say(better)
+
+
+def _steps_of_finished(run: Path) -> int | None:
+    """The steps of a run that has nothing left to do; None where it has."""
+    from openmythos.training import checkpoint
+
+    if not finished(run):
+        return None
+    steps, last = RunSettings.load(run).train.steps, checkpoint.latest(run)
+    return steps if last is not None and checkpoint.step_of(last) == steps else None
 
 
 MUCH_BETTER = 0.99

@@ -75,7 +75,7 @@ class Study:
     """Nats by which a state that the gate stops at may be worse than the best later one."""
     gates: tuple[GateFit, ...] = (
         GateFit(steps=150, cost=0.05),
-        GateFit(steps=150, cost=0.01),
+        GateFit(steps=150, cost=0.05),
         GateFit(steps=150, cost=0.005),
     )
     """One after the other; the model is trained on with the exits of each but the last."""
@@ -84,7 +84,7 @@ class Study:
     held_out: int = 32
     """Chains for each number of hops on which a gate's threshold is chosen: a chain whose first
     wrong answer comes early costs a nat a token, so that few chains say little."""
-    chains: int = 48
+    chains: int = 16
     """Test chains for each number of hops, 1 to 20, each among as many no-ops as make 40 slots."""
 
 

@@ -10,17 +10,17 @@ from typing import Literal, get_args
 import torch
 
 from openmythos.config import CachePolicy, HaltingKind, WeightsKind
-from openmythos.errors import CheckpointError, InputError
+from openmythos.errors import CheckpointError, InputError, TokenizerError
 from openmythos.inference.generate import generate
 from openmythos.inference.precision import quicker
 from openmythos.inference.sampling import Sampling
-from openmythos.inference.shipped import find_model, shipped
+from openmythos.inference.shipped import REASONER, find_model, shipped
 from openmythos.inference.thinking import Thinking
 from openmythos.model.files import load_model
 from openmythos.model.quantised import quantise
 from openmythos.model.transformer import OpenMythos
 from openmythos.numbers import whole
-from openmythos.training.run import load_from_run, unfinished
+from openmythos.training.run import TOKENIZER, load_from_run, unfinished
 from openmythos.training.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -242,7 +242,8 @@ def load(name: str | Path, weights: WeightsKind | Literal["auto"] | None = None)
         raise InputError(f"name={name!r} must be a folder, or the name of a shipped model")
     folder = find_model(name)
     if not folder.is_dir():
-        names = ", ".join(shipped()) or "none in this installation"
+        names = ", ".join(name for name in shipped() if name != REASONER)
+        names = names or "none in this installation"
         raise CheckpointError(
             f"model={str(name)!r} must be the folder of a model or of a run, or the name of a "
             f"model that comes with the package ({names})"
@@ -250,11 +251,22 @@ def load(name: str | Path, weights: WeightsKind | Literal["auto"] | None = None)
     if (folder / "model").is_dir() and not unfinished(folder):
         folder = folder / "model"
     if (folder / "config.json").is_file():
+        if not (folder / TOKENIZER).is_file():
+            raise TokenizerError(_without_tokenizer(name, folder))
         model = load_model(OpenMythos, folder, int8=weights == "int8")
         tokenizer = Tokenizer.load(folder)
     else:
         model, tokenizer = load_from_run(folder)
     return LanguageModel(_with_weights(model, weights), tokenizer)
+
+
+def _without_tokenizer(name: str | Path, folder: Path) -> str:
+    if folder == find_model(REASONER):
+        return f"model={str(name)!r} must be one that reads text: walks are for `openmythos reason`"
+    return (
+        f"model={str(name)!r} must have a {TOKENIZER} beside its weights: save it by "
+        "LanguageModel.write, or give save_pretrained its tokenizer"
+    )
 
 
 def _with_weights(model: OpenMythos, weights: str | None) -> OpenMythos:

@@ -8,6 +8,7 @@ the cache holds keys of the state the rule decided on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from openmythos.config import MythosConfig
 from openmythos.errors import InputError
 from openmythos.model.wide import keep_wide
 from openmythos.numbers import real
@@ -282,9 +284,15 @@ def select(memory: Memory, rows: Tensor | Bool[Tensor, " rows"]) -> Memory:
     return tuple(part.index_select(0, rows) for part in memory)
 
 
+def halting_kinds(config: MythosConfig) -> list[str]:
+    """Return the rules that a model can follow: `act` asks for one that was trained with it."""
+    return [name for name in HALTING if name != "act" or config.learned_act]
+
+
 def _between(threshold: float, least: float, most: float) -> float:
     if real(threshold) is None:
         raise InputError(f"threshold={threshold!r} must be a finite number")
     if not least < threshold <= most:
-        raise InputError(f"threshold={threshold} must be above {least} and at most {most}")
+        upper = f" and at most {most}" if math.isfinite(most) else ""
+        raise InputError(f"threshold={threshold} must be above {least}{upper}")
     return threshold

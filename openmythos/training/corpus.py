@@ -282,7 +282,10 @@ def _read_jsonl(file: Path, field: str) -> Iterator[str]:
 
 def _field_of(line: str, field: str, where: str) -> str:
     row = _row(line, where)
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+    if isinstance(row, dict) and field in row and not isinstance(row[field], str):
+        kind = type(row[field]).__name__
+        raise DataError(f"{where} must have a text in the field {field!r}, and has {kind}: mend it")
+    if not isinstance(row, dict) or field not in row:
         fields = ", ".join(row) if isinstance(row, dict) else "none"
         raise DataError(
             f"{where} must have a text in the field {field!r} (fields: {fields}): "

@@ -92,8 +92,10 @@ def evaluate(
     Raises:
         InputError: no depth, or one below 1; or a window longer than the model's max_length.
     """
-    if not loops or min(loops) < 1:
-        raise InputError(f"loops={tuple(loops)} must hold depths of 1 or more")
+    if not loops:
+        raise InputError("loops must hold a depth of 1 or more, and holds none")
+    if min(loops) < 1:
+        raise InputError(f"loops={min(loops)} must be 1 or more")
     batches = _batches(model, file, length, stride, batch_size, max_tokens)
     nats, counts = np.zeros(len(loops)), _Counts(token_bytes)
     with _evaluating(model):

@@ -91,7 +91,7 @@ class Trainer:
             fused_splits=self.model.fused_splits(),
         )
         self.step = 0
-        self._stop = False
+        self._stop = self._finishing = False
 
     def _choose_parameters(self) -> None:
         adapters = self.model.adapter_parameters()
@@ -102,7 +102,8 @@ class Trainer:
     def fit(self, report: Report = lambda _: None) -> OpenMythos:
         """Train to the last step, measure, train the gate, write the finished model.
 
-        Ctrl-C and SIGTERM end it after the step in hand, with a checkpoint.
+        Ctrl-C and SIGTERM end it after the step in hand, with a checkpoint; after the last step, at
+        once.
 
         Raises:
             Stopped: the run was interrupted; `resume` goes on from the checkpoint.
@@ -141,6 +142,7 @@ class Trainer:
             raise Stopped
 
     def _finish(self, write: Report) -> None:
+        self._finishing = True
         # Scored on the text of the scores before, or the best could not be told.
         self.save(self._score(self._evaluate(self.config.evaluate_tokens)))
         taken = self._take_best() if self.config.finish == "best" else self.step
@@ -167,6 +169,8 @@ class Trainer:
             if self._stop:
                 raise KeyboardInterrupt
             self._stop = True
+            if self._finishing:  # all steps are saved, the rest can be done anew
+                raise Stopped
 
         numbers = (signal.SIGINT, signal.SIGTERM)
         try:

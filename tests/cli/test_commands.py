@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import re
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 from command_line import RHYME, SHAPE, TRAINING, answer, openmythos, printed
 
 import openmythos as library
-from openmythos import MythosConfig
+from openmythos import MythosConfig, OpenMythos
 from openmythos.cli import demo_command, loop_colours, main, shipped_demo
 from openmythos.cli.demo_command import OPENING, RULE
 from openmythos.cli.loop_colours import LoopColours
 from openmythos.cli.progress import Progress
 from openmythos.inference.language_model import Piece
+from openmythos.inference.shipped import find_model
 from openmythos.scales import SCALES
 from openmythos.training import corpus
 from openmythos.training.corpus import read_documents
@@ -201,6 +203,22 @@ def test_info_of_a_run_is_that_of_its_model(run):
     model = library.load(run).model
     assert of_run["parameters"]["total"] == sum(p.numel() for p in model.parameters())
     assert "parameters" in printed("info", run)
+
+
+def test_info_knows_the_models_in_the_package():
+    report = json.loads(openmythos("info", "openmythos-reasoner", "--json").out)
+    model = OpenMythos.from_pretrained(find_model("openmythos-reasoner"))
+    assert report["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+
+
+def test_resuming_a_finished_run_says_so_and_does_nothing(run):
+    before = (run / "metrics.jsonl").read_bytes()
+    result = openmythos("train", "--resume", str(run))
+    assert (result.code, result.out) == (
+        0,
+        f"{run} is finished already, with all of its 3 steps\n",
+    )
+    assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_info_counts_operations_at_the_depths_asked_for():

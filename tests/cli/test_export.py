@@ -72,7 +72,7 @@ def test_a_run_without_a_finished_model_is_taken_from_its_last_checkpoint(run, t
         ("RUN small --weights int4", "must be one of"),
         ("RUN small --text TEXT --corpus embedded", "one of --corpus and --text may be given"),
         ("RUN small --text none.txt", "text='none.txt' must exist"),
-        ("RUN small --text TEXT --loops 0", "loops=(0,) must hold depths of 1 or more"),
+        ("RUN small --text TEXT --loops 0", "loops=0 must be 1 or more"),
         ("RUN small --text TEXT --length 65", "length=65 must be from 1 to the model's max_length"),
         ("RUN small --text TEXT --max-tokens 0", "max_tokens=0 must be 1 or more"),
     ],

@@ -114,7 +114,7 @@ def test_contexts_that_were_cut_are_told(run, tmp_path, monkeypatch):
         ("--task boolq", "task='boolq' must have the file"),
         ("--task piqa piqa", "task=('piqa', 'piqa') must name each task once"),
         ("--task piqa --limit 1", "limit=1 must be 2 or more"),
-        ("--task piqa --loops 0", "loops=(0,) must hold depths of 1 or more"),
+        ("--task piqa --loops 0", "loops=0 must be 1 or more"),
         ("--task piqa --stride 2", "stride=2 must be left out with --task"),
         ("--task piqa --halting gate --threshold 2", "threshold=2.0 must be above 0"),
         ("--text x --limit 3", "limit=3 must go with --task"),

@@ -169,7 +169,7 @@ def test_a_saved_model_writes_the_same(lm, tmp_path):
     [
         ("config.json", CheckpointError, "must hold settings.json"),
         ("model.safetensors", CheckpointError, "must exist"),
-        ("tokenizer.json", TokenizerError, "must exist"),
+        ("tokenizer.json", TokenizerError, "must have a tokenizer.json beside its weights"),
     ],
 )
 def test_a_model_with_a_file_missing_is_refused(lm, tmp_path, missing, error, sentence):
@@ -177,6 +177,11 @@ def test_a_model_with_a_file_missing_is_refused(lm, tmp_path, missing, error, se
     (tmp_path / missing).unlink()
     with pytest.raises(error, match=sentence):
         openmythos.load(tmp_path)
+
+
+def test_a_model_that_reads_no_text_is_named():
+    with pytest.raises(TokenizerError, match="must be one that reads text: walks are for"):
+        openmythos.load("openmythos-reasoner")
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):

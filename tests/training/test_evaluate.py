@@ -91,8 +91,8 @@ def test_the_model_is_left_in_the_mode_it_was_in(model, tokenizer):
 @pytest.mark.parametrize(
     ("loops", "options", "error", "sentence"),
     [
-        ([], {"length": 8}, InputError, r"loops=\(\) must hold depths of 1 or more"),
-        ([0], {"length": 8}, InputError, r"loops=\(0,\) must hold depths of 1 or more"),
+        ([], {"length": 8}, InputError, "loops must hold a depth of 1 or more, and holds none"),
+        ([0], {"length": 8}, InputError, "loops=0 must be 1 or more"),
         ([1], {"length": 65}, InputError, "length=65 must be from 1 to the model's max_length=64"),
         ([1], {"length": 8, "stride": 9}, DataError, "stride=9 must be from 1 to length=8"),
         ([1], {"length": 8, "stride": 0}, DataError, "stride=0 must be from 1 to length=8"),

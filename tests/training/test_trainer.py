@@ -19,7 +19,7 @@ import openmythos
 from openmythos import MythosConfig, OpenMythos, Tokenizer
 from openmythos.cli.train_command import _better
 from openmythos.errors import CheckpointError, ConfigError, DataError
-from openmythos.training import checkpoint, compiled, memory
+from openmythos.training import checkpoint, compiled, machine, memory
 from openmythos.training.run import METRICS, Settings, load_from_run, metrics
 from openmythos.training.settings import OptimizerConfig, TrainConfig
 from openmythos.training.start import open_run, start_run
@@ -282,6 +282,32 @@ def test_ctrl_c_saves_before_it_ends(tmp_path, text):
     assert "--resume" in output
     saved = checkpoint.load(checkpoint.latest(run))
     assert saved.step == max(line["step"] for line in metrics(run)) + 1
+
+
+def test_a_signal_after_the_last_step_ends_at_once_and_a_resume_finishes(
+    tmp_path, text, monkeypatch
+):
+    run = tmp_path / "run"
+    trainer = start(run, text, steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_evaluate", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped):
+            trainer.fit()
+    assert not (run / "model").exists()
+    again = open_run(run)
+    assert again.step == 3
+    again.fit()
+    assert (run / "model" / "config.json").is_file()
+
+
+def test_a_product_that_had_to_wait_is_not_taken_for_a_hopeless_one(monkeypatch):
+    seconds = iter([0.5, 0.3, 0.0001, *[0.001] * 11])
+    monkeypatch.setattr(machine, "seconds_of", lambda _call, _device: next(seconds))
+    fast = machine.matmul_peak(torch.float32, torch.device("cpu"))
+    assert fast == pytest.approx(2 * 512**3 / 0.001)
+    monkeypatch.setattr(machine, "seconds_of", lambda _call, _device: 0.05)
+    slow = machine.matmul_peak(torch.float32, torch.device("cpu"))
+    assert slow == pytest.approx(2 * 64 * 512**2 / 0.05)
 
 
 def test_accumulation_changes_nothing_but_rounding(tmp_path, text):

@@ -33,6 +33,7 @@ from openmythos.inference.server.schemas import (
     refuse_model,
 )
 from openmythos.inference.server.serving import Serving, serving
+from openmythos.model.halting import halting_kinds
 
 FAILURES = (400, 401, 404, 405, 408, 413, 422, 429, 500, 503)
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
@@ -171,5 +172,6 @@ def _card(server: Serving) -> dict[str, Any]:
         max_model_len=loaded.max_length,
         mean_loops=loaded.lm.model.config.mean_loops,
         max_loops=server.settings.max_loops,
+        halting=halting_kinds(loaded.lm.model.config),
     )
     return card.model_dump()

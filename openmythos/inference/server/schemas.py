@@ -6,7 +6,7 @@ A field that is not here is refused unless its value asks for nothing: `REQUEST_
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
@@ -376,7 +376,8 @@ class ModelCard(BaseModel):
     mean_loops: int
     """Loops of a token where a request names none."""
     max_loops: int
-    halting: list[str] = list(get_args(HaltingKind))
+    halting: list[str]
+    """Rules that this model can follow."""
 
 
 class ModelList(BaseModel):

@@ -24,6 +24,7 @@ def test_the_model_is_listed_with_its_limits():
         listed = ModelList.model_validate(client.get("/v1/models").json())
         (card,) = listed.data
         assert (card.id, card.max_model_len, card.mean_loops, card.max_loops) == ("mouse", 50, 3, 9)
+        assert card.halting == ["none", "gate", "delta", "kl"]  # it did not learn `act`
         assert ModelCard.model_validate(client.get("/v1/models/mouse").json()) == card
 
 
