@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
-from openmythos.config import CachePolicy, HaltingKind, WeightsKind
+from openmythos.config import CachePolicy, HaltingKind, MythosConfig, WeightsKind
 from openmythos.errors import CheckpointError, InputError, TokenizerError
 from openmythos.inference.generate import generate
 from openmythos.inference.precision import quicker
@@ -251,6 +251,7 @@ def load(name: str | Path, weights: WeightsKind | Literal["auto"] | None = None)
     if (folder / "model").is_dir() and not unfinished(folder):
         folder = folder / "model"
     if (folder / "config.json").is_file():
+        MythosConfig.load(folder)  # what is wrong there is said first
         if not (folder / TOKENIZER).is_file():
             raise TokenizerError(_without_tokenizer(name, folder))
         model = load_model(OpenMythos, folder, int8=weights == "int8")

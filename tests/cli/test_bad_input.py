@@ -98,7 +98,9 @@ def test_a_prompt_that_is_not_utf8_is_refused(run, monkeypatch):
         generate_command.run(generate_command.Settings(model=run, prompt="-"))
 
 
-@pytest.mark.parametrize("command", ["train --text TEXT --run new/run", "train --resume RUN"])
+@pytest.mark.parametrize(
+    "command", ["train --text TEXT --run new/run", "train --resume RUN --until 9"]
+)
 def test_a_folder_that_cannot_be_written_to_is_named(command, run, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
