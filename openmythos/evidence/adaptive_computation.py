@@ -73,17 +73,12 @@ class Study:
     """Most loops of a token."""
     margin: float = 0.05
     """Nats by which a state that the gate stops at may be worse than the best later one."""
-    gates: tuple[GateFit, ...] = (
-        GateFit(steps=150, cost=0.05),
-        GateFit(steps=150, cost=0.05),
-        GateFit(steps=150, cost=0.005),
-    )
-    """One after the other; the model is trained on with the exits of each but the last."""
+    first_gate: GateFit = GateFit(steps=150, cost=0.05)
+    """The gate whose exits are trained with."""
+    last_gate: GateFit = GateFit(steps=150, cost=0.01)
+    """The one in the end."""
     exit_steps: int = 200
-    """Steps of each training with a gate's exits."""
-    held_out: int = 32
-    """Chains for each number of hops on which a gate's threshold is chosen: a chain whose first
-    wrong answer comes early costs a nat a token, so that few chains say little."""
+    """Steps of the training with the gate's exits."""
     chains: int = 16
     """Test chains for each number of hops, 1 to 20, each among as many no-ops as make 40 slots."""
 
@@ -92,9 +87,9 @@ FULL = Study(training=REASONER)
 QUICK = Study(
     training=dataclasses.replace(REASONER, hidden_size=64, feed_forward_size=512, steps=300),
     budget=32,
-    gates=(GateFit(steps=30, cost=0.05),) * 2,
+    first_gate=GateFit(steps=30, cost=0.05),
+    last_gate=GateFit(steps=30, cost=0.05),
     exit_steps=20,
-    held_out=4,
     chains=4,
 )
 
@@ -117,15 +112,11 @@ def run(study: Study, folder: Path, say: Say) -> Result:
     """Train, fit the gate, measure; train with exits, fit the gate anew, measure again."""
     model, took = study.training.train(folder / "model", say)
     model.cpu()
-    before: Result = {}
-    for number, how in enumerate(study.gates):
-        say(f"training gate {number + 1} of {len(study.gates)}")
-        gate = fit_gate(model, study, how)
-        if number == 0:
-            before = _measured(model, study, gate, say)
-        if number < len(study.gates) - 1:
-            _train_with_exits(model, study, number, folder, say)
-    after = _measured(model, study, gate, say)
+    say("training the gate")
+    before = _with_gate(model, study, study.first_gate, say)
+    say("training with exits")
+    _train_with_exits(model, study, folder / "exits", say)
+    after = _with_gate(model, study, study.last_gate, say)
     model.save_pretrained(folder / "reasoner", weights="bf16")
     return {**took, "before": before, "after": after}
 
@@ -133,19 +124,16 @@ def run(study: Study, folder: Path, say: Say) -> Result:
 def fit_gate(model: OpenMythos, study: Study, how: GateFit) -> dict[str, Any]:
     """Train the gate of a hop model; return what it does on held-out chains."""
 
-    def labelled(chains: Chains) -> Labelled:
+    def asked(stream: int, step: int, sequences: int) -> Labelled:
+        random = np.random.default_rng([study.training.seed, stream, step])
+        hops = int(random.integers(1, TRAINED_HOPS + 1))
+        chains = TASK.chains(random, sequences, hops, 2 * TRAINED_HOPS)
         return Labelled(torch.from_numpy(chains.token_ids), torch.from_numpy(chains.answers))
 
-    def batch(step: int) -> Labelled:
-        random = np.random.default_rng([study.training.seed, GATE_TRAINING, step])
-        hops = int(random.integers(1, TRAINED_HOPS + 1))
-        return labelled(TASK.chains(random, 16, hops, 2 * TRAINED_HOPS))
-
-    random = np.random.default_rng([study.training.seed, GATE_HELD_OUT])
-    held_out = [labelled(of_all_lengths(random, 1)) for _ in range(study.held_out)]
+    held_out = [asked(GATE_HELD_OUT, step, 32) for step in range(4)]
     report = train_gate(
         model,
-        batch,
+        lambda step: asked(GATE_TRAINING, step, 16),
         held_out,
         steps=how.steps,
         budget=study.budget,
@@ -155,23 +143,24 @@ def fit_gate(model: OpenMythos, study: Study, how: GateFit) -> dict[str, Any]:
     return dataclasses.asdict(report)
 
 
-GATE_TRAINING, GATE_HELD_OUT, TEST, EXITS = 10, 11, 12, 13
+GATE_TRAINING, GATE_HELD_OUT, TEST = 10, 11, 12
 """Streams of chains."""
 
 
 def shown_chains(study: Study) -> Chains:
     """Chains of 1 to `TRAINED_HOPS` hops in 40 slots: what all ways of leaving are asked."""
-    return of_all_lengths(np.random.default_rng([study.training.seed, TEST]), study.chains)
+    return constant_length(study, range(1, TRAINED_HOPS + 1), 2 * TRAINED_HOPS)
 
 
-def of_all_lengths(random: np.random.Generator, count: int) -> Chains:
-    """So many chains of each number of hops, 1 to `TRAINED_HOPS`, among no-ops in 40 slots."""
-    lengths = range(1, TRAINED_HOPS + 1)
-    drawn = [TASK.chains(random, count, hops, 2 * TRAINED_HOPS) for hops in lengths]
+def constant_length(study: Study, hops: range, slots: int) -> Chains:
+    """Chains of every number of hops among no-ops, all of one length."""
+    random = np.random.default_rng([study.training.seed, TEST, slots])
+    drawn = [TASK.chains(random, study.chains, count, slots) for count in hops]
     return Chains(*(np.concatenate(parts) for parts in zip(*drawn, strict=True)))
 
 
-def _measured(model: OpenMythos, study: Study, gate: dict[str, Any], say: Say) -> Result:
+def _with_gate(model: OpenMythos, study: Study, how: GateFit, say: Say) -> Result:
+    gate = fit_gate(model, study, how)
     say("measuring")
     return {"gate": gate, **_exits(model, study)}
 
@@ -276,8 +265,7 @@ def _deeper(model: OpenMythos, study: Study) -> Result:
     """Loops that the ends of 30-hop chains take, which the gate never saw, beside 20-hop ones."""
     taken = {}
     for hops in (TRAINED_HOPS, 30):
-        random = np.random.default_rng([study.training.seed, TEST, hops])
-        chains = TASK.chains(random, study.chains, hops, 60)
+        chains = constant_length(study, range(hops, hops + 1), 60)
         budget = study.budget * 3 // 2
         out = model(torch.from_numpy(chains.token_ids), budget, halting="gate")
         right = out.logits[:, -1, : TASK.entities].argmax(-1).numpy() == chains.answers[:, -1]
@@ -306,13 +294,13 @@ def _saving(model: OpenMythos, token_ids: Tensor, budget: int, mean: float) -> R
     return {"time": 1 - share, "loops": 1 - mean / budget}
 
 
-def _train_with_exits(model: OpenMythos, study: Study, number: int, folder: Path, say: Say) -> None:
-    """Train on with the loops that a gate gives each token, so that early keys are seen."""
+def _train_with_exits(model: OpenMythos, study: Study, folder: Path, say: Say) -> None:
+    """Train on with the loops that the gate gives each token, so that early keys are seen."""
     optimizer = study.training.optimizer(0.1, warmup_steps=10)
     config = FitConfig(steps=study.exit_steps, seed=study.training.seed, optimizer=optimizer)
 
     def batch(step: int, _: int) -> Batch:
-        random = np.random.default_rng([study.training.seed, EXITS, number, step])
+        random = np.random.default_rng([study.training.seed, 13, step])
         hops = int(random.integers(1, TRAINED_HOPS + 1))
         chains = TASK.chains(random, 24, hops, 2 * TRAINED_HOPS)
         token_ids = torch.from_numpy(chains.token_ids).to(model.embed.weight.device)
@@ -323,9 +311,9 @@ def _train_with_exits(model: OpenMythos, study: Study, number: int, folder: Path
         return Batch(token_ids, torch.from_numpy(chains.answers), loops.clone())
 
     def report(step: int, _: int, loss: float) -> None:
-        say(f"exits of gate {number + 1}: step {step} of {config.steps}, loss {loss:.4f}")
+        say(f"step {step} of {config.steps}, loss {loss:.4f}")
 
-    fit(model, batch, config, folder / f"exits-{number + 1}", report=report)
+    fit(model, batch, config, folder, report=report)
     model.cpu()
 
 

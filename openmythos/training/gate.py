@@ -22,10 +22,7 @@ from openmythos.config import HaltingKind
 from openmythos.model.halting import LearnedExit
 from openmythos.model.transformer import OpenMythos, cross_entropy
 
-CHANCES = (
-    *(0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.985),
-    *(0.99, 0.993, 0.995, 0.996, 0.997, 0.998, 0.999),
-)
+CHANCES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.985, 0.99, 0.995, 0.998, 0.999)
 """Thresholds that are tried on held-out text."""
 
 UPDATES = 16

@@ -15,6 +15,7 @@ from openmythos.evidence.adaptive_computation import (
     GateFit,
     _cheapest,
     conclude,
+    constant_length,
     first_lasting,
     run,
     shown_chains,
@@ -46,9 +47,9 @@ def test_rank_correlation_shares_the_ranks_of_ties():
 
 
 def test_test_chains_have_one_length_and_every_number_of_hops():
-    chains = shown_chains(QUICK)
-    assert chains.token_ids.shape == (20 * QUICK.chains, 41)
-    assert sorted(chains.hops[:, -1]) == sorted([*range(1, 21)] * QUICK.chains)
+    chains = constant_length(QUICK, range(1, 4), 9)
+    assert chains.token_ids.shape == (3 * QUICK.chains, 10)
+    assert sorted(set(chains.hops[:, -1])) == [1, 2, 3]
 
 
 def test_a_study_runs_and_is_concluded_from(tmp_path):
@@ -57,13 +58,7 @@ def test_a_study_runs_and_is_concluded_from(tmp_path):
     )
     gate = GateFit(steps=2, cost=0.05)
     study = dataclasses.replace(
-        QUICK,
-        training=training,
-        budget=4,
-        gates=(gate,) * 3,
-        exit_steps=2,
-        held_out=1,
-        chains=1,
+        QUICK, training=training, budget=4, first_gate=gate, last_gate=gate, exit_steps=2, chains=1
     )
     result = run(study, tmp_path, lambda line: None)
     assert (tmp_path / "reasoner" / "config.json").is_file()
