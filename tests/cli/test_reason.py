@@ -51,7 +51,7 @@ def test_json_has_the_truth_of_a_drawn_walk(model):
     [
         (["library rad"], "did you mean 'red'?"),
         (["library red", "--hops", "3"], "walk must be given or drawn"),
-        (["--hops", "-1"], "hops=-1 must be from 0"),
+        (["--hops", "-1"], "hops=-1 must be 0 or more"),
         (["--waits", "-1"], "waits=-1 must be 0 or more"),
         (["--loops", "0"], "loops=0"),
     ],
