@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Collection
+
+from openmythos.errors import InputError
 
 
 def whole(value: object) -> int | None:
@@ -22,6 +25,14 @@ def at_least(value: object, least: int) -> bool:
     """Whether a value is an integer of `least` or more."""
     number = whole(value)
     return number is not None and number >= least
+
+
+def check_depths(loops: Collection[int]) -> None:
+    """Raise `InputError` unless there are numbers of loops, each 1 or more."""
+    if not loops:
+        raise InputError("loops must hold a depth of 1 or more, and holds none")
+    if min(loops) < 1:
+        raise InputError(f"loops={min(loops)} must be 1 or more")
 
 
 def real(value: object) -> float | None:

@@ -21,6 +21,7 @@ import tyro
 
 from openmythos.config import CONFIG_FILE, MythosConfig
 from openmythos.errors import ConfigError, InputError
+from openmythos.numbers import check_depths
 from openmythos.scales import SCALES
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ class Settings:
 
 def run(settings: Settings) -> None:
     """Count and print."""
-    if settings.loops is not None and min(settings.loops, default=0) < 1:
-        raise InputError(f"loops={min(settings.loops)} must be 1 or more")
+    if settings.loops is not None:
+        check_depths(settings.loops)
     if settings.loops is not None and settings.model is None and not settings.json:
         raise InputError("loops must be left out of the comparison: it shows the mean loops")
     if settings.keys < 1:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from openmythos.config import HaltingKind
-from openmythos.errors import InputError
 from openmythos.inference.tasks import (
     TASKS,
     Comparison,
@@ -23,6 +22,7 @@ from openmythos.inference.tasks import (
     floors,
     read_task,
 )
+from openmythos.numbers import check_depths
 
 if TYPE_CHECKING:
     from openmythos.inference.grading import Grade
@@ -59,10 +59,7 @@ def measure(
     Raises:
         MythosError: a task cannot be read, or the model or a depth does not fit.
     """
-    if not loops:
-        raise InputError("loops must hold a depth of 1 or more, and holds none")
-    if min(loops) < 1:
-        raise InputError(f"loops={min(loops)} must be 1 or more")
+    check_depths(loops)
     questions = {name: read_task(name, limit) for name in names}
     lm = None
     if model is not None:

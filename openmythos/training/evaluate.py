@@ -18,6 +18,7 @@ from torch import Tensor
 from openmythos.config import HaltingKind
 from openmythos.errors import InputError
 from openmythos.model.transformer import OpenMythos, cross_entropy
+from openmythos.numbers import check_depths
 from openmythos.training.token_file import TokenFile, write_tokens
 from openmythos.training.tokenizer import Tokenizer
 
@@ -92,10 +93,7 @@ def evaluate(
     Raises:
         InputError: no depth, or one below 1; or a window longer than the model's max_length.
     """
-    if not loops:
-        raise InputError("loops must hold a depth of 1 or more, and holds none")
-    if min(loops) < 1:
-        raise InputError(f"loops={min(loops)} must be 1 or more")
+    check_depths(loops)
     batches = _batches(model, file, length, stride, batch_size, max_tokens)
     nats, counts = np.zeros(len(loops)), _Counts(token_bytes)
     with _evaluating(model):

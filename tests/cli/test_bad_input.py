@@ -30,6 +30,7 @@ SENTENCES = [
     ("eval RUN --text TEXT --threshold 1", "threshold=1.0 must go with a rule"),
     ("info 2t", "model='2t' must be one of nano, tiny, small"),
     ("info nano --loops 0", "loops=0 must be 1 or more"),
+    ("info nano --loops", "loops must hold a depth of 1 or more"),
     ("reason --hops -3", "hops=-3 must be 0 or more"),
     ("reason --seed -1", "seed=-1 must be 0 or more"),
     ("info nano --keys 0", "keys=0 must be 1 or more"),
