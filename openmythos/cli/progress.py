@@ -98,4 +98,4 @@ class Progress:
         if done == steps or (not self.console.is_terminal and done % 50 == 0):
             self.say(f"step {done}/{steps}  {text}")
         if done == steps:
-            self.say("all steps are taken; measuring on the held-out text, and training the gate")
+            self.say("all steps are taken; measuring on the held-out text")
