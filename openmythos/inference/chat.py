@@ -3,16 +3,19 @@
 Our models know text and no roles. The plain layout sets what each user (or system) says on a new
 line and lets each reply follow at once, which is what `openmythos chat` writes. A model that was
 trained on another layout brings it as `chat_template.jinja` in its folder, in the form that
-Hugging Face's tokenizers use.
+Hugging Face's tokenizers use: Jinja with `break` and `continue`, `tojson`, `raise_exception` and
+`strftime_now`. An end mark that it writes out is the token; one in a message is text.
 """
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from openmythos.errors import CheckpointError, InputError
 
@@ -65,7 +68,7 @@ class ChatLayout:
         # Stands for the end mark while the template is filled in: the mark itself, in a message,
         # is text, and nobody can write what is drawn anew in each process.
         self._end = f"\x00{secrets.token_hex(16)}\x00"
-        self._template = None if template is None else _compiled(template)
+        self._template = None if template is None else _compiled(self._marked(template))
 
     @classmethod
     def of(cls, folder: Path, tokenizer: Tokenizer) -> ChatLayout:
@@ -98,6 +101,10 @@ class ChatLayout:
             token_ids += [self.tokenizer.end_id, *self.tokenizer.encode(part)]
         return token_ids or [self.tokenizer.end_id]
 
+    def _marked(self, template: str) -> str:
+        """The template's own end marks, written out, are tokens: its author is trusted."""
+        return template.replace(self.tokenizer.name(self.tokenizer.end_id), self._end)
+
     def _filled_in(self, template: Template, messages: Sequence[Message]) -> str:
         from jinja2 import TemplateError
 
@@ -108,6 +115,7 @@ class ChatLayout:
                 bos_token=self._end,
                 eos_token=self._end,
                 raise_exception=_refuse,
+                strftime_now=lambda form: datetime.now().strftime(form),
             )
         except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise InputError(
@@ -119,13 +127,20 @@ def _compiled(template: str) -> Template:
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _as_json  # Jinja's own is for HTML
     try:
         return environment.from_string(template)
     except TemplateError as error:
         raise CheckpointError(
             f"template={TEMPLATE} must be a Jinja template ({error}): mend or delete it"
         ) from None
+
+
+def _as_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _refuse(sentence: str) -> NoReturn:

@@ -6,6 +6,7 @@ Whatever happens, every choice of every accepted request gets its `FinishEvent`.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 from collections import deque
@@ -185,8 +186,13 @@ class Engine:
             if self._stopping:
                 raise EngineStopped("the engine was stopped: make a new one")
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="openmythos-engine")
+                # A daemon, or a script that fails before `stop` would never end; but torch must
+                # not be taken down under it.
+                self._thread = threading.Thread(
+                    target=self._run, name="openmythos-engine", daemon=True
+                )
                 self._thread.start()
+                atexit.register(self.stop, drain=False)
 
     def submit(self, request: Request) -> Submission:
         """Accept a request; its events come through what this returns.
@@ -243,6 +249,7 @@ class Engine:
             self._end_all("cancelled")
         elif thread is not threading.current_thread():
             thread.join()
+            atexit.unregister(self.stop)
 
     def __enter__(self) -> Engine:
         """Start."""

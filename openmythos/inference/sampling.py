@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from openmythos.errors import InputError
 from openmythos.numbers import at_least, real, whole
 
-COLDEST = 1e-30  # a temperature that fp32 can still divide by
+COLDEST, HOTTEST = 1e-30, 1e30  # temperatures that fp32 can still divide by
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -72,7 +72,7 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     wide = logits.float() if logits.itemsize < 4 else logits
     # Less their maximum before the division, or a low temperature makes them infinite.
     below = wide - wide.amax(-1, keepdim=True)
-    probabilities = (below / max(sampling.temperature, COLDEST)).softmax(-1)
+    probabilities = (below / min(max(sampling.temperature, COLDEST), HOTTEST)).softmax(-1)
     if not sampling.top_k and sampling.top_p == 1:  # nothing asks for an order
         least = sampling.min_p * probabilities.amax(-1, keepdim=True)
         filtered = probabilities * (probabilities >= least)
@@ -84,6 +84,7 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
         kept[..., sampling.top_k :] = False
     if sampling.top_p < 1:
         kept &= ordered.cumsum(-1) - ordered < sampling.top_p
+        kept[..., 0] = True  # fp32 has no number for the smallest p
     filtered = probabilities.new_zeros(probabilities.shape)
     filtered.scatter_(-1, order, ordered * kept)
     return filtered / filtered.sum(-1, keepdim=True)

@@ -51,6 +51,23 @@ def test_an_end_mark_in_a_message_is_text():
     assert ids.count(language_model().tokenizer.end_id) == 2  # the template's own
 
 
+def test_an_end_mark_that_a_template_writes_out_is_the_token():
+    tokenizer = language_model().tokenizer
+    template = "<|end|>{{ messages[1].content + '<|end|>' }}"
+    expected = [tokenizer.end_id, *tokenizer.encode("The mice"), tokenizer.end_id]
+    assert layout(template).token_ids(TURNS) == expected
+
+
+def test_a_template_has_what_those_of_hugging_face_have():
+    template = (
+        "{% for m in messages %}{% if loop.index0 == 1 %}{% break %}{% endif %}"
+        "{{ m.content | tojson }}{% endfor %}{{ strftime_now('%Y') | length }}"
+    )
+    content = "<a> & \u00e9"
+    expected = language_model().tokenizer.encode(f'"{content}"4')
+    assert layout(template).token_ids([Message("user", content), *TURNS]) == expected
+
+
 def test_a_template_may_refuse_a_conversation():
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     with pytest.raises(InputError, match="messages must be a conversation .*: no system"):

@@ -1,8 +1,11 @@
 """What the engine writes is what each request writes alone, whatever happens around it."""
 
 import random
+import subprocess
+import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import jaxtyping
 import numpy as np
@@ -947,3 +950,20 @@ def test_loops_run_at_once_are_those_run_tick_by_tick(
         assert written(one) == written(other)
     assert slow.counts.row_loops == quick.counts.row_loops
     assert slow.counts.ticks > quick.counts.ticks or not quick.passes.native
+
+
+def test_a_script_that_fails_beside_a_running_engine_ends():
+    script = """
+from tests.tiny import tiny
+from openmythos.inference.engine import Engine
+from openmythos.inference.language_model import LanguageModel
+from openmythos.training.tokenizer import Tokenizer
+tokenizer = Tokenizer.train(["abc " * 50], vocab_size=260)
+Engine(LanguageModel(tiny(vocab_size=260), tokenizer)).start()
+raise SystemExit("failed")
+"""
+    root = Path(__file__).parents[2]
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=root, timeout=120
+    )
+    assert (ended.returncode, ended.stderr.splitlines()[-1]) == (1, "failed")

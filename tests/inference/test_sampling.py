@@ -47,6 +47,17 @@ def test_of_tokens_that_tie_the_lower_ids_are_kept():
     assert draw(logits, Sampling(temperature=0)).tolist() == [0]
 
 
+@pytest.mark.parametrize(
+    "extreme", [{"temperature": 1e39}, {"temperature": 1e-300}, {"top_p": 1e-46}, {"min_p": 1e-300}]
+)
+def test_no_setting_makes_what_is_forbidden_possible(extreme):
+    logits = torch.tensor([-math.inf, 0.5, 0.25, -math.inf])
+    chances = distribution(logits, Sampling(**{"temperature": 1.0, **extreme}))
+    assert float(chances.sum()) == pytest.approx(1)
+    assert chances[0] == chances[3] == 0
+    assert chances.argmax() == 1
+
+
 def test_draws_follow_the_distribution():
     logits = torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0])
     sampling = Sampling(temperature=1.5)

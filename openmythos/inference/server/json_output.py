@@ -7,6 +7,9 @@ llguidance walks the grammar over the tokenizer's bytes. The layout is fixed to 
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, final
 
 import llguidance
@@ -28,6 +31,15 @@ LAYOUT: JsonCompileOptions = {
 }
 
 
+MOST_PARTS = 5000
+"""Objects and lists that a schema may have. A grammar is compiled by recursion, which each of them
+may make one deeper: past the end of a stack the whole process would die."""
+STACK_BYTES = 256 << 20
+"""Of the thread that compiles: twelve times what the deepest schemas of so many parts were seen to
+take. Only what is used is ever in memory."""
+_one_at_a_time = threading.Lock()
+
+
 @final
 class JsonGrammars:
     """Makes constraints from schemas, for one tokenizer."""
@@ -36,17 +48,27 @@ class JsonGrammars:
         self._tokens = LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(tokenizer)))
 
     def obey(self, schema: dict[str, Any] | bool) -> JsonConstraint:
-        """Return the constraint of a JSON schema.
+        """Return the constraint of a JSON schema; `True` allows every value.
 
         Raises:
-            InputError: the schema is not valid, or holds what cannot be guaranteed.
+            InputError: the schema is not valid, too large, or holds what cannot be guaranteed.
         """
+        if schema is False:
+            raise InputError("schema must be a JSON schema that allows something, is false")
+        schema = {} if schema is True else schema
+        if (parts := _parts(schema)) > MOST_PARTS:
+            raise InputError(
+                f"schema must be a JSON schema of at most {MOST_PARTS} objects and lists, has "
+                f"{parts} or more"
+            )
         try:
             text = json.dumps(schema)
-            matcher = LLMatcher(
-                self._tokens,
-                LLMatcher.grammar_from_json_schema(text, overrides=LAYOUT),
-                log_level=0,
+            matcher = _on_a_deep_stack(
+                lambda: LLMatcher(
+                    self._tokens,
+                    LLMatcher.grammar_from_json_schema(text, overrides=LAYOUT),
+                    log_level=0,
+                )
             )
         except (ValueError, RecursionError) as error:
             raise InputError(f"schema must be a JSON schema: {_line(str(error))}") from None
@@ -95,6 +117,29 @@ class JsonConstraint:
                 f"schema is too complex to be kept ({_line(self._matcher.get_error())}): "
                 "ask for a simpler one"
             )
+
+
+def _parts(schema: object) -> int:
+    """Count objects and lists, to a few beyond `MOST_PARTS`; nesting of any depth is fine."""
+    count, rest = 0, [schema]
+    while rest and count <= MOST_PARTS:
+        part = rest.pop()
+        if isinstance(part, dict | list):
+            count += 1
+            rest.extend(part.values() if isinstance(part, dict) else part)
+    return count
+
+
+def _on_a_deep_stack(make: Callable[[], LLMatcher]) -> LLMatcher:
+    """Return what a function makes in a thread of `STACK_BYTES`; its errors are raised here."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="openmythos-grammar") as pool:
+        with _one_at_a_time:  # the size is the process's, until the thread has begun
+            usual = threading.stack_size(STACK_BYTES)
+            try:
+                made = pool.submit(make)
+            finally:
+                threading.stack_size(usual)
+        return made.result()
 
 
 class _Vocabulary:

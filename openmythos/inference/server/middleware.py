@@ -114,12 +114,21 @@ class CountAnswers:
             await self._app(scope, receive, send)
             return
 
+        started = False
+
         async def noted(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 self._metrics.answered(_route(scope), message["status"])
             await send(message)
 
-        await self._app(scope, receive, noted)
+        try:
+            await self._app(scope, receive, noted)
+        except Exception:
+            if not started:  # its answer is made outside of all that can be added
+                self._metrics.answered(_route(scope), 500)
+            raise
 
 
 def _route(scope: Scope) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from openmythos.errors import InputError, MythosError, TokenizerError
 from openmythos.inference.chat import Message
@@ -26,8 +27,8 @@ def of_completion(
     Raises:
         ApiError, InputError: a field does not fit.
     """
+    _check_choices(_count(body.prompt), body, settings)
     prompts, starts = _prompts(body, loaded)
-    _check_choices(len(prompts), body, settings)
     if body.max_tokens == 0 and not body.echo:
         raise invalid("max_tokens=0 must go with echo=true: else there is no text", "max_tokens")
     return [
@@ -59,6 +60,7 @@ def of_chat(body: ChatBody, loaded: Loaded, settings: ServerSettings) -> Request
             raise invalid("max_tokens must be left out beside max_completion_tokens", "max_tokens")
         asked, name = body.max_tokens, "max_tokens"
     messages = [_message(message, place) for place, message in enumerate(body.messages)]
+    _check_fits([message.content for message in messages], loaded, "messages")
     try:
         token_ids = loaded.layout.token_ids(messages)
     except MythosError as error:
@@ -121,8 +123,11 @@ def _prompts(body: CompletionBody, loaded: Loaded) -> tuple[list[list[int]], boo
     if not prompt:
         raise invalid("prompt must hold a text or token ids, and not an empty list", "prompt")
     if isinstance(prompt[0], str):
+        texts = [str(text) for text in prompt]
+        for text in texts:
+            _check_fits([text], loaded, "prompt")
         try:
-            encoded = tokenizer.encode_batch([str(text) for text in prompt])
+            encoded = tokenizer.encode_batch(texts)
         except TokenizerError as error:
             raise invalid(str(error), "prompt") from None
         return [[tokenizer.end_id, *token_ids] for token_ids in encoded], True
@@ -139,6 +144,24 @@ def _prompts(body: CompletionBody, loaded: Loaded) -> tuple[list[list[int]], boo
                 "prompt",
             )
     return prompts, False
+
+
+def _count(prompt: str | Sequence[Any] | None) -> int:
+    """Return how many prompts a body has."""
+    several = not isinstance(prompt, str | None) and prompt and not isinstance(prompt[0], int)
+    return len(prompt) if several and prompt else 1
+
+
+def _check_fits(texts: Sequence[str], loaded: Loaded, field: str) -> None:
+    """Refuse what cannot fit, however it is split, before any of it is tokenised."""
+    most = loaded.max_length * int(loaded.lm.tokenizer.token_bytes.max())
+    size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    if size > most:
+        raise _too_long(
+            f"{field} has {size} bytes, must have at most {most}: more have no room within "
+            f"max_model_len={loaded.max_length}",
+            field,
+        )
 
 
 def _room(

@@ -97,11 +97,33 @@ def test_the_end_is_allowed_only_where_the_json_may_end():
         {"not": {}, "x-guidance": {"lenient": True}},  # nobody may turn the refusal off
         {"$ref": "#/nowhere"},
         {"$ref": "https://example.org/schema.json"},
+        False,
+        {"anyOf": [{"type": "integer"}] * 5001},
     ],
 )
 def test_a_schema_that_cannot_be_kept_is_refused(schema):
     with pytest.raises(InputError, match="schema must be a JSON schema"):
         GRAMMARS.obey(schema)
+
+
+def test_a_schema_may_be_deep_by_references():
+    """Compiled by recursion: on an ordinary thread's stack these took the process down."""
+    wrapped = 40  # lists within each definition
+    definitions = {}
+    for number in range(60):
+        inner = {"$ref": f"#/$defs/d{number + 1}"} if number < 59 else {"type": "integer"}
+        for _ in range(wrapped):
+            inner = {"type": "array", "items": inner, "minItems": 1}
+        definitions[f"d{number}"] = inner
+    constraint = GRAMMARS.obey({"$ref": "#/$defs/d0", "$defs": definitions})
+    constraint.accept(TOKENIZER.encode("[")[0])
+    assert constraint.copy().allowed().any()
+
+
+def test_true_is_a_schema_that_allows_every_value():
+    constraint = GRAMMARS.obey(True)
+    for token_id in TOKENIZER.encode("[1, "):
+        constraint.accept(token_id)
 
 
 def test_a_token_that_is_not_allowed_is_refused():

@@ -20,6 +20,7 @@ from starlette.testclient import TestClient
 from openmythos.errors import CheckpointError
 from openmythos.inference.request import Request
 from openmythos.inference.server.schemas import ErrorBody
+from openmythos.training.tokenizer import Tokenizer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "a"}]
@@ -221,6 +222,30 @@ def test_of_a_long_list_the_first_mistake_is_enough(client, monkeypatch, path, f
     assert found[0] < 10
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param", "code"),
+    [
+        (COMPLETIONS, {"prompt": "a" * 100_000}, "prompt", "context_length_exceeded"),
+        (COMPLETIONS, {"prompt": ["a", "a" * 100_000]}, "prompt", "context_length_exceeded"),
+        (COMPLETIONS, {"prompt": ["a"] * 10_000}, "n", None),
+        (COMPLETIONS, {"prompt": [[1]] * 10_000}, "n", None),
+        (CHAT, {"messages": [{"role": "user", "content": "a" * 100_000}]}, "messages",
+         "context_length_exceeded"),
+    ],
+)  # fmt: skip
+def test_what_cannot_fit_is_refused_before_it_is_tokenised(
+    client, monkeypatch, path, body, param, code
+):
+    def never(*_):
+        raise AssertionError("tokenised")
+
+    wait_until(lambda: client.serving.state == "ready")
+    monkeypatch.setattr(Tokenizer, "encode", never)
+    monkeypatch.setattr(Tokenizer, "encode_batch", never)
+    error = error_of(client.post(path, json=body))
+    assert (error.status, error.param, error.code) == (400, param, code)
+
+
 def test_a_body_without_its_type_is_refused(client):
     # A page elsewhere can make a browser send that without asking, but not JSON.
     for headers in ({}, {"Content-Type": "text/plain"}):
@@ -367,3 +392,5 @@ def test_a_mistake_of_ours_tells_no_more_than_that(client, monkeypatch):
         error = error_of(other.post(COMPLETIONS, json={"prompt": "a"}))
         assert (error.status, error.type) == (500, "server_error")
         assert "secret" not in error.message
+        counted = 'http_requests_total{path="/v1/completions",status="500"} 1.0'
+        assert counted in other.get("/metrics").text
