@@ -33,8 +33,8 @@ class Settings:
     quick: bool = False
     """A small form, in minutes, that shows the shape and proves nothing."""
 
-    seeds: int = 3
-    """Seeds of the main trainings."""
+    seeds: int | None = None
+    """Seeds of the main trainings. Default: as many as the claim asks for."""
 
     only: str = ""
     """Run only the trainings whose names start so; the report takes all that are there."""

@@ -51,14 +51,15 @@ def run_cells(cells: Iterable[Cell], work: Path, say: Say) -> dict[str, Result]:
         say: told of progress, a line each time.
 
     Raises:
-        CheckpointError: a kept result was made with other settings.
+        CheckpointError: a kept result was made with other settings, or what an interrupted run
+            left.
     """
     results = {}
     for cell in cells:
         folder = work / cell.name
         kept = read_result(folder, cell)
         if kept is None:
-            folder.mkdir(parents=True, exist_ok=True)
+            _begin(folder, cell)
             started = time.perf_counter()
             measured = cell.run(folder, _prefixed(say, cell.name))
             where = {"torch": torch.__version__, "device": device_name() if cell.trains else "cpu"}
@@ -67,6 +68,18 @@ def run_cells(cells: Iterable[Cell], work: Path, say: Say) -> dict[str, Result]:
             _keep(folder, kept)
         results[cell.name] = kept
     return results
+
+
+def _begin(folder: Path, cell: Cell) -> None:
+    """Write the settings beside the checkpoints, so that no other run goes on from these."""
+    path, settings = folder / "settings.json", _as_json(cell.settings)
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != settings:
+        raise CheckpointError(
+            f"{path} must be of the settings asked for, as its folder's checkpoints are: delete "
+            "the folder to begin anew, or choose another --work"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(settings, indent=1) + "\n").encode())
 
 
 def take_results(known: Mapping[str, Result], cells: Iterable[Cell], work: Path) -> list[str]:

@@ -2,7 +2,8 @@
 
 A claim is a file of this folder whose docstring is the claim, with
 
-    TITLE, HOURS                     what it is called; hours of one core for all of it
+    TITLE                            what it is called
+    SEEDS, HOURS                     seeds of the full form; hours of one core for all of it
     cells(quick=, seeds=)            its trainings and measurements, `Cell`s, the main ones first
     conclude(results) -> Section     sentences, tables and expectations, from the numbers alone
     draw_figure(results) -> Figure
@@ -12,6 +13,7 @@ and a row here.
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +45,8 @@ class Reproduction:
 
     quick: bool = False
     """A small form, in minutes, that shows the shape only."""
-    seeds: int = 3
+    seeds: int | None = None
+    """Of the main trainings. Default: the claim's own number."""
     only: str = ""
     """Run only the cells whose names start so; the report takes all that have results."""
     published: Path | None = None
@@ -83,13 +86,21 @@ def reproduce(name: str, how: Reproduction, say: Callable[[str], None]) -> Writt
         CheckpointError: kept results were made with other settings, or published ones are damaged.
     """
     from openmythos.evidence.cells import read_result, run_cells, take_results
-    from openmythos.evidence.report import read_claim, with_devices, write_claim, write_pages
+    from openmythos.evidence.report import (
+        read_claim,
+        with_devices,
+        with_missing,
+        write_claim,
+        write_pages,
+    )
     from openmythos.training.figures import save
 
     module = claim(name)
-    if how.seeds < 1:
-        raise InputError(f"seeds={how.seeds} must be 1 or more")
-    cells = module.cells(quick=how.quick, seeds=how.seeds)
+    seeds = module.SEEDS if how.seeds is None else how.seeds
+    if seeds < 1:
+        raise InputError(f"seeds={seeds} must be 1 or more")
+    how = dataclasses.replace(how, seeds=seeds)
+    cells = module.cells(quick=how.quick, seeds=seeds)
     chosen = [cell for cell in cells if cell.name.startswith(how.only)]
     if not chosen:
         names = ", ".join(cell.name for cell in cells)
@@ -101,16 +112,21 @@ def reproduce(name: str, how: Reproduction, say: Callable[[str], None]) -> Writt
     run_cells(chosen, work, say)
     found = {cell.name: read_result(work / cell.name, cell) for cell in cells}
     results: dict[str, Result] = {key: value for key, value in found.items() if value is not None}
+    missing = [key for key, value in found.items() if value is None]
     section = with_devices(module.conclude(results), results)
+    section = with_missing(section, list(found), missing)
     content = {"claim": name, "command": command(name, how), "results": results}
     picture = save(module.draw_figure(results), how.out / "evidence" / f"{name}.png")
     files = [write_claim(how.out, name, content, section), picture]
     files += write_pages(how.out, list(CLAIMS))
-    return Written(section, files, [key for key, value in found.items() if value is None])
+    return Written(section, files, missing)
 
 
 def command(name: str, how: Reproduction) -> str:
     """Return the command that gives these figures."""
     parts = ["openmythos", "evidence", name]
-    parts += ["--quick"] if how.quick else ["--seeds", str(how.seeds)]
+    if how.quick:
+        return shlex.join([*parts, "--quick"])
+    if how.seeds is not None:
+        parts += ["--seeds", str(how.seeds)]
     return shlex.join(parts)

@@ -21,6 +21,7 @@ from openmythos.config import MythosConfig
 from openmythos.evidence.cells import Say
 from openmythos.evidence.fit import Batch, FitConfig, fit
 from openmythos.evidence.text_training import PLAIN
+from openmythos.model.accounting import on_meta, parameters
 from openmythos.model.transformer import OpenMythos
 from openmythos.tasks.hops import Chains, HopTask
 from openmythos.training.settings import OptimizerConfig
@@ -115,7 +116,7 @@ class HopTraining:
         fitted = self.fit_config
         seconds, _ = fit(model, lambda step, _: self.batch(step), fitted, folder, report=report)
         return model, {
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": count(self),
             "flops": self.training_flops(model),
             "training_seconds": seconds,
         }
@@ -132,6 +133,13 @@ class HopTraining:
         """Return the settings as a cell keeps them."""
         fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return fields
+
+
+def count(training: HopTraining) -> int:
+    """Return the parameters of a model, without its gate, which takes no part in these claims."""
+    model = on_meta(training.config)
+    gate = sum(parameter.numel() for parameter in model.core.gate.parameters())
+    return sum(parameters(model).values()) - gate
 
 
 REASONER = HopTraining(core_layers=1, loops=(10, 30), no_ops=0.3)

@@ -16,13 +16,14 @@ from openmythos.evidence.depth_extrapolation import LOOPED, SOLVED
 from openmythos.evidence.hop_training import (
     FRESH,
     LOOPS,
+    TASK,
     TRAINED_HOPS,
     VALIDATION,
     HopTraining,
+    count,
     measure,
 )
 from openmythos.evidence.report import Expectation, table
-from openmythos.model.accounting import on_meta, parameters
 
 MODEL = LOOPED["core-1"]
 RATIOS = (1.69, 5.0)
@@ -45,11 +46,6 @@ def plain_of(ratio: float, looped: HopTraining) -> HopTraining:
     )
     size = 8 + (wanted - count(narrow)) / (2 * width * layers)
     return dataclasses.replace(narrow, feed_forward_size=max(8, 8 * round(size / 8)))
-
-
-def count(training: HopTraining) -> int:
-    """Return the parameters of a model."""
-    return sum(parameters(on_meta(training.config)).values())
 
 
 def cells(looped: HopTraining = MODEL) -> list[Cell]:
@@ -113,12 +109,13 @@ def sentences(results: dict[str, Result]) -> list[str]:
     if looped is None or not rows:
         return []
     others = " and ".join(
-        f"{run['fresh']:.3f} at {run['parameters'] / looped['parameters']:.2f} times its parameters"
+        f"a plain one of {run['parameters'] / looped['parameters']:.2f} times its parameters "
+        f"{run['fresh']:.3f}" + (", which is chance" if run["fresh"] < 2 / TASK.entities else "")
         for run in rows.values()
     )
     sentence = (
         f"On chains of {TRAINED_HOPS} hops a looped model of {looped['parameters'] / 1e6:.2f} M "
-        f"parameters answers {looped['fresh']:.3f} right, plain ones {others}."
+        f"parameters answers {looped['fresh']:.3f} right, {others}."
     )
     return [sentence]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -77,6 +78,26 @@ def with_devices(section: Section, results: dict[str, dict[str, Any]]) -> Sectio
         for device, run in sorted(cells.items())
     ]
     return replace(section, notes=(*section.notes, *where)) if where else section
+
+
+def with_missing(section: Section, cells: Sequence[str], missing: Sequence[str]) -> Section:
+    """Return the section with a note on what has not run; where all has, as it is.
+
+    Args:
+        section: of the claim.
+        cells: names of all of the claim's cells, a row's by seed: `looped/seed-0`.
+        missing: names of those without a result.
+    """
+    if not missing:
+        return section
+    asked, lacking = Counter(map(_row, cells)), Counter(map(_row, missing))
+    rows = [f"{row} ({asked[row] - count} of {asked[row]})" for row, count in lacking.items()]
+    note = f"Not run, or not all of it: {', '.join(rows)}."
+    return replace(section, notes=(*section.notes, note))
+
+
+def _row(cell: str) -> str:
+    return cell.rsplit("/", 1)[0]
 
 
 def write_claim(out: Path, name: str, content: dict[str, Any], section: Section) -> Path:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from openmythos.config import InjectionKind
 from openmythos.evidence.cells import Result
 from openmythos.evidence.report import table
 from openmythos.evidence.stress_rows import KINDS, RECIPES, Row, Rows
@@ -19,18 +22,21 @@ DEPTHS = (1, 8, 64, 512, 1024)
 def sentences(rows: Rows, untrained: Result | None) -> list[str]:
     """How the state grows from the trained depth to the deepest."""
     found = {kind: row for (recipe, kind), row in rows.items() if recipe == "stress"}
-    parts = [
-        f"{KINDS[kind]} {_times(most)}"
-        for kind, row in found.items()
-        if (most := _trained_growth(row)) is not None
-    ]
+    measured = [run for row in found.values() for run in row.all_runs if run["states"]]
     said = []
-    if parts:
-        runs = [run for row in found.values() for run in row.all_runs if run["states"]]
-        deepest, trained = deepest_of(runs[0]["states"]), runs[0]["trained_loops"]
+    if measured:
+        trained, deepest = measured[0]["trained_loops"], deepest_of(measured[0]["states"])
+        most = {kind: worst_growth(row.all_runs) for kind, row in found.items()}
+        best = {kind: worst_growth(row.at_best_rate) for kind, row in found.items()}
+        lost = {kind: _lost(row) for kind, row in found.items()}
         said.append(
             f"From {trained} loops to {deepest:,}, the state of models trained under stress grows "
-            f"at most by these factors: {'; '.join(parts)}."
+            f"at most, over all rates, by these factors: {_each(most, _times)}."
+        )
+        said.append(f"At each one's best rate: {_each(best, _times)}.")
+        said.append(
+            f"Read after {deepest:,} loops instead of {trained}, text costs the model of each "
+            f"one's best rate so many nats a token more: {_each(lost, _nats)}."
         )
     if untrained is not None:
         first, deepest = untrained["trained_loops"], deepest_of(untrained["states"]["stress/lti"])
@@ -54,18 +60,51 @@ def deepest_of(states: Sizes) -> int:
     return max(map(int, states))
 
 
-def _trained_growth(row: Row) -> float | None:
-    """The worst growth from the trained depth to the deepest, of runs that stayed finite."""
+def worst_growth(runs: Sequence[Result]) -> float | None:
+    """Return the most that a state grows from the trained depth to the deepest.
+
+    None where no run stayed finite in training.
+    """
     found = [
         growth(run["states"], run["trained_loops"], deepest_of(run["states"]))
-        for run in row.all_runs
+        for run in runs
         if run["states"] is not None
     ]
     return max(found) if found else None
 
 
+def _lost(row: Row) -> float | None:
+    """Mean nats a token that the deepest loop reads worse by than the trained one, at best rate."""
+    found = [
+        _finite(losses[deepest_of(losses)]) - _finite(losses[run["trained_loops"]])
+        for run in row.at_best_rate
+        if (losses := _by_loops(run["losses"]))
+    ]
+    return statistics.fmean(found) if found else None
+
+
+def _by_loops(measured: Mapping[Any, float | None] | None) -> dict[int, float | None]:
+    return {int(loops): value for loops, value in (measured or {}).items()}
+
+
+def _finite(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _each(values: Mapping[InjectionKind, float | None], worded: Callable[[float], str]) -> str:
+    return "; ".join(
+        f"{KINDS[kind]} {worded(value)}" for kind, value in values.items() if value is not None
+    )
+
+
 def _times(factor: float) -> str:
-    return "until it overflows" if math.isinf(factor) else f"{factor:.2f}"
+    if math.isinf(factor):
+        return "until it overflows"
+    return f"{factor:.2f}" if factor < 1000 else f"{factor:.1e}"
+
+
+def _nats(more: float) -> str:
+    return f"{more:+.3f}" if math.isfinite(more) else "no finite number"
 
 
 def sizes_table(rows: Rows, untrained: Result | None) -> str:

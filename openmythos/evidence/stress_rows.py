@@ -47,6 +47,12 @@ class Row(NamedTuple):
         return min(self.losses.values(), default=math.inf)
 
     @property
+    def at_best_rate(self) -> list[Result]:
+        """The runs at the rate with the lowest mean loss; none where every rate diverged."""
+        losses = self.losses
+        return self.runs[min(losses, key=losses.__getitem__)] if losses else []
+
+    @property
     def usable(self) -> list[float]:
         """Rates where every seed learnt, and the mean ends within `WITHIN` of the best one's."""
         return [

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "Systematic generalisation: facts seen alone, used in chains"
+SEEDS = 3
 HOURS = 12.0
-"""Of one core, for everything with three graphs."""
+"""Of one core, for everything with so many graphs."""
 
 MAIN = FactTraining(lone_share=0.4, steps=8000, loops=(1, 8), stairs=True)
 NO_STAIRS = dataclasses.replace(MAIN, loops=(4, 7), stairs=False)
@@ -148,8 +149,8 @@ def _runs(results: dict[str, Result], name: str) -> list[Result]:
     return [result for cell, result in results.items() if cell.split("/")[0] == name]
 
 
-def _plain(results: dict[str, Result]) -> list[Result]:
-    return [run for cell, run in results.items() if cell.startswith("plain-")]
+def _plain(results: dict[str, Result]) -> dict[str, Result]:
+    return {cell: run for cell, run in results.items() if cell.startswith("plain-")}
 
 
 def _share(run: Result, question: str) -> float:
@@ -162,7 +163,7 @@ def _worst(runs: Iterable[Result], question: str) -> float:
     return min(_share(run, question) for run in runs)
 
 
-def _main_sentence(looped: list[Result], plain: list[Result]) -> list[str]:
+def _main_sentence(looped: list[Result], plain: dict[str, Result]) -> list[str]:
     if not looped:
         return []
     graphs = f"{len(looped)} {'graph' if len(looped) == 1 else 'graphs'}"
@@ -174,8 +175,9 @@ def _main_sentence(looped: list[Result], plain: list[Result]) -> list[str]:
         f"or more and chains of four with {four:.2f}"
     )
     if plain:
-        best = max(_share(run, "alone-2") for run in plain)
-        sentence += f"; the best plain transformer has {best:.2f} at two"
+        most = max(_share(run, "alone-2") for run in plain.values())
+        rows = sorted({cell.split("/")[0] for cell in plain})
+        sentence += f"; plain transformers ({', '.join(rows)}) have {most:.2f} or less at two"
     return [sentence + "."]
 
 
@@ -199,7 +201,7 @@ WANTED = {
 }
 
 
-def _expectations(looped: list[Result], plain: list[Result]) -> list[Expectation]:
+def _expectations(looped: list[Result], plain: dict[str, Result]) -> list[Expectation]:
     made = []
     if looped:
         for question, (what, wanted) in WANTED.items():
@@ -229,9 +231,9 @@ def _expectations(looped: list[Result], plain: list[Result]) -> list[Expectation
             )
         )
     if plain:
-        best = max(_share(run, "alone-2") for run in plain)
+        best = max(_share(run, "alone-2") for run in plain.values())
         made.append(
-            Expectation("best plain transformer, 2 hops", "≤ 0.3", f"{best:.3f}", best <= 0.3)
+            Expectation("best plain transformer run, 2 hops", "≤ 0.3", f"{best:.3f}", best <= 0.3)
         )
     return made
 

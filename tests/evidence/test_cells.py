@@ -51,6 +51,20 @@ def test_results_of_other_settings_are_refused(tmp_path):
         run_cells([counting("a", 2, [])], tmp_path, lambda _: None)
 
 
+def test_an_interrupted_run_of_other_settings_is_not_gone_on_with(tmp_path):
+    def stopped(folder, say):
+        raise KeyboardInterrupt
+
+    interrupted = Cell("a", {"size": 1, "pair": (1, 2)}, stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_cells([interrupted], tmp_path, print)
+    calls = []
+    with pytest.raises(CheckpointError, match="as its folder's checkpoints are"):
+        run_cells([counting("a", 2, calls)], tmp_path, print)
+    run_cells([counting("a", 1, calls)], tmp_path, print)
+    assert calls == ["a"]
+
+
 def test_a_damaged_result_is_named(tmp_path):
     cell = counting("a", 1, [])
     run_cells([cell], tmp_path, lambda _: None)

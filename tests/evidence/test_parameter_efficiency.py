@@ -209,7 +209,10 @@ def test_a_rate_at_the_edge_is_admitted():
 
 def test_hops_are_compared_at_the_rate_that_validation_chains_prefer():
     section = conclude(HOPS)
-    assert "answers 0.990 right, plain ones 0.300 at 1.00 times" in section.sentences[0]
+    assert (
+        "answers 0.990 right, a plain one of 1.00 times its parameters 0.300"
+        in section.sentences[0]
+    )
     assert [(e.wanted, e.met) for e in section.expectations] == [("≥ 0.300", True)]
     worse = {**HOPS, "hops-looped/seed-0": {**HOPS["hops-looped/seed-0"], "fresh": 0.1}}
     assert not conclude(worse).expectations[0].met
@@ -230,7 +233,7 @@ def test_plain_hop_models_have_their_ratio_and_twice_the_steps():
     model = reasoning_leg.MODEL
     for ratio in reasoning_leg.RATIOS:
         plain = reasoning_leg.plain_of(ratio, model)
-        found = reasoning_leg.count(plain) / reasoning_leg.count(model)
+        found = hop_training.count(plain) / hop_training.count(model)
         assert found == pytest.approx(ratio, rel=0.01)
         assert plain.steps == 2 * model.steps
 

@@ -14,6 +14,7 @@ from openmythos.evidence.report import (
     spread,
     table,
     with_devices,
+    with_missing,
     write_claim,
     write_pages,
 )
@@ -49,6 +50,14 @@ def test_what_ran_on_a_gpu_is_said():
     assert with_devices(SECTION, {"b/seed-0": {}}) == SECTION
 
 
+def test_what_has_not_run_is_said_by_row():
+    cells = ["a/seed-0", "a/seed-1", "b/c/seed-0", "d"]
+    assert with_missing(SECTION, cells, []) == SECTION
+    noted = with_missing(SECTION, cells, ["a/seed-1", "b/c/seed-0", "d"])
+    said = "Not run, or not all of it: a (1 of 2), b/c (0 of 1), d (0 of 1)."
+    assert noted.notes == ("A note.", said)
+
+
 def test_pages_hold_the_claims_there_are_in_their_order(tmp_path):
     for name in ("second", "first"):
         content = {"command": f"openmythos evidence {name}", "results": {}}
@@ -75,6 +84,7 @@ def test_every_claim_says_what_it_is_and_concludes_from_nothing(name):
     module = claim(name)
     assert len(module.__doc__) > 200
     assert module.HOURS > 0
+    assert module.SEEDS > 0
     section = module.conclude({})
     assert section.title == module.TITLE
     assert not section.expectations
@@ -88,6 +98,7 @@ def test_every_claim_says_what_it_is_and_concludes_from_nothing(name):
 
 def test_the_command_is_what_gives_the_figures():
     assert command("x", Reproduction(seeds=2)) == "openmythos evidence x --seeds 2"
+    assert command("x", Reproduction()) == "openmythos evidence x"
     assert command("x", Reproduction(quick=True)) == "openmythos evidence x --quick"
 
 

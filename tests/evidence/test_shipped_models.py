@@ -40,7 +40,7 @@ def test_sentences_come_from_the_numbers():
     assert (
         "takes 1.0000 bits per byte on held-out messages at its trained 3" in section.sentences[0]
     )
-    assert "PPMd given the same training text takes 1.4000" in section.sentences[0]
+    assert "PPMd given the messages of its training text takes 1.4000" in section.sentences[0]
     assert [e.met for e in section.expectations] == [True, True]
     assert "PPMd" not in conclude(figures(ppmd=None)).sentences[0]
 
