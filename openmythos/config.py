@@ -154,7 +154,7 @@ class MythosConfig:
             ConfigError: a field has an unknown name or a size that cannot be built.
         """
         object.__setattr__(self, "_derived", set())
-        self._check_types()
+        check_types(self)
         self._check_kinds()
         for name in ("hidden_size", "num_heads"):  # others are derived from them
             self._at_least(name, 1)
@@ -185,22 +185,6 @@ class MythosConfig:
         """Derive a field that was left open; `replace` derives it anew."""
         object.__setattr__(self, name, value)
         self._derived.add(name)
-
-    def _check_types(self) -> None:
-        """Refuse values of a wrong type before arithmetic on them fails obscurely."""
-        for field in dataclasses.fields(self):
-            value, optional = getattr(self, field.name), "None" in str(field.type)
-            if value is None and optional:
-                continue
-            kind = str(field.type).split(" ")[0]
-            if kind == "int" and (not isinstance(value, int) or isinstance(value, bool)):
-                raise ConfigError(f"{field.name}={value!r} must be an integer")
-            if kind == "bool" and not isinstance(value, bool):
-                raise ConfigError(f"{field.name}={value!r} must be true or false")
-            if kind == "float" and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise ConfigError(f"{field.name}={value!r} must be a number")
-            if kind == "float" and not math.isfinite(value):
-                raise ConfigError(f"{field.name}={value!r} must be a finite number")
 
     def _check_kinds(self) -> None:
         for name, kind in KINDS.items():
@@ -348,3 +332,27 @@ KINDS: dict[str, Any] = {
     "core_output": CoreOutputKind,
     "rope_pairing": RopePairing,
 }
+
+
+def check_types(config: Any) -> None:
+    """Refuse values of a wrong type before arithmetic on them fails obscurely.
+
+    Args:
+        config: a dataclass; its fields of integers, floats and booleans are looked at.
+
+    Raises:
+        ConfigError: a field has another type, or is not finite.
+    """
+    for field in dataclasses.fields(config):
+        value, optional = getattr(config, field.name), "None" in str(field.type)
+        if value is None and optional:
+            continue
+        kind = str(field.type).split(" ")[0]
+        if kind == "int" and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ConfigError(f"{field.name}={value!r} must be an integer")
+        if kind == "bool" and not isinstance(value, bool):
+            raise ConfigError(f"{field.name}={value!r} must be true or false")
+        if kind == "float" and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ConfigError(f"{field.name}={value!r} must be a number")
+        if kind == "float" and not math.isfinite(value):
+            raise ConfigError(f"{field.name}={value!r} must be a finite number")

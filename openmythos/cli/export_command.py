@@ -94,11 +94,15 @@ def run(settings: Settings) -> None:
 def _check(settings: Settings) -> None:
     if settings.corpus is not None and settings.text is not None:
         raise InputError("one of --corpus and --text may be given, and not both")
-    if (settings.folder / CONFIG_FILE).exists():
-        raise InputError(
-            f"folder={settings.folder} holds a model already, must be new: choose another, or "
-            "delete it"
-        )
+    from openmythos.model.files import WEIGHTS_FILE
+    from openmythos.training.run import SETTINGS, TOKENIZER
+
+    for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER, SETTINGS):
+        if (settings.folder / name).exists():
+            raise InputError(
+                f"folder={settings.folder} holds a model or a run already ({name}), must be new: "
+                "choose another, or delete it"
+            )
 
 
 def _documents(settings: Settings) -> list[str] | None:

@@ -47,6 +47,18 @@ class LanguageModel:
             )
         self.model, self.tokenizer = model.eval(), tokenizer
 
+    def save(self, folder: str | Path, weights: WeightsKind | None = None) -> None:
+        """Write config, weights and tokenizer, for `openmythos.load`.
+
+        Args:
+            folder: made where it is missing.
+            weights: what the file holds; see `OpenMythos.save_pretrained`.
+
+        Raises:
+            CheckpointError: a file cannot be written.
+        """
+        self.model.save_pretrained(folder, self.tokenizer, weights)
+
     def generate(
         self,
         prompt: str = "",
@@ -266,7 +278,7 @@ def _without_tokenizer(name: str | Path, folder: Path) -> str:
         return f"model={str(name)!r} must be one that reads text: walks are for `openmythos reason`"
     return (
         f"model={str(name)!r} must have a {TOKENIZER} beside its weights: save it by "
-        "LanguageModel.write, or give save_pretrained its tokenizer"
+        "LanguageModel.save, or give save_pretrained its tokenizer"
     )
 
 

@@ -52,11 +52,14 @@ class _Normalise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         inverse = inverse_rms(x, eps)
         ctx.save_for_backward(x, inverse, weight)
+        ctx.eps = eps
         return x * inverse * weight
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, inverse, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative, of which this is a part
+            inverse = inverse_rms(x, ctx.eps)
         unit = x * inverse
         scaled = grad * weight
         projection = (scaled * unit).mean(-1, keepdim=True)

@@ -152,10 +152,15 @@ def latest(run: str | Path, *, warn: Callable[[str], object] = warnings.warn) ->
 
 def best(run: str | Path) -> Path | None:
     """Returns the checkpoint with the lowest recorded validation bits per byte, or None."""
+    return next(iter(by_score(run)), None)
+
+
+def by_score(run: str | Path) -> list[Path]:
+    """Returns the checkpoints that were measured, the best first; they need not be whole."""
     scored = [
         (bits, folder) for folder in _folders(Path(run)) if (bits := score(folder)) is not None
     ]
-    return min(scored)[1] if scored else None
+    return [folder for _, folder in sorted(scored)]
 
 
 def remove_leftovers(run: str | Path) -> None:

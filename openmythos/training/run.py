@@ -42,6 +42,8 @@ class Settings:
     train: TrainConfig
     source: dict[str, Any]
     """Where the text came from: corpus or path, field, share held out."""
+    start_from: str | None = None
+    """The folder of the model whose weights it started from; None: fresh weights."""
 
     def save(self, run: Path) -> None:
         """Write `settings.json`."""
@@ -49,6 +51,7 @@ class Settings:
             "model": json.loads(self.model.to_json()),
             "train": dataclasses.asdict(self.train),
             "source": self.source,
+            "start_from": self.start_from,
         }
         write_atomically(run / SETTINGS, (json.dumps(content, indent=2) + "\n").encode())
 
@@ -68,7 +71,8 @@ class Settings:
             source = content["source"]
             if not ("corpus" in source or {"text", "field", "held_out"} <= set(source)):
                 raise ValueError("source must name a corpus or a text")
-            return cls(model, train_config(content["train"]), source)
+            start = content.get("start_from")  # runs from before it was kept have none
+            return cls(model, train_config(content["train"]), source, start)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} must be a whole settings file, but: {error}") from error
 

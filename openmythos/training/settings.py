@@ -4,11 +4,13 @@ The command line builds its flags and its help from these dataclasses, and must 
 torch could be imported.
 """
 
+from __future__ import annotations
+
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from openmythos.config import check_types
 from openmythos.errors import ConfigError
 
 DepthLaw = Literal["fixed", "near", "uniform", "poisson", "lognormal_poisson"]
@@ -52,7 +54,7 @@ class OptimizerConfig:
     """Share of all steps, at the end, over which the learning rates fall in a line to 0."""
 
     def __post_init__(self) -> None:
-        _require_finite(self)
+        check_types(self)
         kinds = get_args(MatrixOptimizer)
         self._require("matrices", f"be one of {', '.join(kinds)}", self.matrices in kinds)
         for name in ("muon_lr", "adam_lr"):
@@ -70,15 +72,10 @@ class OptimizerConfig:
             raise ConfigError(f"{name}={value} must {rule}: the default is {default}")
 
 
-def _require_finite(config: object) -> None:
-    for name, value in vars(config).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{name}={value} must be a finite number")
-
-
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "always", "never"]
 TrainedPart = Literal["all", "adapters"]
+Log = Literal["none", "tensorboard"]
 Finish = Literal["last", "best"]
 
 
@@ -146,14 +143,14 @@ class TrainConfig:
     evaluate_tokens: int = 16_384
     """Tokens in such a measurement; the last one takes all of the held-out text."""
 
-    log: Literal["none", "tensorboard"] = "none"
+    log: Log = "none"
     """Where metrics go beside metrics.jsonl."""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Learning rates and their schedule."""
 
     def __post_init__(self) -> None:
-        _require_finite(self)
+        check_types(self)
         for name in ("steps", "batch_size", "length", "accumulation", "save_every", "keep"):
             self._require(name, 1)
         for name in ("evaluate_every", "evaluate_tokens"):
@@ -174,6 +171,7 @@ class TrainConfig:
             "compile": Compile,
             "train": TrainedPart,
             "finish": Finish,
+            "log": Log,
         }
         for name, kind in kinds.items():
             if getattr(self, name) not in get_args(kind):

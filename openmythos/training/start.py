@@ -74,14 +74,15 @@ def start_run(
         run.mkdir(parents=True, exist_ok=True)
         training, validation = prepare(corpus, tokens, run, least_tokens=least)
         tokens.save(run / "tokenizer.json")
-        settings = Settings(model, train, _remembered(source))
+        start_name = None if start_from is None else str(start_from)
+        settings = Settings(model, train, _remembered(source), start_name)
         trainer = Trainer(run, settings, tokens, training, validation)
         if start is not None:
             _take_weights(trainer, start)
-        settings.save(run)
         checkpoint.remove_leftovers(run)
         if start is not None:
-            trainer.save()  # a resume must not start from fresh weights
+            trainer.save()  # before it is a run: a resume must not start from fresh weights
+        settings.save(run)
     except BaseException:
         if made:  # nothing is left of a run that did not start
             shutil.rmtree(run, ignore_errors=True)
@@ -117,7 +118,11 @@ def open_run(run: Path, *, steps: int | None = None) -> Trainer:
             _check_until(checkpoint.step_of(newest), train_config(state["train"]), settings.train)
     training, validation = prepare(corpus, tokens, run, least_tokens=least)
     trainer = Trainer(run, settings, tokens, training, validation)
-    trainer.resume()
+    if not trainer.resume() and settings.start_from is not None:
+        raise CheckpointError(
+            f"run={run} must have a checkpoint, as it began with the weights of "
+            f"{settings.start_from}: start it anew with --start-from"
+        )
     if steps is not None:
         settings.save(run)
     return trainer

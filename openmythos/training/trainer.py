@@ -34,7 +34,14 @@ from openmythos.training.evaluate import Evaluation, evaluate
 from openmythos.training.gate import GateReport, Labelled, train_gate
 from openmythos.training.machine import Machine, default_device, matmul_peak, measure
 from openmythos.training.optimizer import build_optimizers
-from openmythos.training.run import METRICS, MODEL, Settings, cut_metrics, train_config
+from openmythos.training.run import (
+    METRICS,
+    MODEL,
+    TOKENIZER,
+    Settings,
+    cut_metrics,
+    train_config,
+)
 from openmythos.training.settings import same_until, schedule
 from openmythos.training.token_file import TokenFile
 from openmythos.training.tokenizer import Tokenizer
@@ -110,6 +117,8 @@ class Trainer:
             CheckpointError: a checkpoint cannot be written.
         """
         self.prepare()
+        if self.step < self.config.steps:  # the model of fewer steps is not the finished one
+            (self.run / MODEL / TOKENIZER).unlink(missing_ok=True)
         with self._stop_on_signals(), self._metrics(report) as write:
             while self.step < self.config.steps:
                 write(self.one_step())
@@ -154,12 +163,16 @@ class Trainer:
         self.model.save_pretrained(self.run / MODEL, self.tokenizer)
 
     def _take_best(self) -> int:
-        """Take the weights of the checkpoint that measured best; return its step."""
-        best = checkpoint.best(self.run)
-        if best is None:
-            return self.step
-        fill(self.model, checkpoint.load(best).tensors["model"], str(best))
-        return checkpoint.step_of(best)
+        """Take the weights of the whole checkpoint that measured best; return its step."""
+        for folder in checkpoint.by_score(self.run):
+            try:
+                found = checkpoint.load(folder)
+            except CheckpointError as error:
+                warnings.warn(f"{error} (passed over)", stacklevel=2)
+                continue
+            fill(self.model, found.tensors["model"], str(folder))
+            return found.step
+        return self.step
 
     @contextlib.contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
@@ -214,7 +227,10 @@ class Trainer:
         for part in np.split(np.arange(config.batch_size), config.accumulation):
             with self._layers():
                 out, loss = self._forward(samples[part], depth[part])
-                (loss / config.tokens_per_step).backward()
+                wanted = loss
+                if out.ponder is not None:
+                    wanted = loss + config.ponder_cost * out.ponder.sum()
+                (wanted / config.tokens_per_step).backward()
             total += float(loss.detach())
             flops += self._flops(depth[part])
             if (counted := out.loads) is not None:
@@ -251,10 +267,7 @@ class Trainer:
                 halting="act" if learned_act else "none",
             )
             losses = cross_entropy(out.logits, token_ids[:, 1:])
-        loss = losses.sum()
-        if out.ponder is not None:
-            loss = loss + self.config.ponder_cost * out.ponder.sum()
-        return out, loss
+        return out, losses.sum()
 
     def _window(self) -> int:
         given = self.config.backprop_loops

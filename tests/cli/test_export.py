@@ -68,7 +68,8 @@ def test_a_run_without_a_finished_model_is_taken_from_its_last_checkpoint(run, t
     ("flags", "sentence"),
     [
         ("nowhere small", "model='nowhere' must be the folder of a model or of a run"),
-        ("RUN RUN/model", "holds a model already, must be new: choose another, or delete it"),
+        ("RUN RUN/model", "holds a model or a run already (config.json), must be new: choose"),
+        ("RUN RUN", "holds a model or a run already (tokenizer.json), must be new: choose"),
         ("RUN small --weights int4", "must be one of"),
         ("RUN small --text TEXT --corpus embedded", "one of --corpus and --text may be given"),
         ("RUN small --text none.txt", "text='none.txt' must exist"),

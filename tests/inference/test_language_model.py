@@ -159,7 +159,7 @@ def test_ids_that_the_tokenizer_has_no_text_for_are_never_drawn(lm):
 
 
 def test_a_saved_model_writes_the_same(lm, tmp_path):
-    lm.model.save_pretrained(tmp_path, lm.tokenizer)
+    lm.save(tmp_path)
     again = openmythos.load(tmp_path)
     assert again.generate("the", seed=1) == lm.generate("the", seed=1)
 

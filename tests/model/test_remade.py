@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from openmythos.model.feed_forward import swiglu
+from openmythos.model.norm import rms_norm
 from openmythos.model.remade import remade
 from tests.tiny import some_ids, tiny
 
@@ -104,3 +105,19 @@ def test_a_model_learns_the_same(kind, monkeypatch):
     whole = learned()
     assert lean.keys() == whole.keys()
     assert all(torch.equal(lean[name], whole[name]) for name in whole)
+
+
+def test_a_norm_has_the_second_derivative_of_the_plain_formula():
+    x, weight = torch.randn(2, 8, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
+
+    def plain(x, weight):
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
+
+    second = []
+    for norm in (lambda x, weight: rms_norm(x, weight, 1e-6), plain):
+        values = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        first = torch.autograd.grad(norm(*values).exp().sum(), values, create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in first)
+        second.append(torch.autograd.grad(penalty, values))
+    for mine, expected in zip(*second, strict=True):
+        torch.testing.assert_close(mine, expected)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from openmythos import MythosConfig, OpenMythos, Tokenizer
 from openmythos.cli.train_command import _better
 from openmythos.errors import CheckpointError, ConfigError, DataError
 from openmythos.training import checkpoint, compiled, machine, memory
-from openmythos.training.run import METRICS, Settings, load_from_run, metrics
+from openmythos.training.run import METRICS, Settings, finished, load_from_run, metrics
 from openmythos.training.settings import OptimizerConfig, TrainConfig
 from openmythos.training.start import open_run, start_run
 from openmythos.training.trainer import Stopped, Trainer, scalars
@@ -372,6 +373,37 @@ def test_adapters_keep_the_loops_they_were_trained_with(tmp_path, text):
     assert not (tmp_path / "no").exists()
 
 
+def test_a_run_that_lost_the_weights_it_started_from_is_not_gone_on_with(
+    tmp_path, text, monkeypatch
+):
+    base, run = tmp_path / "base", tmp_path / "run"
+    start(base, text, steps=1).fit()
+    run.mkdir()
+
+    def full(*_):
+        raise CheckpointError("no space is left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", full)
+        with pytest.raises(CheckpointError, match="no space"):
+            adapted(run, base / "model", text, lora_rank=2)
+    with pytest.raises(CheckpointError, match="it is not a training run"):
+        open_run(run)
+    adapted(run, base / "model", text, lora_rank=2)  # what was left is in nobody's way
+    for folder in run.glob("step-*"):
+        shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match="as it began with the weights of .*model: start it"):
+        open_run(run)
+
+
+def test_what_loops_cost_is_no_part_of_the_loss_that_is_told(tmp_path, text):
+    model = {"learned_act": True}
+    free = start(tmp_path / "free", text, model, ponder_cost=0.0).one_step()
+    dear = start(tmp_path / "dear", text, model, ponder_cost=1.0).one_step()
+    assert dear["loss"] == pytest.approx(free["loss"], rel=1e-5)
+    assert dear["gradient_norm"] != free["gradient_norm"]
+
+
 def test_training_balances_the_experts_and_act_learns_its_exit(tmp_path, text):
     trainer = start(tmp_path / "run", text, model={"learned_act": True}, steps=6)
     exit_before = trainer.model.core.act.weight.clone()
@@ -519,6 +551,41 @@ def test_the_finished_model_is_the_last_or_the_best(tmp_path, text, monkeypatch,
     assert better.startswith("step 3 measured better, 1.0000 bits per byte against 3.0000")
 
 
+def test_of_the_best_checkpoints_the_first_whole_one_is_taken(tmp_path, text, monkeypatch):
+    scores = iter((1.0, 2.0, 3.0))
+    monkeypatch.setattr(Trainer, "_score", lambda *_: next(scores))
+    run = tmp_path / "run"
+    trainer = start(run, text, steps=9, save_every=3, evaluate_every=3, finish="best", keep=9)
+    save = checkpoint.save
+
+    def damaging(folder, step, *rest, **more):
+        save(folder, step, *rest, **more)
+        if step == 3:
+            (run / "step-00000003" / "tensors.safetensors").write_bytes(b"torn")
+
+    monkeypatch.setattr(checkpoint, "save", damaging)
+    with pytest.warns(UserWarning, match="passed over"):
+        trainer.fit()
+    last = next(line for line in metrics(run) if "final" in line)
+    assert last["step"] == 5
+
+
+def test_while_a_finished_run_goes_on_its_earlier_model_is_not_the_finished_one(tmp_path, text):
+    run = tmp_path / "run"
+    start(run, text, optimizer=OptimizerConfig(decay_share=0), steps=4).fit()
+    assert finished(run)
+    trainer = open_run(run, steps=8)
+    trainer.prepare()
+    trainer._stop = True
+    with pytest.raises(Stopped):
+        trainer.fit()
+    assert not finished(run)
+    trainer = open_run(run)
+    trainer.fit()
+    assert finished(run)
+    assert_close(openmythos.load(run).model.state_dict(), trainer.model.state_dict())
+
+
 def test_no_better_step_is_named_where_the_last_is_as_good(tmp_path):
     assert _better(tmp_path) is None
     for step, bits in ((1, 1.195), (2, 1.2), (3, None)):
@@ -620,6 +687,10 @@ def test_text_shorter_than_a_batch_is_refused_and_leaves_nothing(tmp_path, text)
         ({"steps": 0}, "steps=0 must be 1 or more"),
         ({"accumulation": 3}, "accumulation=3 must divide batch_size=16"),
         ({"backprop_loops": 0}, "backprop_loops=0 must be 1 or more"),
+        ({"steps": 2.5}, "steps=2.5 must be an integer"),
+        ({"batch_size": True}, "batch_size=True must be an integer"),
+        ({"log": "wandb"}, "log='wandb' must be one of none, tensorboard"),
+        ({"ponder_cost": math.nan}, "ponder_cost=nan must be a finite number"),
     ],
 )
 def test_settings_out_of_range_are_refused(fields, sentence):
@@ -628,7 +699,8 @@ def test_settings_out_of_range_are_refused(fields, sentence):
 
 
 def test_settings_survive_their_file(tmp_path):
-    settings = Settings(MythosConfig(**SHAPE), TrainConfig(steps=7), {"corpus": "embedded"})
+    model, train = MythosConfig(**SHAPE), TrainConfig(steps=7)
+    settings = Settings(model, train, {"corpus": "embedded"}, "some/model")
     settings.save(tmp_path)
     assert Settings.load(tmp_path) == settings
     (tmp_path / "settings.json").write_text(json.dumps({"model": {}}))
