@@ -5,12 +5,13 @@ clue, a gate trained after the model (it looks ahead to each token's best later 
 token leaves the core. Quality against mean loops is compared with fixed depth, with the rules that
 need no training, with random exit (the gate's own loops, dealt to other tokens at random, which
 would be as good if the gate knew nothing), and with two oracles: each token's first loop from which
-it stays right, and the same with as much time to settle as others need of it. A short training with
-the gate's exits then lets the model see the keys of tokens that left early. Graves' rule, which a
-model must be trained with, is measured on the shipped reasoner; see `graves_exits`.
+it stays right, and the same with as much time to settle as others need of it. Short trainings with
+a gate's exits then let the model see the keys of tokens that left early, and be right sooner; each
+has a gate of its own. Graves' rule, which a model must be trained with, is measured on the shipped
+reasoner; see `graves_exits`.
 
 On text the question only arises where depth is worth something: that is measured first, and then
-the exits of the shipped language model; see `text_exits`.
+the exits of the shipped language model, Graves' too; see `text_exits`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,9 +45,12 @@ from openmythos.training.gate import Labelled, train_gate
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from openmythos.inference.language_model import LanguageModel
+
 TITLE = "Adaptive computation: harder tokens take more loops"
-HOURS = 3.0
-"""Of one core, for everything with three seeds."""
+SEEDS = 3
+HOURS = 4.5
+"""Of one core, for everything with so many seeds."""
 
 RULES: dict[HaltingKind, tuple[float, ...]] = {
     "gate": (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999),
@@ -58,10 +63,13 @@ POINTS = 0.005
 
 @dataclass(frozen=True, kw_only=True)
 class GateFit:
-    """How a gate is trained, and how many nats a token its exits may cost."""
+    """How a gate is trained, and what its exits may cost."""
 
     steps: int
-    cost: float
+    cost: float | None = None
+    """Nats a token."""
+    lost_accuracy: float | None = None
+    """Share of the answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +81,17 @@ class Study:
     """Most loops of a token."""
     margin: float = 0.05
     """Nats by which a state that the gate stops at may be worse than the best later one."""
-    first_gate: GateFit = GateFit(steps=150, cost=0.05)
-    """The gate whose exits are trained with."""
-    last_gate: GateFit = GateFit(steps=150, cost=0.01)
-    """The one in the end."""
+    gates: tuple[GateFit, ...] = (
+        *[GateFit(steps=150, cost=0.05)] * 3,
+        GateFit(steps=150, lost_accuracy=0.003),
+    )
+    """One after the other; the model is trained on with the exits of each but the last."""
     exit_steps: int = 200
-    """Steps of the training with the gate's exits."""
-    chains: int = 16
+    """Steps of each training with a gate's exits."""
+    held_out: int = 32
+    """Chains for each number of hops on which a gate's threshold is chosen. Where one answer is
+    wrong, most after it are, so that few chains say little."""
+    chains: int = 32
     """Test chains for each number of hops, 1 to 20, each among as many no-ops as make 40 slots."""
 
 
@@ -87,9 +99,9 @@ FULL = Study(training=REASONER)
 QUICK = Study(
     training=dataclasses.replace(REASONER, hidden_size=64, feed_forward_size=512, steps=300),
     budget=32,
-    first_gate=GateFit(steps=30, cost=0.05),
-    last_gate=GateFit(steps=30, cost=0.05),
+    gates=(GateFit(steps=30, cost=0.05),) * 2,
     exit_steps=20,
+    held_out=4,
     chains=4,
 )
 
@@ -98,7 +110,8 @@ def cells(*, quick: bool, seeds: int) -> list[Cell]:
     """One study a seed, and the text's own question."""
     if quick:
         return [_cell(QUICK, 0)]
-    return [*(_cell(FULL, seed) for seed in range(seeds)), *_shipped_cells(), *_text_cells()]
+    studies = [_cell(FULL, seed) for seed in range(seeds)]
+    return [*studies, _twin_cell(FULL), *_shipped_cells(), *_text_cells()]
 
 
 def _cell(study: Study, seed: int) -> Cell:
@@ -112,11 +125,15 @@ def run(study: Study, folder: Path, say: Say) -> Result:
     """Train, fit the gate, measure; train with exits, fit the gate anew, measure again."""
     model, took = study.training.train(folder / "model", say)
     model.cpu()
-    say("training the gate")
-    before = _with_gate(model, study, study.first_gate, say)
-    say("training with exits")
-    _train_with_exits(model, study, folder / "exits", say)
-    after = _with_gate(model, study, study.last_gate, say)
+    before: Result = {}
+    for number, how in enumerate(study.gates):
+        say(f"training gate {number + 1} of {len(study.gates)}")
+        gate = fit_gate(model, study, how)
+        if number == 0:
+            before = _measured(model, study, gate, say)
+        if number < len(study.gates) - 1:
+            _train_on(model, study, number, folder / f"exits-{number + 1}", say, exits=True)
+    after = _measured(model, study, gate, say)
     model.save_pretrained(folder / "reasoner", weights="bf16")
     return {**took, "before": before, "after": after}
 
@@ -124,43 +141,46 @@ def run(study: Study, folder: Path, say: Say) -> Result:
 def fit_gate(model: OpenMythos, study: Study, how: GateFit) -> dict[str, Any]:
     """Train the gate of a hop model; return what it does on held-out chains."""
 
-    def asked(stream: int, step: int, sequences: int) -> Labelled:
-        random = np.random.default_rng([study.training.seed, stream, step])
-        hops = int(random.integers(1, TRAINED_HOPS + 1))
-        chains = TASK.chains(random, sequences, hops, 2 * TRAINED_HOPS)
+    def labelled(chains: Chains) -> Labelled:
         return Labelled(torch.from_numpy(chains.token_ids), torch.from_numpy(chains.answers))
 
-    held_out = [asked(GATE_HELD_OUT, step, 32) for step in range(4)]
+    def batch(step: int) -> Labelled:
+        random = np.random.default_rng([study.training.seed, GATE_TRAINING, step])
+        hops = int(random.integers(1, TRAINED_HOPS + 1))
+        return labelled(TASK.chains(random, 16, hops, 2 * TRAINED_HOPS))
+
+    random = np.random.default_rng([study.training.seed, GATE_HELD_OUT])
+    held_out = [labelled(of_all_lengths(random, 1)) for _ in range(study.held_out)]
     report = train_gate(
         model,
-        lambda step: asked(GATE_TRAINING, step, 16),
+        batch,
         held_out,
         steps=how.steps,
         budget=study.budget,
         margin=study.margin,
         cost=how.cost,
+        lost_accuracy=how.lost_accuracy,
     )
     return dataclasses.asdict(report)
 
 
-GATE_TRAINING, GATE_HELD_OUT, TEST = 10, 11, 12
+GATE_TRAINING, GATE_HELD_OUT, TEST, EXITS = 10, 11, 12, 13
 """Streams of chains."""
 
 
 def shown_chains(study: Study) -> Chains:
     """Chains of 1 to `TRAINED_HOPS` hops in 40 slots: what all ways of leaving are asked."""
-    return constant_length(study, range(1, TRAINED_HOPS + 1), 2 * TRAINED_HOPS)
+    return of_all_lengths(np.random.default_rng([study.training.seed, TEST]), study.chains)
 
 
-def constant_length(study: Study, hops: range, slots: int) -> Chains:
-    """Chains of every number of hops among no-ops, all of one length."""
-    random = np.random.default_rng([study.training.seed, TEST, slots])
-    drawn = [TASK.chains(random, study.chains, count, slots) for count in hops]
+def of_all_lengths(random: np.random.Generator, count: int) -> Chains:
+    """So many chains of each number of hops, 1 to `TRAINED_HOPS`, among no-ops in 40 slots."""
+    lengths = range(1, TRAINED_HOPS + 1)
+    drawn = [TASK.chains(random, count, hops, 2 * TRAINED_HOPS) for hops in lengths]
     return Chains(*(np.concatenate(parts) for parts in zip(*drawn, strict=True)))
 
 
-def _with_gate(model: OpenMythos, study: Study, how: GateFit, say: Say) -> Result:
-    gate = fit_gate(model, study, how)
+def _measured(model: OpenMythos, study: Study, gate: dict[str, Any], say: Say) -> Result:
     say("measuring")
     return {"gate": gate, **_exits(model, study)}
 
@@ -169,24 +189,15 @@ def _with_gate(model: OpenMythos, study: Study, how: GateFit, say: Say) -> Resul
 def _exits(model: OpenMythos, study: Study) -> Result:
     """Accuracy and mean loops of every way of leaving, for a model with a gate."""
     chains = shown_chains(study)
-    token_ids, wanted = torch.from_numpy(chains.token_ids), torch.from_numpy(chains.answers)
+    token_ids = torch.from_numpy(chains.token_ids)
+    right = _right_after(model, chains, study.budget)
 
     def score(**how: Any) -> tuple[float, float, Tensor]:
-        out = model(token_ids, **how)
-        right = out.logits[..., : TASK.entities].argmax(-1) == wanted
-        return float(right.double().mean()), float(out.loops.double().mean()), out.loops
+        return _score(model, chains, **how)
 
-    states = model(token_ids, study.budget, return_states=True).states
-    named = torch.stack([model.decode(h)[..., : TASK.entities].argmax(-1) for h in states])
-    right = named == wanted
-    fixed = {str(t + 1): float(row.double().mean()) for t, row in enumerate(right)}
-    rules = {
-        rule: [
-            [threshold, *score(loops=study.budget, halting=rule, threshold=threshold)[:2]]
-            for threshold in thresholds
-        ]
-        for rule, thresholds in RULES.items()
-    }
+    untaught = _untaught(model, study, chains, right)
+    fixed = untaught["fixed"]
+    rules = {"gate": _by_threshold(model, study, chains, "gate"), **untaught["rules"]}
     accuracy, mean, loops = score(loops=study.budget, halting="gate")
     # A token runs one loop more than it needs, so that others can read what it found.
     oracle = (first_lasting(right) + 1).clamp(max=study.budget)
@@ -202,8 +213,7 @@ def _exits(model: OpenMythos, study: Study) -> Result:
 
     shuffled = loops.flatten()[torch.from_numpy(_permutation(loops.numel()))].view_as(loops)
     return {
-        "budget": study.budget,
-        "fixed": fixed,
+        **untaught,
         "rules": rules,
         "chosen": {"accuracy": accuracy, "mean_loops": mean},
         "random": _point(*score(loops=shuffled)[:2]),
@@ -215,6 +225,47 @@ def _exits(model: OpenMythos, study: Study) -> Result:
         "deeper": _deeper(model, study),
         "saving": _saving(model, token_ids, study.budget, mean),
     }
+
+
+def _untaught(
+    model: OpenMythos, study: Study, chains: Chains, right: Tensor | None = None
+) -> Result:
+    """What needs no gate: accuracy at each fixed depth, and the rules that are not learnt."""
+    right = _right_after(model, chains, study.budget) if right is None else right
+    return {
+        "budget": study.budget,
+        "fixed": {str(t + 1): float(row.double().mean()) for t, row in enumerate(right)},
+        "rules": {
+            rule: _by_threshold(model, study, chains, rule) for rule in RULES if rule != "gate"
+        },
+    }
+
+
+def _right_after(model: OpenMythos, chains: Chains, budget: int) -> Tensor:
+    """Whether each place is answered right after each loop, `(loops, batch, sequence)`."""
+    states = model(torch.from_numpy(chains.token_ids), budget, return_states=True).states
+    named = torch.stack([model.decode(h)[..., : TASK.entities].argmax(-1) for h in states])
+    return named == torch.from_numpy(chains.answers)
+
+
+def _by_threshold(
+    model: OpenMythos, study: Study, chains: Chains, rule: HaltingKind
+) -> list[list[float]]:
+    """Threshold, accuracy and mean loops, for each threshold of a rule."""
+    return [
+        [
+            threshold,
+            *_score(model, chains, loops=study.budget, halting=rule, threshold=threshold)[:2],
+        ]
+        for threshold in RULES[rule]
+    ]
+
+
+def _score(model: OpenMythos, chains: Chains, **how: Any) -> tuple[float, float, Tensor]:
+    """Accuracy, mean loops and each token's loops of one way of leaving."""
+    out = model(torch.from_numpy(chains.token_ids), **how)
+    right = out.logits[..., : TASK.entities].argmax(-1) == torch.from_numpy(chains.answers)
+    return float(right.double().mean()), float(out.loops.double().mean()), out.loops
 
 
 def _point(accuracy: float, mean_loops: float) -> dict[str, float]:
@@ -265,7 +316,8 @@ def _deeper(model: OpenMythos, study: Study) -> Result:
     """Loops that the ends of 30-hop chains take, which the gate never saw, beside 20-hop ones."""
     taken = {}
     for hops in (TRAINED_HOPS, 30):
-        chains = constant_length(study, range(hops, hops + 1), 60)
+        random = np.random.default_rng([study.training.seed, TEST, hops])
+        chains = TASK.chains(random, study.chains, hops, 60)
         budget = study.budget * 3 // 2
         out = model(torch.from_numpy(chains.token_ids), budget, halting="gate")
         right = out.logits[:, -1, : TASK.entities].argmax(-1).numpy() == chains.answers[:, -1]
@@ -294,27 +346,54 @@ def _saving(model: OpenMythos, token_ids: Tensor, budget: int, mean: float) -> R
     return {"time": 1 - share, "loops": 1 - mean / budget}
 
 
-def _train_with_exits(model: OpenMythos, study: Study, folder: Path, say: Say) -> None:
-    """Train on with the loops that the gate gives each token, so that early keys are seen."""
+def _train_on(
+    model: OpenMythos, study: Study, number: int, folder: Path, say: Say, *, exits: bool
+) -> None:
+    """Train on with the loops that a gate gives each token, so that early keys are seen.
+
+    Without `exits`, on the same chains with one number of loops for all, as the model was trained.
+    """
     optimizer = study.training.optimizer(0.1, warmup_steps=10)
     config = FitConfig(steps=study.exit_steps, seed=study.training.seed, optimizer=optimizer)
+    fewest, most = study.training.loops
 
     def batch(step: int, _: int) -> Batch:
-        random = np.random.default_rng([study.training.seed, 13, step])
+        random = np.random.default_rng([study.training.seed, EXITS, number, step])
         hops = int(random.integers(1, TRAINED_HOPS + 1))
         chains = TASK.chains(random, 24, hops, 2 * TRAINED_HOPS)
-        token_ids = torch.from_numpy(chains.token_ids).to(model.embed.weight.device)
+        token_ids, answers = torch.from_numpy(chains.token_ids), torch.from_numpy(chains.answers)
+        if not exits:
+            return Batch(token_ids, answers, int(random.integers(fewest, most + 1)))
+        token_ids = token_ids.to(model.embed.weight.device)
         model.eval()
         with torch.no_grad():
             loops = model(token_ids, study.budget, halting="gate").loops
         model.train()
-        return Batch(token_ids, torch.from_numpy(chains.answers), loops.clone())
+        return Batch(token_ids, answers, loops.clone())
+
+    how = f"exits of gate {number + 1}" if exits else f"part {number + 1}, without exits"
 
     def report(step: int, _: int, loss: float) -> None:
-        say(f"step {step} of {config.steps}, loss {loss:.4f}")
+        say(f"{how}: step {step} of {config.steps}, loss {loss:.4f}")
 
     fit(model, batch, config, folder, report=report)
     model.cpu()
+
+
+def _twin_cell(study: Study) -> Cell:
+    settings = {**dataclasses.asdict(study), "training": study.training.as_json()}
+    return Cell("twin/seed-0", settings, lambda folder, say: run_twin(study, folder, say))
+
+
+def run_twin(study: Study, folder: Path, say: Say) -> Result:
+    """Train on alike, but without exits: what the further training does by itself."""
+    model, took = study.training.train(folder / "model", say)
+    model.cpu()
+    for number in range(len(study.gates) - 1):
+        _train_on(model, study, number, folder / f"part-{number + 1}", say, exits=False)
+    say("measuring")
+    with torch.inference_mode():
+        return {**took, **_untaught(model, study, shown_chains(study))}
 
 
 def _shipped_cells() -> list[Cell]:
@@ -325,7 +404,7 @@ def _shipped_cells() -> list[Cell]:
         "weights": weights_digest(find_model(SHIPPED_REASONER)),
         "budget": FULL.budget,
         "chains": FULL.chains,
-        "act": dataclasses.asdict(graves_exits.ActTraining()),
+        "act": dataclasses.asdict(graves_exits.CHAINS),
     }
     return [Cell("shipped", settings, _shipped)]
 
@@ -335,7 +414,7 @@ def _shipped(folder: Path, say: Say) -> Result:
     model = OpenMythos.from_pretrained(find_model(SHIPPED_REASONER)).eval()
     say("measuring")
     chains = shown_chains(FULL)
-    act = graves_exits.measure(model, chains, FULL.budget, graves_exits.ActTraining(), folder, say)
+    act = graves_exits.measure(model, chains, FULL.budget, graves_exits.CHAINS, folder, say)
     return {**_exits(model, FULL), "act": act}
 
 
@@ -345,18 +424,38 @@ def _text_cells() -> list[Cell]:
         return []
     weights = weights_digest(find_model(LANGUAGE_MODEL))
     settings = {"weights": weights, "tokens": text_exits.TOKENS}
-    return [Cell("text", settings, lambda _, say: _text(say), trains=False)]
+    learning = {**settings, "act": dataclasses.asdict(text_exits.LEARNT)}
+    return [
+        Cell("text", settings, lambda _, say: _text(say), trains=False),
+        Cell("text-act", learning, _learnt_on_text),
+    ]
 
 
 def _text(say: Say) -> Result:
     """Measure exits on held-out messages of presidents."""
+    with _held_out_messages() as (lm, reader):
+        return text_exits.measure(lm.model, reader, say)
+
+
+def _learnt_on_text(folder: Path, say: Say) -> Result:
+    """Teach the language model Graves' exits on messages that it was trained on."""
+    from openmythos.training.corpus import open_corpus
+    from openmythos.training.evaluate import tokenised
+
+    training = open_corpus("sotu").training_documents()
+    with _held_out_messages() as (lm, reader), tokenised(training, lm.tokenizer) as text:
+        return text_exits.learn(lm.model, reader, text, text_exits.LEARNT, folder, say)
+
+
+@contextmanager
+def _held_out_messages() -> Iterator[tuple[LanguageModel, text_exits.Reader]]:
     from openmythos.inference.language_model import load
     from openmythos.training.corpus import open_corpus
     from openmythos.training.evaluate import tokenised
 
     lm = load(LANGUAGE_MODEL)
     with tokenised(divided(open_corpus("sotu"))[1], lm.tokenizer) as text:
-        return text_exits.measure(lm, text, say)
+        yield lm, text_exits.Reader(text, lm.tokenizer)
 
 
 def conclude(results: dict[str, Result]) -> Section:
@@ -366,6 +465,9 @@ def conclude(results: dict[str, Result]) -> Section:
     for phase in ("before", "after"):
         if runs:
             rows += _rows(phase, [run[phase] for run in runs])
+    twins = [result for name, result in results.items() if name.startswith("twin/")]
+    if twins:
+        rows += _rows("alike, no exits", twins)
     if "shipped" in results:
         rows += _rows("shipped", [results["shipped"]])
         rows += graves_exits.rows(results["shipped"]["act"])
@@ -378,6 +480,8 @@ def conclude(results: dict[str, Result]) -> Section:
             f"{spread(share, 2)} of the loops, and the loops a token takes follow its hops with a "
             f"rank correlation of {spread([part['spearman'] for part in best])}."
         )
+        if twins:
+            sentences.append(_twin_sentence(twins[0], best))
         expectations = _expectations(runs)
     if "shipped" in results:
         expectations += _oracle_expectations(results["shipped"])
@@ -385,10 +489,28 @@ def conclude(results: dict[str, Result]) -> Section:
     head = ["exits", "phase", "accuracy", "mean loops"]
     tables = [table(head, rows)] if rows else []
     if "text" in results:
+        learnt = results.get("text-act")
         sentences += text_exits.sentences(results["text"])
-        tables.append(text_exits.table_of(results["text"]))
-    notes = NOTES if "text" not in results else (*NOTES, text_exits.NOTE)
+        if learnt is not None:
+            sentences.append(text_exits.learnt_sentence(learnt))
+        tables.append(text_exits.table_of(results["text"], learnt))
+    notes = [*NOTES]
+    if "text" in results:
+        notes.append(text_exits.NOTE)
+    if "text-act" in results:
+        notes.append(text_exits.LEARNT_NOTE)
     return Section(TITLE, sentences, tables, expectations, notes)
+
+
+def _twin_sentence(twin: Result, taught: list[Result]) -> str:
+    """Say what of the saving the exits give, and what the further training."""
+    fewest = min(_cheapest(twin, way)["mean_loops"] for way in ("fixed", *twin["rules"]))
+    gates = [part["chosen"]["mean_loops"] for part in taught]
+    return (
+        f"A twin that trains on alike, without exits and with one depth for all, answers "
+        f"{_full(twin):.4f} at full depth and takes {fewest:.1f} loops for half a point less by "
+        f"the best way that needs no gate, where the gate takes {spread(gates, 1)}."
+    )
 
 
 ORACLE = """\
@@ -402,10 +524,15 @@ Enough: the fewest loops, over depths or thresholds, that cost at most {POINTS} 
 accuracy; read off the test chains, which flatters every rule but the gate, whose own row stands as
 it was chosen on other chains."""
 
+AFTER = """\
+After: the same model trained on with the exits of three gates in turn, each fitted to the model as
+it then was; then its last gate. How often, how long and at what cost was chosen on models of these
+seeds, by other chains than those shown."""
+
 NOTES = (
     "Accuracy is over every place of chains of 1 to 20 hops in 40 slots; mean over seeds, range.",
     "Random exit deals the gate's own loops to other tokens, so its mean is the same.",
-    "After: the same model trained on with the gate's exits, and its gate fitted anew.",
+    AFTER,
     ORACLE,
     ENOUGH,
 )
@@ -428,11 +555,20 @@ def _rows(phase: str, parts: list[Result]) -> list[list[str]]:
         return [name, phase, accuracy, spread([point["mean_loops"] for point in points], 1)]
 
     full = [_point(_full(part), max(map(int, part["fixed"]))) for part in parts]
-    return [
+    made = [
         row("none: full depth", full),
         row("fixed depth, enough", [_cheapest(part, "fixed") for part in parts]),
+        *(
+            row(f"{rule}, enough", [_cheapest(part, rule) for part in parts])
+            for rule in RULES
+            if rule in parts[0]["rules"]
+        ),
+    ]
+    if "chosen" not in parts[0]:
+        return made
+    return [
+        *made,
         row("gate, as chosen", [part["chosen"] for part in parts]),
-        *(row(f"{rule}, enough", [_cheapest(part, rule) for part in parts]) for rule in RULES),
         row("random, the gate's loops", [part["random"] for part in parts]),
         row("oracle", [part["oracle"] for part in parts]),
         row("oracle, settled", [part["settled_oracle"] for part in parts]),

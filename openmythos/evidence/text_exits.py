@@ -8,7 +8,9 @@ any loop, read off a run in which all tokens take all loops.
 
 from __future__ import annotations
 
+import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +20,13 @@ from torch import Tensor
 from openmythos.config import HaltingKind
 from openmythos.evidence.cells import Result, Say
 from openmythos.evidence.forced_routing import windows_of
+from openmythos.evidence.graves_exits import ActTraining, teach, with_exits
 from openmythos.evidence.report import table
-from openmythos.inference.language_model import LanguageModel
-from openmythos.model.transformer import cross_entropy
+from openmythos.model.transformer import OpenMythos, cross_entropy
+from openmythos.training.gate import Labelled
+from openmythos.training.settings import OptimizerConfig
 from openmythos.training.token_file import TokenFile
+from openmythos.training.tokenizer import Tokenizer
 
 BUDGET = 8
 """Most loops of a token."""
@@ -40,63 +45,131 @@ TOGETHER = 4
 """Windows that are read at once."""
 
 
-@torch.inference_mode()
-def measure(lm: LanguageModel, text: TokenFile, say: Say, tokens: int = TOKENS) -> Result:
-    """Return bits per byte and mean loops of every way of leaving the core.
+LEARNT = ActTraining(prices=(0.003, 0.01, 0.03), steps=100, sequences=4, rate=0.1)
+"""How Graves' exits are learnt: at a tenth of the default rates, as the model's training ended."""
+
+
+class Reader:
+    """Reads the same windows of held-out text with any model and any way of leaving.
 
     Args:
-        lm: a language model with a trained gate.
         text: held-out tokens.
-        say: told of progress.
+        tokenizer: of the text.
         tokens: about so many predictions are measured.
     """
-    windows = windows_of(text, LENGTH, tokens)
-    sizes = torch.from_numpy(lm.tokenizer.token_bytes)[windows[:, 1:]]
 
-    def point(nats: Tensor, mean_loops: float) -> dict[str, float]:
-        bits = float(nats.cpu().double().sum()) / math.log(2) / int(sizes.sum())
+    def __init__(self, text: TokenFile, tokenizer: Tokenizer, tokens: int = TOKENS) -> None:
+        self.windows = windows_of(text, LENGTH, tokens)
+        self.bytes = int(torch.from_numpy(tokenizer.token_bytes)[self.windows[:, 1:]].sum())
+
+    def point(self, nats: Tensor, mean_loops: float) -> dict[str, float]:
+        """Return bits per byte of the losses of all predictions, and the loops they took."""
+        bits = float(nats.cpu().double().sum()) / math.log(2) / self.bytes
         return {"bits_per_byte": bits, "mean_loops": mean_loops}
 
-    def read(loops: int | Tensor = BUDGET, **rule: Any) -> tuple[dict[str, float], Tensor]:
+    @torch.inference_mode()
+    def read(
+        self, model: OpenMythos, loops: int | Tensor = BUDGET, **rule: Any
+    ) -> tuple[dict[str, float], Tensor]:
+        """Return the point that a way of leaving gives, and each token's loops."""
         nats, taken = [], []
-        for at in range(0, len(windows), TOGETHER):
-            part = windows[at : at + TOGETHER]
+        for at in range(0, len(self.windows), TOGETHER):
+            part = self.windows[at : at + TOGETHER]
             budget = loops if isinstance(loops, int) else loops[at : at + TOGETHER]
-            out = lm.model(part[:, :-1], budget, **rule)
+            out = model(part[:, :-1], budget, **rule)
             nats.append(cross_entropy(out.logits, part[:, 1:]))
             taken.append(out.loops)
         every = torch.cat(taken)
-        return point(torch.cat(nats), float(every.cpu().double().mean())), every
+        return self.point(torch.cat(nats), float(every.cpu().double().mean())), every
 
-    say(f"reading {windows[:, 1:].numel():,} tokens at fixed depths")
-    losses = _losses(lm, windows)
-    fixed = {str(loops): point(losses[loops - 1], float(loops)) for loops in FIXED}
+    @torch.inference_mode()
+    def losses(self, model: OpenMythos) -> Tensor:
+        """Return nats of every prediction after each loop, `(loops, windows, length)`."""
+        found = []
+        for part in self.windows.split(TOGETHER):
+            states = model(part[:, :-1], BUDGET, return_states=True).states
+            found.append(torch.stack([cross_entropy(model.decode(h), part[:, 1:]) for h in states]))
+        return torch.cat(found, dim=1)
+
+
+def measure(model: OpenMythos, reader: Reader, say: Say) -> Result:
+    """Return bits per byte and mean loops of every way of leaving the core.
+
+    Args:
+        model: a language model with a trained gate.
+        reader: of held-out text.
+        say: told of progress.
+    """
+    say(f"reading {reader.windows[:, 1:].numel():,} tokens at fixed depths")
+    losses = reader.losses(model)
+    fixed = {str(loops): reader.point(losses[loops - 1], float(loops)) for loops in FIXED}
     say("reading them with every rule")
     rules = {
         rule: [
-            {"threshold": threshold, **read(halting=rule, threshold=threshold)[0]}
+            {"threshold": threshold, **reader.read(model, halting=rule, threshold=threshold)[0]}
             for threshold in thresholds
         ]
         for rule, thresholds in RULES.items()
     }
-    gate, loops = read(halting="gate")
+    gate, loops = reader.read(model, halting="gate")
     order = torch.randperm(loops.numel(), generator=torch.Generator().manual_seed(0))
     return {
         "fixed": fixed,
         "rules": rules,
         "gate": gate,
-        "random": read(loops.flatten()[order].view_as(loops))[0],
-        "oracle": read(first_good(losses))[0],
+        "random": reader.read(model, loops.flatten()[order].view_as(loops))[0],
+        "oracle": reader.read(model, first_good(losses))[0],
     }
 
 
-def _losses(lm: LanguageModel, windows: Tensor) -> Tensor:
-    """Nats of every prediction after each loop, `(loops, windows, length)`."""
-    found = []
-    for part in windows.split(TOGETHER):
-        states = lm.model(part[:, :-1], BUDGET, return_states=True).states
-        found.append(torch.stack([cross_entropy(lm.model.decode(h), part[:, 1:]) for h in states]))
-    return torch.cat(found, dim=1)
+def learn(
+    model: OpenMythos,
+    reader: Reader,
+    training_text: TokenFile,
+    training: ActTraining,
+    folder: Path,
+    say: Say,
+) -> Result:
+    """Train copies on with Graves' exits, and one without: bits per byte and mean loops.
+
+    Further training changes what a model reads by itself: the twin without exits, trained on alike,
+    is what the others are compared with.
+
+    Args:
+        model: a language model.
+        reader: of held-out text.
+        training_text: tokens of text that the model was trained on.
+        training: of the exits, and of everything else along with them.
+        folder: for checkpoints.
+        say: told of progress.
+    """
+    default = OptimizerConfig()
+    optimizer = OptimizerConfig(
+        muon_lr=training.rate * default.muon_lr,
+        adam_lr=training.rate * default.adam_lr,
+        warmup_steps=10,
+        decay_share=0.8,
+    )
+
+    def asked(step: int) -> Labelled:
+        first = step * training.sequences
+        samples = range(first, first + training.sequences)
+        token_ids = torch.from_numpy(training_text.batch(samples, LENGTH, seed=training.seed))
+        return Labelled(token_ids[:, :-1], token_ids[:, 1:])
+
+    def taught(price: float | None) -> OpenMythos:
+        own = copy.deepcopy(model) if price is None else with_exits(model, training)
+        where = folder / ("twin" if price is None else f"{price:g}")
+        teach(own, asked, training, optimizer, where, say, budget=BUDGET, price=price)
+        return own
+
+    twin = reader.losses(taught(None))
+    return {
+        "twin": {str(loops): reader.point(twin[loops - 1], float(loops)) for loops in FIXED},
+        "act": {
+            f"{price:g}": reader.read(taught(price), halting="act")[0] for price in training.prices
+        },
+    }
 
 
 def first_good(
@@ -115,20 +188,34 @@ def rows_of(found: Result) -> list[tuple[str, dict[str, float]]]:
     return [*rows, ("oracle", found["oracle"])]
 
 
-def table_of(found: Result) -> str:
+def learnt_rows(learnt: Result) -> list[tuple[str, dict[str, float]]]:
+    """Return what models gave that were trained on, with Graves' exits and without."""
+    rows = [(f"none, loops: {loops}, trained on", point) for loops, point in learnt["twin"].items()]
+    return rows + [
+        (f"act, {price} nats a loop, trained on", point) for price, point in learnt["act"].items()
+    ]
+
+
+def table_of(found: Result, learnt: Result | None = None) -> str:
     """Return the table of exits on text."""
     head = ["exits on text", "bits per byte", "mean loops"]
+    rows = rows_of(found) + ([] if learnt is None else learnt_rows(learnt))
     lines = [
         [name, f"{point['bits_per_byte']:.4f}", f"{point['mean_loops']:.2f}"]
-        for name, point in rows_of(found)
+        for name, point in rows
     ]
     return table(head, lines)
 
 
 NOTE = (
     f"On text every way of leaving reads the same {TOKENS:,} tokens of held-out messages; the "
-    "oracle knows each next token, as no rule can. `act` asks for a model that was trained with "
-    "it, which the shipped one was not."
+    "oracle knows each next token, as no rule can."
+)
+
+LEARNT_NOTE = (
+    "`act` asks for a model that was trained with it: the shipped one is trained on for "
+    f"{LEARNT.steps} steps at each price of a loop, and a twin alike with all {BUDGET} loops and "
+    "without exits."
 )
 
 WORTH = 0.05
@@ -154,3 +241,18 @@ def sentences(found: Result) -> list[str]:
             f"with {oracle['mean_loops']:.2f}."
         )
     ]
+
+
+def learnt_sentence(learnt: Result) -> str:
+    """Say what Graves' exits make of the language model."""
+    said = [
+        f"{point['bits_per_byte']:.4f} with {point['mean_loops']:.2f} loops at {price} nats a loop"
+        for price, point in learnt["act"].items()
+    ]
+    twin = ", ".join(
+        f"{point['bits_per_byte']:.4f} with {n}" for n, point in learnt["twin"].items()
+    )
+    return (
+        f"Trained on with Graves' rule, the language model has {', '.join(said)}; trained on alike "
+        f"without exits, {twin}."
+    )

@@ -9,6 +9,7 @@ its threshold is chosen on held-out text.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,7 +23,10 @@ from openmythos.config import HaltingKind
 from openmythos.model.halting import LearnedExit
 from openmythos.model.transformer import OpenMythos, cross_entropy
 
-CHANCES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.985, 0.99, 0.995, 0.998, 0.999)
+CHANCES = (
+    *(0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.985),
+    *(0.99, 0.993, 0.995, 0.996, 0.997, 0.998, 0.999),
+)
 """Thresholds that are tried on held-out text."""
 
 UPDATES = 16
@@ -39,6 +43,10 @@ class GateReport:
     """Nats per token with the gate."""
     full_loss: float
     """Nats per token at full depth."""
+    accuracy: float
+    """Share of tokens whose likeliest id is the wanted one, with the gate."""
+    full_accuracy: float
+    """The same at full depth."""
     budget: int
     """Full depth: the loops the gate may use."""
 
@@ -67,6 +75,7 @@ def train_gate(
     budget: int | None = None,
     margin: float = 0.02,
     cost: float | None = None,
+    lost_accuracy: float | None = None,
     lr: float = 0.005,
 ) -> GateReport:
     """Train `model.core.gate` and set its threshold; nothing else of the model changes.
@@ -79,7 +88,9 @@ def train_gate(
         budget: most loops; default: twice the model's mean.
         margin: nats by which a state may be worse than the best later one.
         cost: nats a token that exits may cost; the threshold is the lowest that keeps to it.
-            Default: the margin.
+            Default: the margin, or without limit where `lost_accuracy` is given.
+        lost_accuracy: accuracy that exits may cost, for text with one right answer at each place,
+            where a few wrong ones cost more nats than they matter.
         lr: learning rate of AdamW, decaying linearly to 0.
     """
     model.eval()
@@ -100,7 +111,10 @@ def train_gate(
             optimizer.step()
     for parameter in gate.parameters():
         parameter.requires_grad_(False)
-    return _choose_threshold(model, held_out, budget, margin if cost is None else cost)
+    if cost is None:
+        cost = margin if lost_accuracy is None else math.inf
+    most = 1.0 if lost_accuracy is None else lost_accuracy
+    return _choose_threshold(model, held_out, budget, cost, most)
 
 
 @torch.no_grad()
@@ -120,39 +134,60 @@ def _scores(gate: LearnedExit, states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _choose_threshold(
-    model: OpenMythos, held_out: Sequence[Labelled], budget: int, cost: float
+    model: OpenMythos,
+    held_out: Sequence[Labelled],
+    budget: int,
+    cost: float,
+    lost_accuracy: float,
 ) -> GateReport:
-    """Take the lowest threshold at which exits cost no more nats a token than they may.
+    """Take the lowest threshold at which exits cost no more nats and accuracy than they may.
 
     Where all cost more, the highest. Measured with exits as they will be, because a token that
     leaves early is read by others.
     """
-    full, _ = _measure(model, held_out, budget, None)
+    full = _measure(model, held_out, budget, None)
 
     def reported(threshold: float) -> GateReport:
-        loss, mean = _measure(model, held_out, budget, threshold)
-        return GateReport(threshold, mean, loss, full, budget)
+        gated = _measure(model, held_out, budget, threshold)
+        return GateReport(
+            threshold=threshold,
+            mean_loops=gated.loops,
+            loss=gated.loss,
+            full_loss=full.loss,
+            accuracy=gated.accuracy,
+            full_accuracy=full.accuracy,
+            budget=budget,
+        )
 
     report = reported(CHANCES[-1])
     for threshold in reversed(CHANCES[:-1]):
         lower = reported(threshold)
-        if lower.loss > full + cost:
+        if lower.loss > full.loss + cost or lower.accuracy < full.accuracy - lost_accuracy:
             break
         report = lower
     model.core.gate.threshold.fill_(report.threshold)
     return report
 
 
+class _Measured(NamedTuple):
+    """Means over tokens."""
+
+    loss: float
+    accuracy: float
+    loops: float
+
+
 def _measure(
     model: OpenMythos, held_out: Sequence[Labelled], budget: int, threshold: float | None
-) -> tuple[float, float]:
-    """Mean loss and mean loops with the gate at a threshold; None is full depth."""
-    total, loops, tokens = 0.0, 0.0, 0
+) -> _Measured:
+    """What the model does with the gate at a threshold; None is full depth."""
+    loss, right, loops, tokens = 0.0, 0, 0, 0
+    halting: HaltingKind = "none" if threshold is None else "gate"
     for asked in held_out:
-        halting: HaltingKind = "none" if threshold is None else "gate"
         out = model(asked.token_ids, budget, halting=halting, threshold=threshold)
         losses = cross_entropy(out.logits, asked.targets)
-        total += float(losses.cpu().double().sum())  # not every GPU has float64
-        loops += float(out.loops.cpu().double().sum())
+        loss += float(losses.cpu().double().sum())  # not every GPU has float64
+        right += int((out.logits.argmax(-1) == asked.targets).sum())
+        loops += int(out.loops.sum())
         tokens += asked.targets.numel()
-    return total / tokens, loops / tokens
+    return _Measured(loss / tokens, right / tokens, loops / tokens)

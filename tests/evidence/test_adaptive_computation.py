@@ -15,9 +15,9 @@ from openmythos.evidence.adaptive_computation import (
     GateFit,
     _cheapest,
     conclude,
-    constant_length,
     first_lasting,
     run,
+    run_twin,
     shown_chains,
     spearman,
 )
@@ -47,9 +47,9 @@ def test_rank_correlation_shares_the_ranks_of_ties():
 
 
 def test_test_chains_have_one_length_and_every_number_of_hops():
-    chains = constant_length(QUICK, range(1, 4), 9)
-    assert chains.token_ids.shape == (3 * QUICK.chains, 10)
-    assert sorted(set(chains.hops[:, -1])) == [1, 2, 3]
+    chains = shown_chains(QUICK)
+    assert chains.token_ids.shape == (20 * QUICK.chains, 41)
+    assert sorted(chains.hops[:, -1]) == sorted([*range(1, 21)] * QUICK.chains)
 
 
 def test_a_study_runs_and_is_concluded_from(tmp_path):
@@ -58,7 +58,13 @@ def test_a_study_runs_and_is_concluded_from(tmp_path):
     )
     gate = GateFit(steps=2, cost=0.05)
     study = dataclasses.replace(
-        QUICK, training=training, budget=4, first_gate=gate, last_gate=gate, exit_steps=2, chains=1
+        QUICK,
+        training=training,
+        budget=4,
+        gates=(gate,) * 3,
+        exit_steps=2,
+        held_out=1,
+        chains=1,
     )
     result = run(study, tmp_path, lambda line: None)
     assert (tmp_path / "reasoner" / "config.json").is_file()
@@ -69,6 +75,12 @@ def test_a_study_runs_and_is_concluded_from(tmp_path):
     assert result["before"]["random"]["mean_loops"] == pytest.approx(
         result["before"]["chosen"]["mean_loops"]
     )
+    twin = run_twin(study, tmp_path / "twin", lambda line: None)
+    assert set(twin["rules"]) == {"delta", "kl"}
+    section = conclude({"hops/seed-0": result, "twin/seed-0": twin})
+    assert "A twin that trains on alike, without exits" in section.sentences[1]
+    assert "| fixed depth, enough | alike, no exits |" in section.tables[0]
+    assert "| gate, as chosen | alike, no exits |" not in section.tables[0]
 
 
 def exits(worth):
@@ -88,11 +100,21 @@ def test_text_is_asked_first_whether_depth_is_worth_anything(worth, said):
     assert not conclude({}).sentences
 
 
+def test_exits_learnt_on_text_stand_beside_a_twin_trained_on_alike():
+    point = {"bits_per_byte": 1.21, "mean_loops": 2.5}
+    learnt = {"twin": {n: {**point, "mean_loops": int(n)} for n in "12468"}, "act": {"0.01": point}}
+    section = conclude({"text": exits(0.2), "text-act": learnt})
+    assert "1.2100 with 2.50 loops at 0.01 nats a loop" in section.sentences[1]
+    assert "| act, 0.01 nats a loop, trained on | 1.2100 | 2.50 |" in section.tables[0]
+    assert "| none, loops: 8, trained on | 1.2100 | 8.00 |" in section.tables[0]
+
+
 def test_exits_on_text_read_the_same_tokens_and_the_oracle_leaves_at_the_first_good_loop(tmp_path):
     tokenizer = Tokenizer.train(["the cat sat on the mat and ate the rat " * 20], vocab_size=270)
     lm = LanguageModel(tiny(vocab_size=270, max_length=512), tokenizer)
     with tokenised(["the rat sat on the cat and ate the mat " * 60], tokenizer) as text:
-        found = text_exits.measure(lm, text, lambda _: None, tokens=512)
+        reader = text_exits.Reader(text, tokenizer, tokens=512)
+        found = text_exits.measure(lm.model, reader, lambda _: None)
         windows = windows_of(text, text_exits.LENGTH, 512)
         full = evaluate(lm.model, text, tokenizer.token_bytes, [8], length=512, max_tokens=512)
     assert found["fixed"]["8"]["mean_loops"] == 8
@@ -101,7 +123,7 @@ def test_exits_on_text_read_the_same_tokens_and_the_oracle_leaves_at_the_first_g
     with torch.no_grad():
         states = lm.model(windows[:, :-1], 8, return_states=True).states
         losses = torch.stack([cross_entropy(lm.model.decode(h), windows[:, 1:]) for h in states])
-        assert_close(text_exits._losses(lm, windows), losses)
+        assert_close(reader.losses(lm.model), losses)
     leaves = text_exits.first_good(losses)
     at = losses.gather(0, leaves.unsqueeze(0) - 1)[0]
     assert (at <= losses.amin(0) + text_exits.MARGIN).all()
@@ -122,6 +144,24 @@ def test_exits_learnt_jointly_are_dearer_where_a_loop_costs_more(tmp_path):
         model, shown_chains(study), 6, training, tmp_path, lambda line: None
     )
     assert points["10"]["mean_loops"] < points["0"]["mean_loops"] <= 6
+    for name, tensor in model.state_dict().items():
+        assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+def test_exits_are_learnt_on_text_and_the_model_given_stays_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_exits, "LENGTH", 32)
+    tokenizer = Tokenizer.train(["the cat sat on the mat and ate the rat " * 20], vocab_size=270)
+    model = tiny(vocab_size=270, experts=0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    training = graves_exits.ActTraining(
+        prices=(0.0, 10.0), steps=10, sequences=2, rate=10.0, exit_bias=-1.0
+    )
+    with tokenised(["the rat sat on the cat and ate the mat " * 60], tokenizer) as text:
+        reader = text_exits.Reader(text, tokenizer, tokens=512)
+        untrained = text_exits.measure(model, reader, lambda _: None)["fixed"]["8"]
+        learnt = text_exits.learn(model, reader, text, training, tmp_path, lambda _: None)
+    assert learnt["act"]["10"]["mean_loops"] < learnt["act"]["0"]["mean_loops"] <= 8
+    assert learnt["twin"]["8"]["bits_per_byte"] < untrained["bits_per_byte"]
     for name, tensor in model.state_dict().items():
         assert_close(tensor, before[name], rtol=0, atol=0)
 
