@@ -4,7 +4,15 @@ import dataclasses
 
 import pytest
 
-from openmythos.evidence.depth_extrapolation import HOPS, LOOPED, QUICK, _looped, _plain, conclude
+from openmythos.evidence.depth_extrapolation import (
+    HOPS,
+    LOOPED,
+    QUICK,
+    _looped,
+    _plain,
+    conclude,
+    worth_trying,
+)
 from openmythos.evidence.hop_training import LOOPS
 from openmythos.model.transformer import OpenMythos
 
@@ -56,11 +64,25 @@ def test_plain_transformers_are_tested_past_their_own_best():
     assert "| plain-8-lr-0.01 | 1.00 M | 6 | 9 | 0.100 | 1.0e+15 |" in section.tables[1]
 
 
+@pytest.mark.parametrize(
+    ("curve", "tried"),
+    [
+        ({1: 0.0, 2: 0.5, 4: 0.93, 8: 1.0, 16: 1.0, 32: 1.0}, range(3, 17)),
+        ({1: 0.95, 2: 0.98, 4: 1.0}, range(1, 5)),  # only one depth reaches it: to the end
+        ({1: 0.996, 2: 0.8, 4: 1.0, 8: 1.0}, range(1, 5)),
+        ({1: 0.0, 2: 0.5}, range(0)),
+    ],
+)
+def test_every_number_of_loops_is_tried_where_a_curve_rises(curve, tried):
+    assert worth_trying(curve) == tried
+
+
 @pytest.mark.parametrize("plain_layers", [0, 2])
 def test_a_model_is_measured_as_its_cell_needs(monkeypatch, plain_layers):
     monkeypatch.setattr("openmythos.evidence.depth_extrapolation.HOPS", (2, 3, 4, 5, 6, 7))
     monkeypatch.setattr("openmythos.evidence.depth_extrapolation.LOOPS", (1, 2))
     monkeypatch.setattr("openmythos.evidence.depth_extrapolation.TRAINED_HOPS", 2)
+    monkeypatch.setattr("openmythos.evidence.depth_extrapolation.NEAR", 0.0)
     training = dataclasses.replace(
         QUICK["core-1"], hidden_size=16, feed_forward_size=16, plain_layers=plain_layers
     )
@@ -70,5 +92,6 @@ def test_a_model_is_measured_as_its_cell_needs(monkeypatch, plain_layers):
         return
     measured = _looped(model, training)
     assert set(measured["curves"]) == {2, 3, 4, 5, 6, 7}
+    assert all(set(tried) == {1, 2} for tried in measured["choice"].values())
     assert 0 <= measured["path_independence"]["agree"] <= 1
     assert LOOPED["core-1"].config.mean_loops == 20
