@@ -525,8 +525,8 @@ accuracy; read off the test chains, which flatters every rule but the gate, whos
 it was chosen on other chains."""
 
 AFTER = """\
-After: the same model trained on with the exits of three gates in turn, each fitted to the model as
-it then was; then its last gate. How often, how long and at what cost was chosen on models of these
+After: the same model trained on with the exits of its gates in turn, each fitted to the model as it
+then was, and its last gate. How often, how long and at what cost was chosen on models of these
 seeds, by other chains than those shown."""
 
 NOTES = (

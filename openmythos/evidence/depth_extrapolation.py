@@ -68,11 +68,13 @@ LOOPED = {
 the first hop not learnt. Nor may they have too few loops: a model that has learnt two hops a loop
 cannot answer 20 hops in 5 loops, and learns from its guesses there (with 5 to 10 loops 0.96 of 20
 hops, after 2,000 steps)."""
+PLAIN_STEPS = {8: 10_700, 16: 5_350, 24: 3_570}
+"""Steps of a plain transformer by its layers: three times the operations of the one-layer core."""
 PLAIN = {
     f"plain-{layers}-lr-{rate:g}": dataclasses.replace(
-        REASONER, plain_layers=layers, muon_lr=rate, steps=4000
+        REASONER, plain_layers=layers, muon_lr=rate, steps=steps
     )
-    for layers in (8, 16, 24)
+    for layers, steps in PLAIN_STEPS.items()
     for rate in (0.01, 0.02)
 }
 QUICK = {"core-1": dataclasses.replace(REASONER, hidden_size=64, feed_forward_size=512, steps=300)}

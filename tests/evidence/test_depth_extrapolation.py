@@ -7,6 +7,7 @@ import pytest
 from openmythos.evidence.depth_extrapolation import (
     HOPS,
     LOOPED,
+    PLAIN,
     QUICK,
     _looped,
     _plain,
@@ -14,6 +15,7 @@ from openmythos.evidence.depth_extrapolation import (
     worth_trying,
 )
 from openmythos.evidence.hop_training import LOOPS
+from openmythos.model.accounting import on_meta
 from openmythos.model.transformer import OpenMythos
 
 
@@ -62,6 +64,15 @@ def test_plain_transformers_are_tested_past_their_own_best():
     }
     section = conclude({"plain-8-lr-0.01/seed-0": plain})
     assert "| plain-8-lr-0.01 | 1.00 M | 6 | 9 | 0.100 | 1.0e+15 |" in section.tables[1]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_transformers_get_three_times_the_operations(name):
+    plain, looped = (
+        training.training_flops(on_meta(training.config))
+        for training in (PLAIN[name], LOOPED["core-1"])
+    )
+    assert 3 <= plain / looped < 3.1
 
 
 @pytest.mark.parametrize(
