@@ -638,11 +638,18 @@ def draw_figure(results: dict[str, Result]) -> Figure:
     fixed = sorted((int(n), share) for n, share in part["fixed"].items())
     left.plot(*zip(*fixed, strict=True), color=GREY, label="fixed depth")
     for rule, colour in (("gate", ORANGE), ("delta", BLUE), ("kl", PURPLE)):
-        points = sorted((mean, share) for _, share, mean in part["rules"][rule])
+        points = [(mean, share) for _, share, mean in sorted(part["rules"][rule])]
         left.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=rule)
-    for name, mark, colour in (("random", "x", "black"), ("oracle", "*", GREEN)):
+    marks = {
+        "chosen": ("gate, as chosen", "D", ORANGE),
+        "random": ("random, the gate's loops", "x", "black"),
+        "settled_oracle": ("oracle, settled", "*", GREEN),
+    }
+    for name, (label, mark, colour) in marks.items():
         point = part[name]
-        left.plot(point["mean_loops"], point["accuracy"], mark, color=colour, label=name)
+        left.plot(
+            point["mean_loops"], point["accuracy"], mark, color=colour, markersize=9, label=label
+        )
     left.legend(frameon=False, fontsize=8)
     for run, style in zip(runs, ("o-", "s--", "^:"), strict=False):
         by_hops = sorted((int(n), loops) for n, loops in run["after"]["by_hops"].items())
