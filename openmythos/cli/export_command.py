@@ -73,7 +73,7 @@ def run(settings: Settings) -> None:
     documents = _documents(settings)
     lm = load(settings.model)
     bits_before = None if documents is None else _bits(lm, documents, settings)
-    lm.model.save_pretrained(settings.folder, lm.tokenizer, settings.weights)
+    lm.save(settings.folder, settings.weights)
     written = load(settings.folder)
     report: dict[str, Any] = {
         "model": str(settings.model),

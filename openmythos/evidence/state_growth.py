@@ -50,7 +50,7 @@ def sentences(rows: Rows, untrained: Result | None) -> list[str]:
 
 def growth(states: Sizes, first: int, last: int) -> float:
     """Return the state's size at `last` loops over that at `first`; infinite where not finite."""
-    sizes = {int(loops): size for loops, size in states.items()}
+    sizes = _by_loops(states)
     before, after = sizes[first], sizes[last]
     return math.inf if before is None or after is None else after / before
 
@@ -125,7 +125,7 @@ def sizes_table(rows: Rows, untrained: Result | None) -> str:
 
 def _at_depths(found: list[Sizes]) -> list[str]:
     """The largest size of several models at each depth; nothing where a depth was not measured."""
-    measured = [{int(n): size for n, size in states.items()} for states in found]
+    measured = [_by_loops(states) for states in found]
     cells = []
     for depth in DEPTHS:
         sizes = [states[depth] for states in measured if depth in states]

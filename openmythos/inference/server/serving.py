@@ -69,10 +69,14 @@ class Loaded:
     max_length: int
     """Most tokens of a prompt and its continuation together."""
     grammars: JsonGrammars = field(init=False)
+    most_bytes: int = field(init=False)
+    """Bytes of the longest text that can fit, however it is split."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grammars", JsonGrammars(self.lm.tokenizer))
+        longest = int(self.lm.tokenizer.token_bytes.max())
+        object.__setattr__(self, "most_bytes", self.max_length * longest)
 
 
 @final

@@ -148,18 +148,18 @@ def _prompts(body: CompletionBody, loaded: Loaded) -> tuple[list[list[int]], boo
 
 def _count(prompt: str | Sequence[Any] | None) -> int:
     """Return how many prompts a body has."""
-    several = not isinstance(prompt, str | None) and prompt and not isinstance(prompt[0], int)
-    return len(prompt) if several and prompt else 1
+    if not prompt or isinstance(prompt, str) or isinstance(prompt[0], int):
+        return 1
+    return len(prompt)
 
 
 def _check_fits(texts: Sequence[str], loaded: Loaded, field: str) -> None:
     """Refuse what cannot fit, however it is split, before any of it is tokenised."""
-    most = loaded.max_length * int(loaded.lm.tokenizer.token_bytes.max())
     size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-    if size > most:
+    if size > loaded.most_bytes:
         raise _too_long(
-            f"{field} has {size} bytes, must have at most {most}: more have no room within "
-            f"max_model_len={loaded.max_length}",
+            f"{field} has {size} bytes, must have at most {loaded.most_bytes}: more have no room "
+            f"within max_model_len={loaded.max_length}",
             field,
         )
 
