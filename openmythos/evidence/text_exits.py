@@ -246,13 +246,14 @@ def sentences(found: Result) -> list[str]:
 def learnt_sentence(learnt: Result) -> str:
     """Say what Graves' exits make of the language model."""
     said = [
-        f"{point['bits_per_byte']:.4f} with {point['mean_loops']:.2f} loops at {price} nats a loop"
+        f"{point['bits_per_byte']:.4f} with {point['mean_loops']:.2f} loops (at {price} nats each)"
         for price, point in learnt["act"].items()
     ]
     twin = ", ".join(
-        f"{point['bits_per_byte']:.4f} with {n}" for n, point in learnt["twin"].items()
+        f"{point['bits_per_byte']:.4f} at {n} loop{'s' * (n != '1')}"
+        for n, point in learnt["twin"].items()
     )
     return (
-        f"Trained on with Graves' rule, the language model has {', '.join(said)}; trained on alike "
-        f"without exits, {twin}."
+        f"Trained on with Graves' rule, the language model has {', '.join(said)} bits per byte; "
+        f"trained on alike without exits, {twin}."
     )

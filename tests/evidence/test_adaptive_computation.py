@@ -104,7 +104,7 @@ def test_exits_learnt_on_text_stand_beside_a_twin_trained_on_alike():
     point = {"bits_per_byte": 1.21, "mean_loops": 2.5}
     learnt = {"twin": {n: {**point, "mean_loops": int(n)} for n in "12468"}, "act": {"0.01": point}}
     section = conclude({"text": exits(0.2), "text-act": learnt})
-    assert "1.2100 with 2.50 loops at 0.01 nats a loop" in section.sentences[1]
+    assert "1.2100 with 2.50 loops (at 0.01 nats each)" in section.sentences[1]
     assert "| act, 0.01 nats a loop, trained on | 1.2100 | 2.50 |" in section.tables[0]
     assert "| none, loops: 8, trained on | 1.2100 | 8.00 |" in section.tables[0]
 

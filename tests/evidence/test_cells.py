@@ -1,6 +1,7 @@
 """Cells run once, resume as a grid, and refuse results of other settings."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -91,3 +92,15 @@ def test_known_results_are_taken_where_the_settings_are_theirs(tmp_path):
     assert calls == ["c", "b/x"]
     assert results["a"] == known["a"]
     assert results["b/x"]["settings"] == {"size": 2, "pair": [1, 2]}
+
+
+def test_what_needs_a_package_that_is_not_installed_waits_and_keeps_what_was_published(tmp_path):
+    calls, said = [], []
+    cell = replace(counting("a", 1, calls), needs="no_such_package")
+    known = {"a": {"settings": {"size": 1, "pair": [1, 2]}, "value": 5}}
+    assert run_cells([cell], tmp_path / "none", said.append) == {}
+    assert said == ["a: does not run, since no_such_package is not installed"]
+    assert not (tmp_path / "none").exists()
+    assert take_results(known, [cell], tmp_path) == ["a"]
+    assert run_cells([cell], tmp_path, print)["a"]["value"] == 5
+    assert calls == []

@@ -1,6 +1,7 @@
 """What is read of a claim comes from its numbers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def test_a_spread_shows_the_range_where_there_is_one():
 def test_a_missed_expectation_is_shown_as_missed():
     text = as_markdown(SECTION)
     assert "| accuracy | ≥ 0.9 | 0.95 | yes |" in text
-    assert "| speed | ≥ 2 | 1 | no |" in text
+    assert "| speed | ≥ 2 | 1 | **no** |" in text
     assert "| 1 | x |" in text
     assert "- A note." in text
 
@@ -56,17 +57,29 @@ def test_what_has_not_run_is_said_by_row():
     noted = with_missing(SECTION, cells, ["a/seed-1", "b/c/seed-0", "d"])
     said = "Not run, or not all of it: a (1 of 2), b/c (0 of 1), d (0 of 1)."
     assert noted.notes == ("A note.", said)
+    assert noted.missing == ("a/seed-1", "b/c/seed-0", "d")
+
+
+def test_the_main_sentence_stands_alone_and_the_picture_before_the_tables():
+    section = replace(SECTION, sentences=["Main.", "Second.", "Third."])
+    text = as_markdown(section, "![x](x.png)")
+    assert text.startswith("Main.\n\n- Second.\n- Third.\n\n![x](x.png)\n\n| wanted |")
+    assert text.index("| speed |") < text.index("| 1 | x |") < text.index("- A note.")
+    assert as_markdown(Section("A title", [], [], [])) == "Nothing has run.\n"
 
 
 def test_pages_hold_the_claims_there_are_in_their_order(tmp_path):
     for name in ("second", "first"):
-        content = {"command": f"openmythos evidence {name}", "results": {}}
-        write_claim(tmp_path, name, content, SECTION)
+        content = {"command": f"openmythos evidence {name}", "results": {"a/seed-0": {}}}
+        section = with_missing(SECTION, ["a/seed-0", "a/seed-1"], ["a/seed-1"])
+        write_claim(tmp_path, name, content, replace(section, title=f"The {name}: 1, 2"))
     (tmp_path / "evidence" / "first.png").write_bytes(b"")
     write_pages(tmp_path, ["first", "absent", "second"])
     page = (tmp_path / "evidence.md").read_text()
     assert page.index("evidence first") < page.index("evidence second")
     assert "absent" not in page
+    assert "| [The first: 1, 2](#the-first-1-2) | 1 of 2 | speed | 1 of 2 |" in page
+    assert "## The first: 1, 2" in page
     gallery = (tmp_path / "gallery.md").read_text()
     assert "evidence/first.png" in gallery
     assert "evidence/second.png" not in gallery  # it has no picture

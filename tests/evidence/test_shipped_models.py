@@ -5,6 +5,7 @@ import json
 import pytest
 
 from openmythos.evidence import shipped_models
+from openmythos.evidence.cells import installed
 from openmythos.evidence.shipped_models import LOOPS, WIKIPEDIA, conclude, longest_run
 
 
@@ -71,7 +72,7 @@ def test_leads_are_read_where_their_package_is(tmp_path, monkeypatch):
     articles["Empty"] = {"extract": " "}
     (package / "data" / "summaries_en-us.json").write_text(json.dumps(articles))
     monkeypatch.syspath_prepend(tmp_path)
-    assert "wikipedia" in shipped_models._texts()
+    assert installed(shipped_models.NEEDS["wikipedia"])
     leads = shipped_models._documents("wikipedia")
     assert sorted(leads) == [f"{name} is a word." for name in ("Ant", "Bee", "Cat", "Dog")]
     assert leads != sorted(leads)  # by their digests
