@@ -120,8 +120,13 @@ class Chat:
             self._command(*line[1:].split())
             return
         line = line.removeprefix("/") if line.startswith("//") else line
-        self.text = with_line(self.text, line)
-        self._reply()
+        before = self.text
+        self.text = with_line(before, line)
+        try:
+            self._reply()
+        except MythosError:  # a line that cannot be read would be refused again at every turn
+            self.text = before
+            raise
 
     def _reply(self) -> None:
         """Write until the reply ends or Ctrl-C ends it; what was written stands."""

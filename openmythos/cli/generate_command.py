@@ -81,10 +81,13 @@ def run(settings: Settings) -> None:
     wanted = settings.show_loops and colours_wanted()
     budget = settings.thinking.loops or lm.model.config.mean_loops
     colours = LoopColours(budget, wanted)
-    started = time.perf_counter()
-    for piece in pieces:
-        sys.stdout.write(colours.paint(piece))
-        sys.stdout.flush()
+    started, interrupted = time.perf_counter(), None
+    try:
+        for piece in pieces:
+            sys.stdout.write(colours.paint(piece))
+            sys.stdout.flush()
+    except KeyboardInterrupt as error:  # what was written is ended as any text is
+        interrupted = error
     seconds = time.perf_counter() - started
     print()
     if settings.show_loops:
@@ -92,6 +95,8 @@ def run(settings: Settings) -> None:
     if sys.stderr.isatty():
         tokens = colours.counts.total()
         print(f"[{tokens} tokens, {tokens / seconds:.0f} a second]", file=sys.stderr)
+    if interrupted is not None:
+        raise interrupted
 
 
 def _as_json(pieces: Iterator[Piece]) -> dict[str, Any]:

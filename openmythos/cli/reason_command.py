@@ -1,7 +1,7 @@
 """Walk through a house of 32 rooms, and watch the model find its way loop by loop.
 
 Examples:
-    openmythos reason 'library red green gold'
+    openmythos reason library red green gold
     openmythos reason --hops 40                     # deeper than any walk in its training
     openmythos reason --hops 40 --loops 12          # too few loops: it fails
     openmythos reason --hops 12 --halting gate      # each place stops when it is sure
@@ -36,8 +36,8 @@ GREEN, GREY, BOLD, RESET = "\x1b[38;5;41m", "\x1b[38;5;244m", "\x1b[1m", "\x1b[0
 class Settings:
     """Flags of `openmythos reason`."""
 
-    walk: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[WALK]")] = None
-    """A room and doors, as in 'library red green gold'. Default: a random walk of --hops."""
+    walk: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[WALK ...]")] = ()
+    """A room and doors, as in `library red green gold`. Default: a random walk of --hops."""
 
     hops: int | None = None
     """Doors of a random walk. Default: 40, twice as many as in training."""
@@ -71,10 +71,10 @@ def run(settings: Settings) -> None:
     from openmythos.inference.reasoner import load_reasoner
     from openmythos.tasks.rooms import HOUSE, read_walk
 
-    if settings.walk is not None and (settings.hops is not None or settings.waits):
+    if settings.walk and (settings.hops is not None or settings.waits):
         raise InputError("walk must be given or drawn: leave out --hops and --waits, or the walk")
-    if settings.walk is not None:
-        token_ids = read_walk(settings.walk)
+    if settings.walk:
+        token_ids = read_walk(" ".join(settings.walk))
     else:
         hops = 40 if settings.hops is None else settings.hops
         for name, value in (("hops", hops), ("waits", settings.waits), ("seed", settings.seed)):
@@ -102,7 +102,7 @@ def lines(trace: Trace, *, colours: bool) -> list[str]:
 
     ids = [int(token_id) for token_id in trace.chain.token_ids[0]]
     hops = int(trace.chain.hops[0, -1])
-    shown = [painted(f"{hops} doors: ", BOLD) + write_walk(ids), ""]
+    shown = [painted(f"{hops} door{'s' * (hops != 1)}: ", BOLD) + write_walk(ids), ""]
     width = len(str(len(trace.beliefs)))
     for loop, (beliefs, right) in enumerate(zip(trace.beliefs, trace.right, strict=True)):
         marks = ""

@@ -73,6 +73,9 @@ def sentence(command: str, box: str) -> str:
     missing = re.match(r"Missing value for argument '--([\w.-]+)'", text)
     if missing:
         return f"--{missing[1]} must be followed by a value{see}"
+    absent = re.match(r"Missing from [^:]+: (\w+)", text)
+    if absent:
+        return f"{absent[1].lower()} must be given{see}"
     unknown = re.match(r"Unrecognized options: (.+)", text)
     if unknown:
         first = unknown[1].split(", ")[0]

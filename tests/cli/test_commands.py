@@ -11,10 +11,12 @@ from command_line import RHYME, SHAPE, TRAINING, answer, openmythos, printed
 
 import openmythos as library
 from openmythos import MythosConfig, OpenMythos
-from openmythos.cli import demo_command, loop_colours, main, shipped_demo
+from openmythos.cli import chat_command, demo_command, loop_colours, main, shipped_demo
+from openmythos.cli.chat_command import Chat
 from openmythos.cli.demo_command import OPENING, RULE
 from openmythos.cli.loop_colours import LoopColours
 from openmythos.cli.progress import Progress
+from openmythos.errors import TokenizerError
 from openmythos.inference.language_model import Piece
 from openmythos.inference.shipped import find_model
 from openmythos.scales import SCALES
@@ -147,10 +149,11 @@ def test_a_chat_command_that_does_not_fit_is_refused(run, line, sentence):
     assert sentence in result.err
 
 
-def test_ctrl_c_ends_a_reply_and_not_the_chat(run, monkeypatch):
-    class Interrupted:
-        """Writes two pieces, and then the user has read enough."""
+@pytest.fixture
+def interrupted(run, monkeypatch):
+    """A model that writes two pieces, and then the user has read enough."""
 
+    class Interrupted:
         def __init__(self, lm):
             self.model, self.tokenizer = lm.model, lm.tokenizer
 
@@ -161,7 +164,30 @@ def test_ctrl_c_ends_a_reply_and_not_the_chat(run, monkeypatch):
 
     lm = library.load(run)
     monkeypatch.setattr("openmythos.inference.language_model.load", lambda _: Interrupted(lm))
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_ctrl_c_ends_a_reply_and_not_the_chat(run):
     assert printed("chat", run, stdin="a\nb\n") == "one two\none two\n"
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_ctrl_c_ends_a_text_with_its_line_and_its_legend(run):
+    result = openmythos("generate", run, "--show-loops")
+    assert result.code == 130
+    assert result.out.startswith("one two\n\n")
+    assert result.out.count("\n") > 2
+
+
+def test_a_line_that_chat_cannot_read_is_not_kept(run):
+    lm = library.load(run)
+    chat = Chat(lm, chat_command.Settings(model=run, max_new_tokens=2))
+    chat.take("the mice")
+    before = chat.text
+    with pytest.raises(TokenizerError, match="must be a character"):
+        chat.take("caf\udce9")
+    assert chat.text == before
+    chat.take("ran up")
 
 
 def test_eval_gives_the_librarys_figures_of_the_whole_text(run, text, tmp_path):

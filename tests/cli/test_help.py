@@ -38,6 +38,8 @@ def test_the_overview_names_every_command():
     page = ask("--help")
     assert all(f"  {command} " in page for command in COMMANDS)
     assert ask() == page
+    assert ask("help") == page
+    assert ask("help", "reason") == ask("reason", "--help")
 
 
 def test_the_version_is_told():

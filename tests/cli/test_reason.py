@@ -18,6 +18,8 @@ def model(tmp_path_factory):
 
 def test_a_given_walk_is_shown_with_a_line_for_each_loop(model):
     out = openmythos("reason", "library red wait gold", "--loops", 4, "--model", model).out
+    words = ("library", "red", "wait", "gold")
+    assert openmythos("reason", *words, "--loops", 4, "--model", model).out == out
     lines = out.splitlines()
     assert lines[0] == "2 doors: library red wait gold"
     shown = [line for line in lines if line.startswith("loop ")]

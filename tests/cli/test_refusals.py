@@ -13,6 +13,7 @@ SAID = {
     "train --text x --model.experts-per-token 9": "experts_per_token=9 must be from 1 to experts=8",
     "train --text x --model.attention full": "model.attention='full' must be one of gqa, mla",
     "train --text x --model.hidden-size 32 --model.num-heads 3": "num_heads=3 must divide hidden",
+    "plot": "run must be given: see openmythos plot --help",
     "train --steps": "--steps must be followed by a value: see openmythos train --help",
     "train --batch-size many": "batch_size='many' must be an integer: see openmythos train --help",
     "train --nosuch 3": "--nosuch is no flag of train, nor expected there: see openmythos train",
