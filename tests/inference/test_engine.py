@@ -598,6 +598,18 @@ def test_logits_that_are_not_numbers_are_an_error(monkeypatch):
     assert [(e.reason, e.error) for e in events] == [("error", "the model's logits are not finite")]
 
 
+@pytest.mark.parametrize("chosen", [2, 8])
+def test_a_state_that_grows_past_all_numbers_ends_its_request_alone(chosen):
+    lm = model_of(injection="free", experts=8, experts_per_token=chosen)
+    with torch.no_grad():
+        lm.model.core.injection.diagonal.fill_(1.3)
+    with Engine(lm) as engine:
+        *_, last = engine.submit(request(9, thinking=Thinking(loops=500)))
+        *_, other = engine.submit(request(9, thinking=Thinking(loops=2)))
+    assert (last.reason, last.error) == ("error", "the model's logits are not finite")
+    assert other.reason == "length"
+
+
 @pytest.mark.parametrize("name", ["embed", "prelude.0", "core.layers.0", "coda.0.attention"])
 def test_a_model_with_a_new_hook_is_an_error_until_it_is_gone(name):
     lm = model_of()

@@ -7,12 +7,16 @@ import torch
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from openmythos.errors import InputError
 from openmythos.model import core, transformer
+from openmythos.model.feed_forward import FEED_FORWARD
 from openmythos.model.halting import HALTING, Gate
+from openmythos.model.injection import INJECTION
 from openmythos.model.layer import Layer
 from openmythos.model.native import build, run, whole
 from openmythos.model.native.describe import structure_of
 from openmythos.model.quantised import Int8Weight, quantise
+from openmythos.model.transformer import OpenMythos
 from tests.tiny import some_ids, tiny
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="there is no C compiler")
@@ -443,12 +447,30 @@ def test_it_can_be_turned_off(monkeypatch):
     assert build.library.__wrapped__() is None
 
 
-@pytest.mark.parametrize("compiler", ["false", "true"])
+@pytest.mark.parametrize("compiler", ["/bin/false", "/bin/true"])
 def test_a_compiler_that_makes_nothing_leaves_nothing(compiler, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(build, "_compilers", lambda: [compiler])
     assert build.library.__wrapped__() is None
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_where_one_compiler_fails_the_next_is_asked(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "false")
+    assert build.library.__wrapped__() is not None
+
+
+@pytest.mark.parametrize("left", [0, 20_000])
+def test_a_damaged_kept_file_is_made_again(left, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.library.__wrapped__() is not None
+    (file,) = tmp_path.rglob("*.so")
+    whole_file = file.read_bytes()
+    file.unlink()  # the one that is loaded stays as it is
+    file.write_bytes(whole_file[:left])
+    assert build.library.__wrapped__() is not None
+    assert len(file.read_bytes()) == len(whole_file)
 
 
 def test_without_a_home_there_is_no_native_code(monkeypatch):
@@ -463,8 +485,206 @@ def test_without_a_home_there_is_no_native_code(monkeypatch):
 def test_it_is_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert build.library.__wrapped__() is not None
-    (made,) = tmp_path.iterdir()
-    (file,) = made.iterdir()
+    (file,) = tmp_path.rglob("*.so")
     time = file.stat().st_mtime_ns
     assert build.library.__wrapped__() is not None
     assert file.stat().st_mtime_ns == time
+
+
+NOWHERE = float("nan")
+
+
+@pytest.mark.parametrize("chosen", [2, 5])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_states_that_are_no_numbers_give_logits_that_are_none(chosen, rows):
+    model = wide(experts_per_token=chosen)
+    with torch.no_grad():
+        model.embed.weight[:] = NOWHERE
+    for _ in range(20):  # experts taken twice would write past their room
+        logits, outs = written(model, 3, batch=rows)
+    assert logits.isnan().all()
+    assert outs[0].loads.sum() == 3 * 2 * rows * 4 * chosen
+
+
+def test_a_broken_weight_of_squared_relu_is_seen():
+    model = wide(experts=0, feed_forward="relu2")
+    with torch.no_grad():
+        model.core.layers[0].feed_forward.w_in.weight[3] = NOWHERE
+    assert written(model, 2)[0].isnan().any()
+
+
+@pytest.mark.parametrize("chosen", [2, 5])
+def test_an_expert_may_be_given_twice_to_a_token_that_had_left(chosen, by_torch):
+    model = wide(experts_per_token=chosen)
+    routing = torch.full((3, 2, 3, 4, chosen), -1)
+    routing[1, ..., 0] = 1
+
+    def logits():
+        return written(model, 3, parts=(4,), routing=routing)[0]
+
+    assert_close(logits(), by_torch(logits), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("width", [8, 24, 48, 4096])
+def test_rows_of_another_width_are_refused_as_by_torch(width):
+    model, rows = wide(), torch.ones(1, 3, width)
+    with torch.inference_mode():
+        for call in (model.head, model.core.injection.prepare):
+            with pytest.raises(RuntimeError, match="cannot be multiplied"):
+                call(rows)
+        with pytest.raises((RuntimeError, InputError)):
+            model.readout(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_default_dtype_and_device_change_nothing(dtype, plans):
+    model = wide(mean_loops=2)
+    expected = written(model, 3)[0]
+    exits = written(model, 6, **RULES["delta"])[0]
+    try:
+        torch.set_default_dtype(dtype)
+        assert written(model, 3)[0].equal(expected)
+        assert written(model, 6, **RULES["delta"])[0].equal(exits)
+        plans.insert(0, "off")
+        assert written(model, 3)[0].equal(expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_weight_of_another_class_goes_through_torch():
+    class Watched(torch.Tensor):
+        """Has no numbers of its own."""
+
+        @staticmethod
+        def __new__(cls, inner):
+            made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+            made.inner = inner
+            return made
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, arguments=(), named=None):
+            plain = [x.inner if isinstance(x, cls) else x for x in arguments]
+            result = function(*plain, **(named or {}))
+            return cls(result) if function is torch.ops.aten.detach.default else result
+
+    head, rows = wide().head, torch.randn(1, 32)
+    expected = rows @ head.weight.T
+    head.weight = torch.nn.Parameter(Watched(head.weight.detach()), requires_grad=False)
+    with torch.inference_mode():
+        assert_close(head(rows), expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def _turned(model):
+    weight = model.core.layers[0].attention.out.weight
+    weight.data = weight.data.t()
+
+
+def _halved(model):
+    weight = model.core.layers[0].attention.out.weight
+    weight.data = weight.data.clone() / 2
+
+
+CHANGES = {
+    "strides": _turned,
+    "numbers": _halved,
+    "experts chosen": lambda model: setattr(model.core.layers[0].feed_forward.router, "chosen", 1),
+    "their scale": lambda model: setattr(model.core.layers[0].feed_forward, "scale", 3.0),
+    "eps": lambda model: setattr(model.core.layers[0].attention_norm, "eps", 0.5),
+    "activation": lambda model: setattr(
+        model.prelude[0].feed_forward, "activation", lambda x: x.tanh().chunk(2, -1)[0]
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_is_changed_after_the_first_call_is_used(change, by_torch):
+    model = wide(num_heads=2, kv_heads=1)
+    before = written(model, 3)[0]
+    change(model)
+    native = written(model, 3)[0]
+    assert_close(native, by_torch(lambda: written(model, 3)[0]), rtol=1e-4, atol=2e-5)
+    assert (native - before).abs().max() > 0.01
+
+
+def test_a_core_norm_of_another_dtype_goes_through_torch(by_torch):
+    model = wide(loop_norm=True)
+    model.core.norm.bfloat16()
+    assert_close(written(model, 3)[0], by_torch(lambda: written(model, 3)[0]), rtol=1e-4, atol=2e-5)
+
+
+class Louder(OpenMythos):
+    """Overrides what stands around the core."""
+
+    def before_core(self, *arguments):
+        return 1.5 * super().before_core(*arguments)
+
+    def readout(self, y):
+        return super().readout(y).tanh()
+
+
+def _patch(model, name, function):
+    setattr(model, name, function)
+
+
+PATCHES = {
+    "one_loop": lambda core: _patch(core, "one_loop", lambda h, *_, **__: (h, None)),
+    "prepare": lambda core: _patch(
+        core.injection, "prepare", lambda e: (torch.zeros_like(e), torch.zeros(32))
+    ),
+    "_residual": lambda core: _patch(core.layers[0], "_residual", lambda h, y, _: h - y),
+}
+
+
+def test_a_subclass_is_asked_behind_a_cache_too():
+    model = Louder(wide(mean_loops=2).config).eval()
+    ids = some_ids(2, 5)
+    with torch.inference_mode():
+        cache = model.new_cache(2, 5)
+        steps = [model(ids[:, n : n + 1], 3, cache=cache).logits for n in range(5)]
+        assert_close(torch.cat(steps, 1), model(ids, 3).logits, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("patch", PATCHES.values(), ids=PATCHES)
+def test_a_function_of_a_models_own_is_called_behind_a_cache_too(patch, by_torch):
+    model = wide(mean_loops=2)
+    before = written(model, 3)[0]
+    patch(model.core)
+    native = written(model, 3)[0]
+    assert_close(native, by_torch(lambda: written(model, 3)[0]), rtol=1e-4, atol=2e-5)
+    assert (native - before).abs().max() > 0.01
+
+
+def test_kinds_that_are_added_to_the_tables_go_through_torch(monkeypatch, by_torch):
+    class Mean(torch.nn.Module):
+        """The mean of state and input."""
+
+        def __init__(self, width):
+            super().__init__()
+
+        def prepare(self, e):
+            return e, None
+
+        def forward(self, h, drive, carry):
+            return (h + drive) / 2
+
+    def geglu(x):
+        gate, up = x.chunk(2, dim=-1)
+        return torch.nn.functional.gelu(gate) * up
+
+    model = wide(mean_loops=2)
+    monkeypatch.setitem(INJECTION, "add", Mean)
+    kinds = [{"injection": "add"}]
+    monkeypatch.setitem(FEED_FORWARD, "swiglu", (geglu, 2))
+    kinds += [{}, {"experts": 0}]
+    for kind in kinds:
+        model = wide(mean_loops=2, **kind)
+        assert_close(
+            written(model, 3)[0], by_torch(lambda m=model: written(m, 3)[0]), rtol=1e-4, atol=2e-5
+        )
+
+
+def test_a_transformed_map_goes_through_torch():
+    head, rows = wide().head, torch.randn(4, 32)
+    with torch.no_grad():
+        expected = head(rows)
+        assert_close(torch.func.vmap(head)(rows), expected, rtol=1e-4, atol=1e-5)

@@ -14,9 +14,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from openmythos.files import write_atomically
 from openmythos.model.native.structures import (
     CallStructure,
     CoreStructure,
@@ -47,18 +49,15 @@ def library() -> ctypes.CDLL | None:
     """Return the compiled code; None where there is none."""
     if os.environ.get("OPENMYTHOS_NATIVE", "1") == "0" or sys.platform == "win32":
         return None
-    compiler = _compiler()
-    if compiler is None:
-        return None
-    try:
-        return _load(_compiled(compiler))
-    except (OSError, subprocess.SubprocessError):
-        return None  # no place to write, a compiler that fails, or a kept file of another machine
+    for compiler in _compilers():
+        with suppress(OSError, subprocess.SubprocessError):  # no place to write, or it fails
+            return _load(_compiled(compiler))
+    return None
 
 
-def _compiler() -> str | None:
+def _compilers() -> list[str]:
     names = [os.environ.get("CC"), "cc", "gcc", "clang"]
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+    return list(dict.fromkeys(found for name in names if name and (found := shutil.which(name))))
 
 
 def _folder() -> Path:
@@ -81,7 +80,8 @@ def _compiled(compiler: str) -> Path:
     parts = (*code, told.stdout, " ".join(FLAGS).encode(), _processor())
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
     path = _folder() / f"layer-{name}.so"
-    if path.is_file():
+    digest = path.with_suffix(".sha256")
+    if _is_whole(path, digest):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -90,9 +90,19 @@ def _compiled(compiler: str) -> Path:
             command = [compiler, *FLAGS, *extra, str(SOURCE), "-o", str(made), "-lm"]
             done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
             if done.returncode == 0:
+                write_atomically(digest, _sha256(made))
                 made.replace(path)
                 return path
     raise OSError(f"{compiler} cannot compile {SOURCE}: {done.stderr.decode(errors='replace')}")
+
+
+def _is_whole(path: Path, digest: Path) -> bool:
+    """Whether a kept file is what was compiled: loading a damaged one ends the process."""
+    return path.is_file() and digest.is_file() and digest.read_bytes() == _sha256(path)
+
+
+def _sha256(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).hexdigest().encode()
 
 
 def _processor() -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from openmythos.model.adapters import LoopLinear, LoopLora
 from openmythos.model.attention import GroupedQueryAttention, LatentAttention
 from openmythos.model.experts import Experts, Router
-from openmythos.model.feed_forward import FeedForward
+from openmythos.model.feed_forward import FeedForward, relu2, swiglu
 from openmythos.model.native.structures import (
     KINDS,
     LayerStructure,
@@ -43,8 +44,14 @@ KNOWN = (
 )
 """Modules whose work the native code does."""
 
+INJECTIONS = ("lti", "free", "add", "none")
+"""Kinds that the native code does."""
+
 Part = tuple[dict[str, Any], str, object]
 """A table of a module, a name in it, and what it held."""
+
+Seen = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
+"""How a tensor lay: its address, sizes and strides, and what its numbers were."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +63,21 @@ class Described:
     parts: list[Part]
     tensors: list[Tensor]
     """The numbers among them."""
-    addresses: list[int]
+    seen: list[Seen]
+    """How each lay."""
     hooks: list[dict[int, Any]]
     """Each module's table of them."""
-    fields: list[dict[str, Any]]
-    """Of each module that the native code stands for."""
-    altered: bool
+    fields: list[tuple[dict[str, Any], int]]
+    """Of each module that it rests on, and how many there were."""
+    hooked: bool
 
     def stands(self) -> bool:
-        """Whether nothing was moved, replaced or hooked since."""
+        """Whether nothing was moved, replaced, added or hooked since."""
         if any(held.get(name) is not part for held, name, part in self.parts):
             return False
-        altered = any(self.hooks) or any("forward" in own for own in self.fields)
-        return altered == self.altered and _addresses(self.tensors) == self.addresses
+        if any(len(own) != count for own, count in self.fields):
+            return False
+        return any(self.hooks) == self.hooked and _seen(self.tensors) == self.seen
 
 
 _described: WeakKeyDictionary[nn.Module, Described] = WeakKeyDictionary()
@@ -113,17 +122,47 @@ def own_core(core: Core) -> bool:
     from openmythos.model.core import Core
     from openmythos.model.injection import INJECTION
 
-    if type(core) is not Core or type(core.injection) is not INJECTION[core.config.injection]:
+    kind = core.config.injection
+    if type(core) is not Core or _patched(core) or kind not in INJECTIONS:
         return False
-    if core.norm is not None and type(core.norm) is not RMSNorm:
+    if type(core.injection) is not INJECTION[kind]:
         return False
+    if core.norm is not None:
+        if type(core.norm) is not RMSNorm:
+            return False
+        dtype = core.layers[0].attention_norm.weight.dtype  # type: ignore[union-attr]
+        if core.norm.weight.dtype != dtype or core.norm.eps != core.config.norm_eps:
+            return False
     return not altered([core.injection, core.norm, *core.layers])
+
+
+def own_model(model: OpenMythos) -> bool:
+    """Whether what a model does around its core is what its class says, and not a subclass."""
+    return _own_class(type(model)) and not _patched(model)
+
+
+@cache
+def _own_class(kind: type) -> bool:
+    from openmythos.model.transformer import OpenMythos
+
+    names = ("before_core", "after_core", "readout", "rope_kind")
+    return all(getattr(kind, name) is getattr(OpenMythos, name) for name in names)
 
 
 def altered(modules: Iterable[nn.Module | None]) -> bool:
     """Whether anybody watches these modules' calls, or gave one a function of its own."""
     there = [module for module in modules if module is not None]
-    return any(_hooks(there)) or any("forward" in vars(module) for module in there)
+    return any(_hooks(there)) or any(_patched(module) for module in there)
+
+
+def _patched(module: nn.Module) -> bool:
+    """Whether a module has something of its own in the place of a function of its class."""
+    return not vars(module).keys().isdisjoint(_functions(type(module)))
+
+
+@cache
+def _functions(kind: type) -> frozenset[str]:
+    return frozenset(name for name in dir(kind) if callable(getattr(kind, name)))
 
 
 def _hooks(modules: Sequence[nn.Module]) -> list[dict[int, Any]]:
@@ -144,18 +183,23 @@ def _describe(
     for module in watched:
         for held in (module._modules, module._parameters, module._buffers):
             parts += [(held, name, part) for name, part in held.items()]
+        own = vars(module)  # a norm's eps, how many experts a router chooses
+        parts += [(own, n, part) for n, part in own.items() if n[0] != "_" and n != "training"]
     tensors = [part for _, _, part in parts if isinstance(part, Tensor)]
     int8 = [x for x in tensors if isinstance(x, Int8Weight)]
-    parts += [(vars(x), "numbers", x.numbers) for x in int8]
-    tensors = [x.numbers if isinstance(x, Int8Weight) else x for x in tensors]
-    structure, changed = None, altered(inner)
-    if all(_known(module) for module in inner) and not changed:
+    inside = [(x, name) for x in int8 for name in ("numbers", "scale")]
+    parts += [(vars(x), name, getattr(x, name)) for x, name in inside]
+    tensors = [x for x in tensors if not isinstance(x, Int8Weight)]
+    tensors += [getattr(x, name) for x, name in inside]
+    structure, hooks = None, _hooks(inner)
+    own = not any(hooks) and not any(map(_patched, watched))
+    if own and all(map(_known, inner)):
         try:
             structure = make()
         except _Cannot:
             structure = None
-    fields = [vars(module) for module in inner]
-    return Described(structure, parts, tensors, _addresses(tensors), _hooks(inner), fields, changed)
+    fields = [(vars(module), len(vars(module))) for module in watched]
+    return Described(structure, parts, tensors, _seen(tensors), hooks, fields, any(hooks))
 
 
 def _known(module: nn.Module) -> bool:
@@ -164,14 +208,14 @@ def _known(module: nn.Module) -> bool:
     return type(module) in (*KNOWN, nn.Embedding, FewRowsLinear)
 
 
-def _addresses(tensors: list[Tensor]) -> list[int]:
-    return [x.data_ptr() for x in tensors]
+def _seen(tensors: list[Tensor]) -> list[Seen]:
+    return [(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors]
 
 
 def _structure(layer: Layer) -> LayerStructure:
     from openmythos.model.layer import Layer
 
-    if type(layer) is not Layer:
+    if type(layer) is not Layer or len({m.eps for m in layer.modules() if hasattr(m, "eps")}) > 1:
         raise _Cannot
     attention, part = layer.attention, layer.feed_forward
     eps, gain = layer.attention_norm.eps, layer.attention_norm.weight
@@ -199,13 +243,16 @@ def _structure(layer: Layer) -> LayerStructure:
         _describe_experts(made, part)
     dense = part.shared if isinstance(part, Experts) else part
     if dense is not None:
-        made.size, made.swiglu = _wide(dense.size), dense.parts == 2
+        made.size, made.swiglu = _wide(dense.size), _gated(dense.activation)
         made.w_in, made.w_out = _map(dense.w_in), _map(dense.w_out)
     return made
 
 
 def _outside(model: OpenMythos) -> Outside:
     config, width = model.config, _wide(model.config.hidden_size)
+    norms = (model.prelude_norm, model.core_output, model.norm)
+    if any(getattr(norm, "eps", config.norm_eps) != config.norm_eps for norm in norms):
+        raise _Cannot
     before = OuterStructure(hidden=width, scale=config.embedding_scale, eps=config.norm_eps)
     before.embedding = _matrix(model.embed.weight)
     before.last_norm, before.kind = _norm(model.prelude_norm)
@@ -253,13 +300,20 @@ def _describe_experts(made: LayerStructure, part: Experts) -> None:
     router = part.router.weight
     made.experts, made.chosen = router.shape[-2], part.router.chosen
     made.routers = len(router) if router.ndim == 3 else 1
-    made.expert_size, made.swiglu = _wide(part.w_out.shape[1]), part.parts == 2
+    made.expert_size, made.swiglu = _wide(part.w_out.shape[1]), _gated(part.activation)
     made.routed_scale, made.balance_rate = part.scale, part.router.rate
     made.router = _numbers(part.router.weight)
     if not part.router.balance.is_contiguous():
         raise _Cannot
     made.balance = part.router.balance.data_ptr()
     made.experts_in, made.experts_out = _stack(part.w_in), _stack(part.w_out)
+
+
+def _gated(activation: Callable[[Tensor], Tensor]) -> bool:
+    """Whether it is SwiGLU, and not squared ReLU: the native code knows these two."""
+    if activation not in (swiglu, relu2):
+        raise _Cannot
+    return activation is swiglu
 
 
 def _wide(width: int) -> int:

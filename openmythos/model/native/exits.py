@@ -85,7 +85,7 @@ class Exits:
             self.quiet,
             self.fired,
             self.fires,
-            torch.empty(rows, hidden),
+            torch.empty(rows, hidden, dtype=torch.float32, device="cpu"),
         )
         pointers = (None if part is None else part.data_ptr() for part in self._alive)
         self._structure = ExitsStructure(*pointers, 0 if gate is None else gate.size)

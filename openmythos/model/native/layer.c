@@ -225,7 +225,7 @@ static void activate(int64_t swiglu, const float *x, int64_t size, float scale, 
         if (swiglu)
             gate = gate / (all(1) + exponential(-gate)) * load(x + size + i);
         else {
-            gate = -smaller(-gate, all(0));
+            gate = -smaller(all(0), -gate);  /* in this order one that is no number stays so */
             gate *= gate;
         }
         store(y + i, gate * all(scale));
@@ -425,14 +425,16 @@ static void route(const Layer *l, const Call *call, int64_t row, const float *x,
         memcpy(choice, call->given + row * l->chosen, l->chosen * sizeof(int64_t));
     else {
         float *affinity = scores + l->experts;
-        for (int64_t e = 0; e < l->experts; e++)
+        for (int64_t e = 0; e < l->experts; e++) {
             affinity[e] = 1.0f / (1.0f + expf(-scores[e])) + (float)l->balance[e] * l->balance_rate;
+            if (isnan(affinity[e])) affinity[e] = INFINITY;  /* as torch's topk has it */
+        }
         for (int64_t n = 0; n < l->chosen; n++) {
-            int64_t best = 0;
-            for (int64_t e = 1; e < l->experts; e++)
-                if (affinity[e] > affinity[best]) best = e;
+            int64_t best = -1;
+            for (int64_t e = 0; e < l->experts; e++)
+                if (!isnan(affinity[e]) && (best < 0 || affinity[e] > affinity[best])) best = e;
             choice[n] = best;
-            affinity[best] = -INFINITY;  /* taken */
+            affinity[best] = NAN;  /* taken */
         }
     }
     float most = -INFINITY, total = 0;
@@ -454,32 +456,43 @@ static void multiply(const Stack *s, int64_t expert, const float *x, int64_t row
         columns(x, rows, s->inputs, weights, s->kind, s->inputs, s->outputs, y, s->outputs);
 }
 
+/* What an expert makes of the rows of so many pairs of row and expert, at most all rows. */
+static void take(const Layer *l, int64_t expert, const float *x, int64_t count,
+                 const int64_t *pair_of, const float *weights, float *own, float *of_pair) {
+    int64_t hidden = l->hidden, wider = l->experts_in.outputs;
+    float *gathered = own, *in = own + count * hidden, *inner = in + count * wider;
+    for (int64_t n = 0; n < count; n++)
+        memcpy(gathered + n * hidden, x + pair_of[n] / l->chosen * hidden, hidden * sizeof(float));
+    multiply(&l->experts_in, expert, gathered, count, in);
+    for (int64_t n = 0; n < count; n++)
+        activate(l->swiglu, in + n * wider, l->expert_size, weights[pair_of[n]] * l->routed_scale,
+                 inner + n * l->expert_size);
+    multiply(&l->experts_out, expert, inner, count, gathered);
+    for (int64_t n = 0; n < count; n++)
+        memcpy(of_pair + pair_of[n] * hidden, gathered + n * hidden, hidden * sizeof(float));
+}
+
 static void experts(const Layer *l, const Call *call, Thread t, const float *x, float *work,
                     float *y) {
     int64_t rows = call->rows, pairs = rows * l->chosen, hidden = l->hidden, from, to;
-    int64_t wider = l->experts_in.outputs;
     float *weights = work, *of_pair = weights + lanes(pairs);
     float *own = of_pair + pairs * hidden + t.number * own_size(l, rows);
     share(t, rows, 1, &from, &to);
     for (int64_t row = from; row < to; row++)  /* `own` holds scores and affinities */
         route(l, call, row, x + row * hidden, own, weights + row * l->chosen);
     wait_for_all(t);
-    float *gathered = own, *in = own + rows * hidden, *inner = in + rows * wider;
     for (int64_t expert = 0, turn = 0; expert < l->experts; expert++) {
-        int64_t count = 0, pair_of[rows];
-        for (int64_t pair = 0; pair < pairs; pair++)
-            if (call->choice[pair] == expert) pair_of[count++] = pair;
-        if (!count || turn++ % t.count != t.number) continue;
-        for (int64_t n = 0; n < count; n++)
-            memcpy(gathered + n * hidden, x + pair_of[n] / l->chosen * hidden,
-                   hidden * sizeof(float));
-        multiply(&l->experts_in, expert, gathered, count, in);
-        for (int64_t n = 0; n < count; n++)
-            activate(l->swiglu, in + n * wider, l->expert_size,
-                     weights[pair_of[n]] * l->routed_scale, inner + n * l->expert_size);
-        multiply(&l->experts_out, expert, inner, count, gathered);
-        for (int64_t n = 0; n < count; n++)
-            memcpy(of_pair + pair_of[n] * hidden, gathered + n * hidden, hidden * sizeof(float));
+        int64_t count = 0, pair_of[rows], met = 0;
+        for (int64_t pair = 0; pair < pairs; pair++) {
+            if (call->choice[pair] != expert) continue;
+            if (!met++ && turn++ % t.count != t.number) break;
+            if (count == rows) {  /* a row that was told to take an expert twice */
+                take(l, expert, x, count, pair_of, weights, own, of_pair);
+                count = 0;
+            }
+            pair_of[count++] = pair;
+        }
+        if (count) take(l, expert, x, count, pair_of, weights, own, of_pair);
     }
     wait_for_all(t);
     share(t, rows, 1, &from, &to);

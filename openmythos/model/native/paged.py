@@ -11,15 +11,21 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from openmythos.model.cache import Entries
 from openmythos.model.native.build import library
-from openmythos.model.native.describe import Outside, altered, outside_of, own_core, structure_of
+from openmythos.model.native.describe import (
+    Outside,
+    altered,
+    outside_of,
+    own_core,
+    own_model,
+    structure_of,
+)
 from openmythos.model.native.exits import Exits
-from openmythos.model.native.run import Layers, at, choices, keeps, plain
+from openmythos.model.native.run import Layers, alike, at, choices, keeps, plain, room
 from openmythos.model.native.structures import LayerStructure, Map, OuterStructure
 from openmythos.model.rope import Rope
 
@@ -62,7 +68,7 @@ class Paged:
         if outside_of(model) is not self._outside:
             return False
         layers = _layers(model)
-        if altered(layers) or not own_core(model.core):
+        if altered(layers) or not own_core(model.core) or not own_model(model):
             return False
         return all(structure_of(x) is y for x, y in zip(layers, self._structures, strict=True))
 
@@ -72,7 +78,7 @@ class Paged:
         """Return what `OpenMythos.before_core` returns; `places` are those of each outer slot."""
         if not self._before:
             return self._model.before_core(token_ids, rope, iter(()))
-        h = torch.empty(len(token_ids), self._model.config.hidden_size)
+        h = room(len(token_ids), self._model.config.hidden_size)
         self._run_outer(self._before, h, rope, places, token_ids)
         return h.to(self._dtype)
 
@@ -152,7 +158,10 @@ def paged(model: OpenMythos, pages: Sequence[dict[str, Tensor]]) -> Paged | None
     maps += [None if model.core.norm is None else model.core.norm.weight]
     if not all(plain(part) for part in maps) or not all(keeps(part, pages[0]) for part in known):
         return None
-    if altered(layers) or not own_core(model.core):
+    first = len(model.prelude)
+    if not alike(known[first : first + len(model.core.layers)]):
+        return None
+    if altered(layers) or not own_core(model.core) or not own_model(model):
         return None
     return Paged(model, pages, outside, known)
 

@@ -71,6 +71,8 @@ def may_run() -> bool:
         return False
     if torch._C._len_torch_dispatch_stack():  # somebody watches torch's operations
         return False
+    if torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
     return not torch.is_autocast_enabled("cpu") and library() is not None
 
 
@@ -163,7 +165,7 @@ def run_layer(
     if structure is None or found is None:
         return None
     data, entries = found
-    if not keeps(structure, data):
+    if not keeps(structure, data) or h.shape[-1] != structure.hidden:
         return None
     new, kept = _fresh(h), list(data.values())
     choice = choices(structure, *h.shape[:-1])
@@ -237,7 +239,9 @@ def _run_core(
     found = [layer_here(layer, rows.span) for layer in core.layers]  # type: ignore[arg-type]
     structures = [part for part in found if part is not None]
     norm = None if core.norm is None else core.norm.weight
-    if len(structures) < len(found) or not plain(norm) or not keeps(structures[0], data[0]):
+    if len(structures) < len(found) or not plain(norm) or not alike(structures):
+        return None
+    if not keeps(structures[0], data[0]) or h.shape[-1] != structures[0].hidden:
         return None
     new, layers = _fresh(h), Layers(structures, data)
     choice = choices(structures[0], loops, len(structures), *h.shape[:-1])
@@ -268,7 +272,7 @@ def run_before(
     found = outside_of(model)
     if found is None:
         return None
-    h = torch.empty(*token_ids.shape, model.config.hidden_size)
+    h = room(*token_ids.shape, model.config.hidden_size)
     ids = token_ids.contiguous()
     done = _run_outer(found.before, h, rope, list(model.prelude), places, ids)  # type: ignore[arg-type]
     return h.to(model.embed.weight.dtype) if done else None
@@ -281,7 +285,7 @@ def run_after(
     if not places or not takes(h):
         return None
     found = outside_of(model)
-    if found is None:
+    if found is None or h.shape[-1] != found.after.hidden:
         return None
     new = _fresh(h)
     done = _run_outer(found.after, new, rope, list(model.coda), places)  # type: ignore[arg-type]
@@ -326,7 +330,7 @@ def run_readout(
     if not takes(y):
         return None
     found = outside_of(model)
-    if found is None:
+    if found is None or y.shape[-1] != found.readout.map.inputs:
         return None
     return _run_linear(found.readout, y).to(model.head.weight.dtype)
 
@@ -338,6 +342,8 @@ def drive(
     step, rate, made = decay.step, decay.rate, matrix_structure(weight)
     wide = step.dtype == rate.dtype == torch.float32 and step.is_contiguous()
     if made is None or not wide or not rate.is_contiguous() or not takes(e):
+        return None
+    if e.shape[-1] != made.map.inputs:
         return None
     times, carry = torch.empty_like(step), torch.empty_like(rate)
     code = library()
@@ -352,7 +358,8 @@ def linear(
     x: Float[Tensor, "*rows inputs"], weight: Float[Tensor, "outputs inputs"]
 ) -> Float[Tensor, "*rows outputs"]:
     """Return `x weight^T`; native for few rows."""
-    made = matrix_structure(weight) if takes(x) else None
+    fits = takes(x) and x.shape[-1] == weight.shape[-1]  # or torch says that it does not
+    made = matrix_structure(weight) if fits else None
     return F.linear(x, weight) if made is None else _run_linear(made, x).to(x.dtype)
 
 
@@ -373,7 +380,7 @@ def _run_linear(structure: LinearStructure, x: Tensor) -> Tensor:
     """Return rows in fp32."""
     outputs, inputs = structure.map.outputs, structure.map.inputs
     wide, rows = x.float().contiguous(), x.numel() // inputs
-    y = wide.new_empty(*x.shape[:-1], outputs)
+    y = room(*x.shape[:-1], outputs)
     work = _work(wide.numel()).data_ptr() if structure.norm else None
     code = library()
     assert code is not None
@@ -395,16 +402,25 @@ def threads_for(products: int) -> int:
 
 
 def plain(numbers: Tensor | None) -> bool:
-    """Whether these are numbers of a known kind that follow each other, or nothing."""
+    """Whether these are numbers of a known kind that follow each other, or nothing.
+
+    A tensor of another class may have none of its own, whatever it says of them.
+    """
     if numbers is None:
         return True
-    known = numbers.dtype in KINDS and numbers.device.type == "cpu"
-    return known and numbers.is_contiguous()
+    own = type(numbers) in (Tensor, nn.Parameter) and numbers.device.type == "cpu"
+    return own and numbers.dtype in KINDS and numbers.is_contiguous()
 
 
 def keeps(structure: LayerStructure, store: dict[str, Tensor]) -> bool:
     """Whether entries of a cache are the kind of numbers that a layer keeps."""
     return KINDS.get(next(iter(store.values())).dtype) == structure.kind
+
+
+def alike(structures: Sequence[LayerStructure]) -> bool:
+    """Whether a core's layers choose as many experts and are of one kind, so that they can share
+    what a call holds for all."""
+    return len({(part.kind, part.chosen) for part in structures}) == 1
 
 
 def _fresh(h: Tensor) -> Tensor:
@@ -424,7 +440,7 @@ def choices(structure: LayerStructure, *shape: int) -> Tensor | None:
     """Room for the experts that rows choose; None where there are none."""
     if not structure.chosen:
         return None
-    return torch.empty(*shape, structure.chosen, dtype=torch.int64)
+    return room(*shape, structure.chosen, dtype=torch.int64)
 
 
 def _corrects(structure: LayerStructure) -> bool:
@@ -443,9 +459,14 @@ def at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for the native code to write to, whatever dtype and device torch makes by default."""
+    return torch.empty(*shape, dtype=dtype, device="cpu")
+
+
 def _work(size: int) -> Tensor:
     """Scratch memory of this thread."""
     found: Tensor | None = getattr(_scratch, "work", None)
     if found is None or found.numel() < size:
-        found = _scratch.work = torch.empty(size)
+        found = _scratch.work = room(size)
     return found

@@ -17,12 +17,21 @@ from torch import Tensor
 
 from openmythos.model.cache import Cache
 from openmythos.model.native.build import library
-from openmythos.model.native.describe import Outside, altered, outside_of, own_core, structure_of
+from openmythos.model.native.describe import (
+    Outside,
+    altered,
+    outside_of,
+    own_core,
+    own_model,
+    structure_of,
+)
 from openmythos.model.native.run import (
     Layers,
+    alike,
     matrix_structure,
     numbers_read,
     plain,
+    room,
     takes_rows,
     threads_for,
 )
@@ -63,15 +72,15 @@ class Plan:
         parts = slice(0, first), slice(last, None), slice(first, last)
         self._layers = [Layers(structures[part], stores[part]) for part in parts]
         width = config.hidden_size
-        self._rows = torch.empty(3, rows, width)  # states, the prelude's output, what enters
-        self._constants = torch.empty(2, width)
+        self._rows = room(3, rows, width)  # states, the prelude's output, what enters
+        self._constants = room(2, width)
         start = np.arange(cache.batch_size)[:, None] * cache.max_length
         numbers = np.arange(sequence)[None]
         self._first = np.broadcast_to(start, (cache.batch_size, sequence)).reshape(-1).copy()
         self._numbers = np.broadcast_to(numbers, (cache.batch_size, sequence)).reshape(-1)
         self._places = np.empty((2, rows), dtype=np.int64)
         self._threads = threads_for(rows * max(map(numbers_read, structures)))
-        self._work = torch.empty(0)
+        self._work = room(0)
         self._core = self._core_structure(model, cache)
         self._parts = [
             self._layers[0].around(outside.before),
@@ -135,9 +144,9 @@ class Plan:
         code, call, made = library(), self._call, self._model
         assert code is not None
         ids = token_ids.contiguous()
-        logits = torch.empty(*ids.shape, self.outside.readout.map.outputs)
+        logits = room(*ids.shape, self.outside.readout.map.outputs)
         chosen, layers = self._layers[2].structures[0].chosen, self._core.layers
-        choice = torch.empty(loops, layers, *ids.shape, chosen, dtype=torch.int64)
+        choice = room(loops, layers, *ids.shape, chosen, dtype=torch.int64)
         np.add(self._numbers, start, out=self._places[1])
         np.add(self._places[1], self._first, out=self._places[0])
         self._places[1] += 1
@@ -147,7 +156,7 @@ class Plan:
             for part in self.structures
         )
         if self._work.numel() < size:
-            self._work = torch.empty(2 * size)
+            self._work = room(2 * size)
         call.work, call.choice = self._work.data_ptr(), choice.data_ptr()
         cos, sin = rope.cos.contiguous(), rope.sin.contiguous()
         call.cos, call.sin = cos.data_ptr(), sin.data_ptr()
@@ -169,7 +178,7 @@ def plan_of(model: OpenMythos, cache: Cache, token_ids: Tensor, loops: int) -> P
         return None
     if model.config.injection == "linear" or altered([*_layers(model), model.core]):
         return None
-    if not own_core(model.core):
+    if not own_core(model.core) or not own_model(model):
         return None
     sequence, found = token_ids.shape[1], _plans.get(cache)
     if found is None or not found.stands(model, cache, sequence):
@@ -189,6 +198,9 @@ def _made(model: OpenMythos, cache: Cache, sequence: int) -> Plan | None:
     if any(part.dtype != torch.float32 or not part.is_contiguous() for part in raw):
         return None
     if outside is None or len(known) < len(structures) or not plain(norm):
+        return None
+    first = len(model.prelude)
+    if not alike(known[first : first + len(model.core.layers)]):
         return None
     kinds = {KINDS.get(cache.dtype)}
     if kinds != {part.kind for part in known}:
