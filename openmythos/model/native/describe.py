@@ -138,7 +138,7 @@ def own_core(core: Core) -> bool:
 
 def own_model(model: OpenMythos) -> bool:
     """Whether what a model does around its core is what its class says, and not a subclass."""
-    return _own_class(type(model)) and not _patched(model)
+    return _own_class(type(model)) and not _patched(model)  # type: ignore[arg-type]
 
 
 @cache
@@ -157,7 +157,7 @@ def altered(modules: Iterable[nn.Module | None]) -> bool:
 
 def _patched(module: nn.Module) -> bool:
     """Whether a module has something of its own in the place of a function of its class."""
-    return not vars(module).keys().isdisjoint(_functions(type(module)))
+    return not vars(module).keys().isdisjoint(_functions(type(module)))  # type: ignore[arg-type]
 
 
 @cache
@@ -183,8 +183,8 @@ def _describe(
     for module in watched:
         for held in (module._modules, module._parameters, module._buffers):
             parts += [(held, name, part) for name, part in held.items()]
-        own = vars(module)  # a norm's eps, how many experts a router chooses
-        parts += [(own, n, part) for n, part in own.items() if n[0] != "_" and n != "training"]
+        plain = vars(module)  # a norm's eps, how many experts a router chooses
+        parts += [(plain, n, part) for n, part in plain.items() if n[0] != "_" and n != "training"]
     tensors = [part for _, _, part in parts if isinstance(part, Tensor)]
     int8 = [x for x in tensors if isinstance(x, Int8Weight)]
     inside = [(x, name) for x in int8 for name in ("numbers", "scale")]
@@ -192,8 +192,8 @@ def _describe(
     tensors = [x for x in tensors if not isinstance(x, Int8Weight)]
     tensors += [getattr(x, name) for x, name in inside]
     structure, hooks = None, _hooks(inner)
-    own = not any(hooks) and not any(map(_patched, watched))
-    if own and all(map(_known, inner)):
+    as_made = not any(hooks) and not any(map(_patched, watched))
+    if as_made and all(map(_known, inner)):
         try:
             structure = make()
         except _Cannot:

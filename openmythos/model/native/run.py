@@ -71,7 +71,7 @@ def may_run() -> bool:
         return False
     if torch._C._len_torch_dispatch_stack():  # somebody watches torch's operations
         return False
-    if torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return not torch.is_autocast_enabled("cpu") and library() is not None
 
@@ -418,8 +418,7 @@ def keeps(structure: LayerStructure, store: dict[str, Tensor]) -> bool:
 
 
 def alike(structures: Sequence[LayerStructure]) -> bool:
-    """Whether a core's layers choose as many experts and are of one kind, so that they can share
-    what a call holds for all."""
+    """Whether a core's layers can share a call: of one kind, with as many experts chosen."""
     return len({(part.kind, part.chosen) for part in structures}) == 1
 
 
