@@ -19,6 +19,7 @@ from fake_engine import SAID, FakeEngine, language_model, make_app, say, wait, w
 from typecheck import unchecked
 
 from openmythos.cli.serve_command import KEY
+from openmythos.inference.playground import routes
 from openmythos.inference.playground.routes import STATIC, playground
 from openmythos.inference.server.run import Process, listen
 
@@ -67,10 +68,11 @@ def visit(browser):
         page.on("console", said)
         page.on("pageerror", lambda error: problems.append(str(error)))
 
-    def open_page(address, *, ready=True, **how):
+    def open_page(address, *, ready=True, before="", **how):
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **how})
         contexts.append(context)
         context.set_default_timeout(1000 * SECONDS)
+        context.add_init_script(before)
         page = context.new_page()
         look_at(page, address)
         page.goto(f"{address}/")
@@ -205,6 +207,7 @@ def test_pointing_at_a_token_shows_what_the_lens_sees_there(visit, shipped):
         place = seen["places"][number - 1 - seen["first"]]
         rows = page.locator(".inside tbody tr")
         expect(rows).to_have_count(place["loops"])
+        expect(page.locator(".inside")).to_contain_text("before temperature and filters")
         for row, wanted in zip(rows.all(), place["rows"], strict=True):
             assert row.locator(".number").all_inner_texts() == [
                 f"{wanted['loss']:.2f}",
@@ -212,7 +215,7 @@ def test_pointing_at_a_token_shows_what_the_lens_sees_there(visit, shipped):
             ]
             names = row.locator(".chip > :first-child").all_inner_texts()
             wanted_names = [seen["names"][str(token)] for token, _ in wanted["top"]]
-            assert [name.strip("·") for name in names] == [name.strip() for name in wanted_names]
+            assert [name.strip("·⏎") for name in names] == [name.strip() for name in wanted_names]
             chosen = re.findall(r"\d+", row.locator(".experts-of").inner_text())
             assert sorted(map(int, chosen)) == sorted(
                 expert + 1 for layer in wanted["experts"] for expert in layer
@@ -298,9 +301,173 @@ def test_the_reasoner_solves_a_walk_loop_by_loop(visit, shipped):
     page.fill("#walk-hops", "20")
     page.click("#draw")
     expect(page.locator("#house tbody tr")).to_have_count(21)
+    widths = page.locator(".marks .cell").evaluate_all("all => all.map((one) => one.offsetWidth)")
+    assert len(widths) == 4
+    assert min(widths) > 20
     page.fill("#walk", "library puce")
     page.click("#solve")
     expect(page.locator("#walk-problem")).to_contain_text("walk has the word 'puce'")
+    expect(page.locator("#walk-result")).to_be_hidden()  # its verdict is of another walk
+
+
+def test_what_is_told_of_a_cell_follows_the_loops_shown(visit, shipped):
+    page = visit(shipped, reduced_motion="reduce")
+    page.click("#solve")
+    page.locator("#loop").fill("2")
+    page.locator("#house td").first.focus()
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+    expect(page.locator("#belief")).to_have_text("Loop 5, place 1 (start): not reached yet.")
+    page.locator("#loop").fill("5")
+    expect(page.locator("#belief")).to_contain_text("Loop 5, place 1 (start): library, right.")
+    page.locator("#loop").fill("2")
+    page.click("#play")
+    expect(page.locator("#belief")).to_contain_text("library, right.")
+    page.click("#solve")
+    expect(page.locator("#belief")).to_contain_text("Move through the grid")
+
+
+def test_enter_in_rooms_draws_where_a_walk_is_drawn_and_solves_elsewhere(visit, shipped):
+    page = visit(shipped, reduced_motion="reduce")
+    page.press("#walk", "Control+Enter")
+    expect(page.locator("#house tbody tr")).to_have_count(6)
+    for places, field, key in [
+        (8, "#walk-hops", "Enter"),
+        (10, "#walk-waits", "Enter"),
+        (12, "#walk-waits", "Control+Enter"),
+    ]:
+        page.fill("#walk-hops", "7")
+        page.fill("#walk-waits", str(places - 8))
+        page.press(field, key)
+        expect(page.locator("#house tbody tr")).to_have_count(places)
+    page.fill("#walk", "library red")
+    page.press("#play", "Control+Enter")
+    expect(page.locator("#house tbody tr")).to_have_count(2)
+    expect(page.locator("#play")).to_have_text("Play")
+    assert page.locator(".token").count() == 0
+
+
+def test_the_second_setting_alone_is_stopped_when_put_away_and_comes_back_as_it_was(visit):
+    with listening(talk, max_length=4096) as server:
+        page = visit(server.address)
+        page.fill("#tokens", "4000")
+        page.check("#compare")
+        page.locator("[data-field=temperature]").last.fill("0.35")
+        page.click("#write")
+        for column in (0, 1):
+            tokens = page.locator(".column").nth(column).locator(".token:not(.prompt)")
+            expect(tokens.nth(2)).to_be_visible()
+        page.uncheck("#compare")
+        first, second = sorted(server.engine.runs, key=lambda run: -run.request.thinking.loops)
+        assert second.cancelled.wait(SECONDS)
+        expect(page.locator(".token:not(.prompt)").nth(len(loops_of(page)) + 5)).to_be_visible()
+        assert not first.cancelled.is_set()
+        page.click("#stop")
+        assert first.cancelled.wait(SECONDS)
+        page.check("#compare")
+        expect(page.locator("[data-field=temperature]").last).to_have_value("0.35")
+        expect(page.locator("[data-part=status]").last).to_contain_text("Stopped.")
+
+
+def test_write_opens_the_filters_to_show_one_that_cannot_be(visit):
+    with listening() as server:
+        page = visit(server.address)
+        page.click("summary")
+        page.fill("[data-field=top_p]", "0")
+        for way in ("the button", "Enter in a field"):
+            page.click("summary")
+            expect(page.locator("[data-field=top_p]")).to_be_hidden()
+            if way == "the button":
+                page.click("#write")
+            else:
+                page.press("[data-field=temperature]", "Enter")
+            expect(page.locator("[data-field=top_p]")).to_be_focused()
+        assert server.engine.runs == []
+
+
+def test_sampling_may_be_set_as_finely_as_the_server_takes_it(visit):
+    wanted = {"temperature": 0.725, "top_p": 0.9955, "min_p": 0.0051}
+    with listening() as server:
+        page = visit(server.address)
+        page.click("summary")
+        for name, value in wanted.items():
+            page.fill(f"[data-field={name}]", str(value))
+        page.press("[data-field=temperature]", "Enter")
+        wait_until(lambda: server.engine.runs)
+        sampling = server.engine.runs[0].request.sampling
+        assert {name: getattr(sampling, name) for name in wanted} == wanted
+
+
+def test_what_was_not_looked_into_is_told_with_its_reason(visit, monkeypatch):
+    monkeypatch.setattr(routes, "MOST_CELLS", 43)
+    held = threading.Event()
+
+    def script(run):
+        run.token(language_model().tokenizer.encode("the")[0])
+        held.wait(SECONDS)
+        say()(run)
+
+    with listening(script) as server:
+        page = visit(server.address)
+        page.fill("[data-field=loops]", "4")
+        page.click("#write")
+        page.locator(".token:not(.prompt)").first.hover()
+        panel = page.locator(".inside")
+        expect(panel).to_contain_text("is shown once the text is complete.")
+        held.set()
+        told = "Only the last 9 tokens were looked into, at this many loops."
+        expect(panel).to_contain_text(told)
+        page.locator(".token").nth(-10).hover()
+        expect(panel).to_contain_text(told)
+        page.locator(".token").nth(-9).hover()
+        expect(page.locator(".inside tbody tr")).to_have_count(4)
+        captions = page.locator("figcaption")
+        expect(captions.nth(1)).to_contain_text("nats, of the last 9 tokens")
+        expect(captions.nth(2)).to_contain_text("in per cent, of the last 10 tokens")
+
+
+def test_a_failed_look_inside_leaves_what_needs_none(visit):
+    with listening() as server:
+        page = visit(server.address)
+        error = {"message": "the lens is broken", "code": None}
+        page.route("**/lens", lambda route: route.fulfill(status=500, json={"error": error}))
+        assert problem_after_writing(page) == "the lens is broken"
+        expect(page.locator("[data-part=histogram] canvas")).to_be_visible()
+        assert page.locator("figure:visible").count() == 1
+        expect(page.locator(".inside")).to_contain_text("Point at a token")
+        page.locator(".token").first.hover()
+        expect(page.locator(".inside")).to_contain_text("The model could not be looked into.")
+        page.unroute("**/lens")
+        write(page)
+        assert page.locator("figure:visible").count() == 3
+
+
+def test_closing_what_is_inside_a_token_leaves_the_focus_on_it(visit):
+    with listening() as server:
+        page = visit(server.address, viewport={"width": 800, "height": 900})
+        write(page)
+        page.locator(".token").nth(4).click()
+        page.press(".inside .close", "Enter")
+        expect(page.locator(".token").nth(4)).to_be_focused()
+        expect(page.locator(".inside .facts")).to_have_count(0)
+
+
+def test_experts_are_coloured_by_the_loops_that_many_tokens_took(visit):
+    with listening() as server:
+        page = visit(server.address)
+        write(page)
+        classes = page.evaluate("""async () => {
+          const { drawExperts } = await import("/charts.js");
+          const row = (...experts) => ({ loss: 1, experts: [experts] });
+          const places = Array.from({ length: 40 }, (_, at) => ({ rows: [row(at % 4, at % 5)] }));
+          places[0].rows.push(row(0, 0)); // the second loop's one expert has all of it
+          const box = document.querySelector("[data-part=experts]");
+          drawExperts(box, places, { experts: 5, core_layers: 1 });
+          return [...box.querySelectorAll("td[tabindex]")].map((cell) => cell.className);
+        }""")
+        first, second = classes[:5], classes[5:]
+        assert first == ["level-15"] * 4 + ["level-7"]  # 18 of 80 choices each, and 8
+        assert second == ["level-15"] + ["level-0"] * 4
 
 
 @pytest.mark.parametrize("columns", [1, 2])
@@ -365,8 +532,11 @@ CONTRASTS = """() => {
     const { visibility, color } = getComputedStyle(node);
     if (!text || visibility === "hidden" || !node.getClientRects().length) continue;
     if (node.closest(":disabled, option, .hidden")) continue;
-    const [a, b] = [light(rgb(color)), light(rgb(ground(node)))].sort((x, y) => y - x);
-    if ((a + 0.05) / (b + 0.05) < 4.5) poor.push(`${node.className}: ${text.slice(0, 20)}`);
+    const bar = getComputedStyle(node.closest(".chip") ?? node).backgroundImage.match(/rgb[^)]*/);
+    for (const under of [ground(node), ...(bar ?? [])]) {
+      const [a, b] = [light(rgb(color)), light(rgb(under))].sort((x, y) => y - x);
+      if ((a + 0.05) / (b + 0.05) < 4.5) poor.push(`${node.className}: ${text.slice(0, 20)}`);
+    }
   }
   levels.forEach((node) => node.remove());
   return [...new Set(poor)];
@@ -436,10 +606,10 @@ def test_a_full_queue_is_told_and_one_may_try_again(visit):
 def test_a_request_that_cannot_be_is_told_in_the_servers_words(visit):
     with listening() as server:
         page = visit(server.address)
-        page.fill("#prompt", "clock " * 99)
+        page.fill("#prompt", "clock " * 62)
         told = problem_after_writing(page)
         assert "must leave room within max_model_len=64" in told
-        assert "has 102 tokens" in told
+        assert "has 65 tokens" in told
 
 
 def test_a_server_that_is_being_stopped_is_told(visit):
@@ -464,6 +634,11 @@ def test_an_engine_that_fails_is_told(visit):
         page = visit(server.address)
         assert "the disk is full" in problem_after_writing(page)
         assert page.locator(".token:not(.prompt)").count() == 1  # what came stays
+        expect(page.locator("[data-part=status]")).to_contain_text("1 token in ")
+        expect(page.locator("[data-part=status]")).to_contain_text("It broke off.")
+        expect(page.locator("[data-part=histogram] canvas")).to_be_visible()
+        page.locator(".token").first.hover()
+        expect(page.locator(".inside")).to_contain_text("The model could not be looked into.")
 
 
 def test_a_stream_that_breaks_off_is_told(visit):
@@ -506,6 +681,11 @@ def test_a_server_with_a_key_is_asked_with_it(visit, monkeypatch):
     with listening(api_key="mouse") as server:
         page = visit(server.address, ready=False)
         expect(page.locator("#key")).to_be_visible()
+        for unsendable in ("mäuschen", "мышь", "two mice", "  "):
+            page.fill("#key-value", unsendable)
+            page.keyboard.press("Enter")
+            expect(page.locator("#key-note")).to_contain_text("without accents or spaces.")
+            expect(page.locator("#key")).to_be_visible()
         page.fill("#key-value", "rat")
         page.keyboard.press("Enter")
         expect(page.locator("#key-note")).to_have_text("The server refused that key. Try again.")
@@ -519,6 +699,23 @@ def test_a_server_with_a_key_is_asked_with_it(visit, monkeypatch):
         other = visit(server.address, ready=False)
         other.click("#key-cancel")
         expect(other.locator("#problem")).to_contain_text("answers only with its key")
+        page.evaluate("() => document.getElementById('key').showModal()")
+        page.press("#key-value", "Control+Enter")
+        expect(page.locator("#stop")).to_be_disabled()  # it wrote nothing
+
+
+def test_a_key_holds_until_the_page_is_left_where_storage_is_forbidden(visit, monkeypatch):
+    monkeypatch.delenv(KEY, raising=False)
+    forbid = """for (const name of ["localStorage", "sessionStorage"]) {
+      const get = () => { throw new DOMException("", "SecurityError"); };
+      Object.defineProperty(window, name, { get });
+    }"""
+    with listening(api_key="mouse") as server:
+        page = visit(server.address, ready=False, before=forbid)
+        page.fill("#key-value", "mouse")
+        page.keyboard.press("Enter")
+        expect(page.locator("#model")).to_have_text("mouse")
+        write(page)
 
 
 def test_what_a_model_writes_is_text_and_never_markup(visit):

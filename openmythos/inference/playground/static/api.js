@@ -3,6 +3,7 @@
 import { byId } from "./nodes.js";
 
 const KEY = "openmythos-key";
+const SENDABLE = /^[\x21-\x7e]+$/; // what a header holds; the browser refuses to send most others
 
 export class Refusal extends Error {
   constructor(message, { status = 0, code = null } = {}) {
@@ -62,7 +63,7 @@ const brokenOff = () =>
 
 async function send(path, body, signal) {
   const headers = {};
-  const key = sessionStorage.getItem(KEY);
+  const key = keptKey();
   if (key) headers.Authorization = `Bearer ${key}`;
   if (body !== undefined) headers["Content-Type"] = "application/json";
   let response;
@@ -80,7 +81,7 @@ async function send(path, body, signal) {
   }
   if (response.ok) return response;
   if (response.status === 401) {
-    const changed = sessionStorage.getItem(KEY) !== key; // given to another request meanwhile
+    const changed = keptKey() !== key; // given to another request meanwhile
     if (changed || (await askForKey(key && "The server refused that key. Try again."))) {
       return await send(path, body, signal);
     }
@@ -100,6 +101,25 @@ async function refusalOf(response) {
   }
 }
 
+let kept = null; // the key, where storage is forbidden: it then holds until the page is left
+
+function keptKey() {
+  try {
+    return sessionStorage.getItem(KEY) ?? kept;
+  } catch {
+    return kept;
+  }
+}
+
+function keepKey(key) {
+  kept = key;
+  try {
+    sessionStorage.setItem(KEY, key);
+  } catch {
+    // `kept` has it
+  }
+}
+
 let asking = null; // two requests that are refused together ask once
 
 function askForKey(note) {
@@ -111,7 +131,14 @@ function askForKey(note) {
     byId("key-cancel").onclick = () => dialog.close("cancel");
     byId("key-form").onsubmit = (event) => {
       event.preventDefault();
-      sessionStorage.setItem(KEY, value.value.trim());
+      const key = value.value.trim();
+      if (!SENDABLE.test(key)) {
+        byId("key-note").textContent =
+          "A key holds Latin letters, digits and signs, without accents or spaces. Try again.";
+        value.select();
+        return;
+      }
+      keepKey(key);
       dialog.close("use");
     };
     dialog.onclose = () => {

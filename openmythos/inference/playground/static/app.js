@@ -8,7 +8,8 @@ import { Rooms } from "./rooms.js";
 const AGAIN = 1500; // milliseconds until a server that loads its model is asked again
 
 let columns = [];
-let running = null; // the AbortController of what is being written
+let other = null; // the second column, kept with its settings while only one is shown
+const running = new Map(); // from each column that is written to its AbortController
 
 async function start() {
   let info;
@@ -39,7 +40,11 @@ async function start() {
   byId("compare").addEventListener("change", () => compare(info));
   compare(info); // a browser may have kept the box checked
   addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("run").requestSubmit();
+    const sends = event.key === "Enter" && (event.ctrlKey || event.metaKey);
+    if (!sends || byId("key").open) return;
+    if (!event.target.closest("#rooms")) return byId("run").requestSubmit();
+    event.preventDefault(); // a button there would be pressed besides
+    (event.target.closest("form") ?? byId("walk-form")).requestSubmit();
   });
   new Rooms(info.reasoner);
 }
@@ -47,11 +52,11 @@ async function start() {
 function compare(info) {
   const two = byId("compare").checked;
   if (two && columns.length === 1) {
-    const other = new Column("Setting B", info, stop, { ...columns[0].values(), loops: 1 });
+    other ??= new Column("Setting B", info, stop, { ...columns[0].values(), loops: 1 });
     columns.push(other);
     byId("columns").append(other.node);
   } else if (!two && columns.length === 2) {
-    stop();
+    running.get(other)?.abort();
     columns.pop().node.remove();
   }
   columns[0].node.querySelector("h2").textContent = two ? "Setting A" : "Settings";
@@ -59,22 +64,26 @@ function compare(info) {
 }
 
 function stop() {
-  running?.abort();
+  for (const controller of running.values()) controller.abort();
 }
 
 // Write with every column at once, until all have ended or Stop is pressed.
 async function write() {
-  if (running || !columns.every((column) => column.check())) return;
-  const began = (running = new AbortController());
+  if (running.size || !columns.every((column) => column.check())) return;
   byId("write").disabled = true;
   byId("stop").disabled = false;
   const scale = Math.max(...columns.map(({ budget }) => budget));
   columns[0].reveal();
   const [prompt, most] = [byId("prompt").value, Number(byId("tokens").value)];
   try {
-    await Promise.all(columns.map((column) => column.write(prompt, most, scale, began.signal)));
+    await Promise.all(
+      columns.map((column) => {
+        running.set(column, new AbortController());
+        return column.write(prompt, most, scale, running.get(column).signal);
+      }),
+    );
   } finally {
-    running = null;
+    running.clear();
     const stopped = document.activeElement === byId("stop");
     byId("stop").disabled = true;
     byId("write").disabled = false;

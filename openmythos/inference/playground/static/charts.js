@@ -176,7 +176,9 @@ function shares(places, layer, experts) {
 
 function heatMap(rows, layer) {
   const experts = rows[0].shares.length;
-  const most = Math.max(...rows.flatMap((row) => row.shares));
+  // A loop that few tokens took has wild shares, which would leave all others pale.
+  const many = rows.filter(({ total }) => total >= rows[0].total / 10);
+  const most = Math.max(...many.flatMap((row) => row.shares));
   const wide = experts > 32;
   const heads = Array.from({ length: experts }, (_, expert) => el("th", { scope: "col" }, String(expert + 1)));
   const body = rows.map(({ total, shares: row }, loop) =>

@@ -17,6 +17,8 @@ const ENDS = {
   length: "It reached the most tokens allowed.",
 };
 const POINT = "Point at a token, or walk through the text with the arrow keys.";
+const LATER = "What each loop would have said is shown once the text is complete.";
+const FAILED = "The model could not be looked into.";
 const TOP = 5;
 
 // Settings that show something at first sight: a rule that can fire, and loops to save.
@@ -44,8 +46,9 @@ export class Column {
     });
     this.tokens = []; // {id, name, text, loops, loss, written, node}
     this.lens = null;
+    this.unseen = LATER; // why nothing is seen inside a token where that is so
     this.scale = null; // most loops of the colours, when columns share them
-    addEventListener("themechange", () => this.node.isConnected && this.#draw());
+    addEventListener("themechange", () => this.#draw());
     this.#part("stop").addEventListener("click", onStop);
     this.node.addEventListener("keydown", (event) => event.key === "Escape" && this.#unpick());
   }
@@ -79,7 +82,7 @@ export class Column {
     loops.addEventListener("input", () => (range.value = loops.value));
     this.#field("halting").addEventListener("change", () => this.#showRule());
     this.node.querySelector("form").addEventListener("submit", (event) => {
-      event.preventDefault(); // Enter in a field writes, as the button does
+      event.preventDefault(); // Enter in a field writes, as the button does; check() validates
       byId("run").requestSubmit();
     });
     this.#showRule();
@@ -104,7 +107,10 @@ export class Column {
 
   // Whether all fields hold what they may; tells the browser to show which does not.
   check() {
-    return this.node.querySelector("form").reportValidity();
+    const form = this.node.querySelector("form");
+    const filters = form.querySelector("details");
+    if (filters.querySelector(":invalid")) filters.open = true; // or there is nothing to show it at
+    return form.reportValidity();
   }
 
   #thinking() {
@@ -151,8 +157,7 @@ export class Column {
       }
     } catch (error) {
       if (!isAbort(error)) {
-        this.#part("status").textContent = "";
-        this.#complain(error);
+        this.#breakOff(error, (performance.now() - began) / 1000);
         return;
       }
       this.finish = "Stopped.";
@@ -166,11 +171,25 @@ export class Column {
     this.#look(); // goes on while the next text may already be asked for
   }
 
+  // Say what went wrong, and show what is known of the tokens that came before.
+  #breakOff(error, seconds) {
+    this.#complain(error);
+    this.unseen = FAILED;
+    this.#part("status").textContent = "";
+    if (this.tokens.some(({ written }) => written)) {
+      this.seconds = seconds;
+      this.finish = "It broke off.";
+      this.#summary();
+    }
+    this.#showKnown();
+  }
+
   #clear(scale) {
     this.thinking = this.#thinking();
     this.scale = scale;
     this.tokens = [];
     this.lens = this.usage = this.seconds = null;
+    this.unseen = LATER;
     this.finish = "";
     this.looking?.abort();
     this.looking = null;
@@ -275,8 +294,8 @@ export class Column {
     const { max_tokens, max_cells } = this.info.lens;
     if (ids.length < 2) return;
     if (ids.length > max_tokens) {
-      this.inside.clear(`The text is too long to look into: more than ${max_tokens} tokens.`);
-      this.#draw();
+      this.unseen = `The text is too long to look into: more than ${max_tokens} tokens.`;
+      this.#showKnown(this.unseen);
       return;
     }
     const first = Math.max(0, ids.length - Math.floor(max_cells / this.thinking.loops));
@@ -287,10 +306,13 @@ export class Column {
       const lens = await ask("v1/playground/lens", body, looking.signal);
       if (this.looking !== looking) return;
       this.lens = lens;
+      this.unseen =
+        `Only the last ${count(ids.length - 1 - first, "token")} were looked into, ` +
+        "at this many loops.";
     } catch (error) {
-      if (isAbort(error)) return;
+      if (isAbort(error) || this.looking !== looking) return;
       this.#complain(error);
-      return;
+      this.unseen = FAILED;
     }
     for (const [number, token] of this.tokens.entries()) {
       const seen = this.#seen(number);
@@ -302,7 +324,12 @@ export class Column {
       token.loss = seen.rows.at(-1).loss;
       this.#name(token);
     }
-    this.inside.clear(POINT);
+    this.#showKnown();
+  }
+
+  // Draw the charts, and show the chosen token again if there is one, or else a hint.
+  #showKnown(hint = POINT) {
+    this.inside.clear(hint);
     this.#draw();
     const current = this.node.querySelector(".token.chosen");
     if (current) this.#pick(current);
@@ -321,6 +348,7 @@ export class Column {
       total: this.tokens.length - 1,
       scale: this.scale,
       names: this.lens?.names ?? {},
+      unseen: this.unseen,
       onClose: () => this.#unpick(),
     });
   }
@@ -336,7 +364,10 @@ export class Column {
   }
 
   #unpick() {
-    if (!this.node.querySelector(".token.chosen")) return;
+    const chosen = this.node.querySelector(".token.chosen");
+    if (!chosen) return;
+    // The focus would be lost with the button. It moves first, for a token that gets it is picked.
+    if (this.inside.node.contains(document.activeElement)) chosen.focus();
     this.#choose(null);
     this.inside.clear(POINT);
   }
@@ -345,11 +376,15 @@ export class Column {
     if (!this.tokens.length || !this.thinking || this.seconds === null) return;
     show(this.#part("charts"));
     drawHistogram(this.#part("histogram"), this.#counts(), this.scale);
-    const written = this.tokens.flatMap((token, number) =>
-      token.written && this.#seen(number) ? [this.#seen(number)] : [],
-    );
-    drawLosses(this.#part("losses"), written, this.scale);
-    drawExperts(this.#part("experts"), this.lens?.places ?? [], this.info);
+    const written = this.tokens.flatMap((token, number) => (token.written ? [number] : []));
+    const seen = written.flatMap((number) => this.#seen(number) ?? []);
+    const places = this.lens?.places ?? [];
+    this.#part("losses-of").textContent =
+      seen.length < written.length ? `the last ${count(seen.length, "token")}` : "what was written";
+    this.#part("experts-of").textContent =
+      places.length < this.tokens.length ? `, of the last ${count(places.length, "token")}` : "";
+    drawLosses(this.#part("losses"), seen, this.scale);
+    drawExperts(this.#part("experts"), places, this.info);
   }
 
   #complain(error) {

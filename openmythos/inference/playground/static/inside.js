@@ -15,8 +15,9 @@ export class Inside {
     this.node.replaceChildren(el("p", { class: "hint" }, message));
   }
 
-  // `seen` is the place that the token was drawn from; without it only what the stream told.
-  show(token, seen, { number, total, scale, names, onClose }) {
+  // `seen` is the place that the token was drawn from; without it only what the stream told, and
+  // `unseen` says why there is no more.
+  show(token, seen, { number, total, scale, names, unseen, onClose }) {
     this.node.parentElement.classList.add("open");
     const final = seen?.rows.at(-1);
     const loss = final ? final.loss : token.loss;
@@ -32,7 +33,7 @@ export class Inside {
       el("p", { class: "facts" }, facts),
       ...(seen
         ? [this.#table(token, seen, scale, names), note(seen)]
-        : [el("p", { class: "hint" }, "What each loop would have said is shown once the text is complete.")]),
+        : [el("p", { class: "hint" }, unseen)]),
     );
   }
 
@@ -71,7 +72,11 @@ export class Inside {
 function note(seen) {
   const layers = seen.rows[0].experts?.length ?? 0;
   const experts = layers > 1 ? " Experts of the core's layers are separated by “·”." : "";
-  return el("p", { class: "hint" }, `The last row is what the token was drawn from.${experts}`);
+  return el(
+    "p",
+    { class: "hint" },
+    `The last row is what the token was drawn from, before temperature and filters.${experts}`,
+  );
 }
 
 function choice([id, p], token, names) {

@@ -15,6 +15,7 @@ export class Rooms {
     this.trace = null;
     this.asking = null;
     this.timer = null;
+    this.cell = null; // last pointed at or moved to
     show(byId("rooms-missing"), missing !== null);
     show(byId("rooms-panel"), missing === null);
     if (missing !== null) {
@@ -34,8 +35,9 @@ export class Rooms {
       event.preventDefault();
       this.#solve({ walk: byId("walk").value });
     };
-    byId("draw").onclick = () => {
-      if (!byId("walk-form").reportValidity()) return;
+    byId("draw-form").onsubmit = (event) => {
+      event.preventDefault();
+      if (!byId("walk-form").reportValidity()) return; // its loops and halting hold here too
       const seed = Math.floor(Math.random() * 2 ** 32);
       this.#solve({ hops: number("walk-hops") ?? 12, waits: number("walk-waits") ?? 0, seed });
     };
@@ -46,7 +48,8 @@ export class Rooms {
     addEventListener("resize", () => this.#fit());
     byId("play").onclick = () => (this.timer ? this.#pause() : this.#play());
     this.roving = new Roving(byId("house"), "td", (cell) => {
-      byId("belief").textContent = this.#told(cell);
+      this.cell = cell;
+      this.#tell();
     });
   }
 
@@ -64,7 +67,10 @@ export class Rooms {
       };
       this.trace = await ask("v1/playground/walk", body, asking.signal);
     } catch (error) {
-      if (!isAbort(error)) complain(byId("walk-problem"), error.message);
+      if (isAbort(error)) return;
+      complain(byId("walk-problem"), error.message);
+      this.#pause();
+      show(byId("walk-result"), false); // or an old verdict would seem to be of this walk
       return;
     } finally {
       byId("solve").disabled = byId("draw").disabled = false;
@@ -88,7 +94,7 @@ export class Rooms {
     byId("verdict").className = `verdict ${trace.solved ? "is-right" : "is-wrong"}`;
     byId("house").replaceChildren(this.#table());
     this.roving.refresh();
-    byId("belief").textContent = START;
+    this.cell = null;
     byId("loop").max = loops;
     show(byId("walk-result"));
     this.#fit();
@@ -165,6 +171,7 @@ export class Rooms {
       cell.classList.toggle("now", Number(cell.dataset.loop) === shown - 1);
       cell.setAttribute("aria-label", this.#told(cell));
     }
+    this.#tell();
     this.#follow(shown);
   }
 
@@ -181,6 +188,13 @@ export class Rooms {
     if (end > box.scrollLeft + box.clientWidth) box.scrollLeft = end - box.clientWidth;
     const start = head.offsetLeft - first.offsetWidth;
     if (start < box.scrollLeft) box.scrollLeft = start;
+  }
+
+  // Tell of the last cell; told anew at each loop, for it may only now be reached.
+  #tell() {
+    const told = this.cell ? this.#told(this.cell) : START;
+    const belief = byId("belief");
+    if (belief.textContent !== told) belief.textContent = told; // or it would be read aloud again
   }
 
   #told(cell) {
