@@ -2,9 +2,12 @@
 
 A batch has single facts, of all that are trained, and chains of those that chains may use. With
 `stairs`, the answer after n hops is asked for only where at least n loops (or layers) run, and few
-loops are drawn as often as many: a fact must then be known after one loop, and an answer must look,
-to the loop that goes on from it, like the entity itself. Without, a model may take all its loops
-over a fact it never has to go on from, and then knows it too late for a chain.
+loops are drawn as often as many: a fact must then be known after one loop. Without, a model may
+take all its loops over a fact it never has to go on from, and then knows it too late for a chain.
+
+The loop that goes on from an answer must find in it what it finds in the entity itself. Where the
+state is handed on, nothing asks for that of a fact that is only ever asked alone; where the answer
+is handed on, it is so by construction.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from torch import Tensor
 from openmythos.config import InjectionKind, MythosConfig
 from openmythos.errors import CheckpointError
 from openmythos.evidence.cells import Say
-from openmythos.evidence.fact_models import FedBack, Untied
+from openmythos.evidence.fact_models import HandsOn, StepByStep
 from openmythos.evidence.fit import IGNORE, Batch, FitConfig, fit
 from openmythos.files import write_atomically
 from openmythos.model.transformer import OpenMythos
@@ -56,9 +59,8 @@ class FactTraining:
     plain_layers: int = 0
     """Layers of a plain transformer instead: no loop, no injection."""
     injection: InjectionKind = "lti"
-    feedback: bool = False
-    """Add the expected embedding of the current answer at each loop."""
-    loop_norm: bool = False
+    hands_on: HandsOn = "state"
+    """What each loop, or layer of a plain one, hands on to the next."""
     hidden_size: int = 96
     feed_forward_size: int = 256
 
@@ -71,8 +73,6 @@ class FactTraining:
     """Share of each batch that are single facts."""
     waits: bool = False
     """Put no-ops before or behind the relation of each single fact, at random places."""
-    lone_first: bool = False
-    """Begin with single facts alone, until their loss has fallen below 0.3 nats."""
     steps: int = 4000
     adam_lr: float = 2e-3
     weight_decay: float = 0.1
@@ -115,7 +115,6 @@ class FactTraining:
             h0="e" if bare else "zeros",
             core_output="none",
             prelude_norm=False,
-            loop_norm=self.loop_norm,
             feed_forward="relu2",
             out_init=0.0,
         )
@@ -132,7 +131,6 @@ class FactTraining:
         )
         return FitConfig(
             steps=steps,
-            levels=2 if self.lone_first else 1,
             seed=self.seed,
             report_every=self.measure_every,
             optimizer=optimizer,
@@ -140,18 +138,17 @@ class FactTraining:
 
     def new_model(self) -> OpenMythos:
         """Return the model as initialised."""
-        kind = Untied if self.plain_layers else FedBack if self.feedback else OpenMythos
-        return kind(self.config, seed=self.seed)
+        untied = self.plain_layers > 0
+        if untied or self.hands_on != "state":
+            return StepByStep(self.config, seed=self.seed, untied=untied, hands_on=self.hands_on)
+        return OpenMythos(self.config, seed=self.seed)
 
-    def batch(self, step: int, level: int) -> Batch:
+    def batch(self, step: int) -> Batch:
         """Return the batch of a step: single facts first, then chains."""
         random = np.random.default_rng([self.seed, 3, step])
-        only_lone = self.lone_first and level == 0
-        count = self.batch_size if only_lone else round(self.lone_share * self.batch_size)
-        parts = [self._lone(random, count, "chained", "alone")]
-        if not only_lone:
-            parts.append(self._chains(random, self.batch_size - count))
-        return self._packed(random, parts)
+        count = round(self.lone_share * self.batch_size)
+        lone = self._lone(random, count, "chained", "alone")
+        return self._packed(random, [lone, self._chains(random, self.batch_size - count)])
 
     def added_batch(self, step: int, *, rehearse: bool) -> Batch:
         """Return a batch with the facts added afterwards, each alone.
@@ -216,7 +213,7 @@ class FactTraining:
             )
 
         fitted = self.fit_config(self.steps, self.adam_lr)
-        seconds, _ = fit(model, self.batch, fitted, folder, report=report)
+        seconds, _ = fit(model, lambda step, _: self.batch(step), fitted, folder, report=report)
         return model, {
             "parameters": sum(p.numel() for p in model.parameters()),
             "flops": self.training_flops(model),
@@ -243,6 +240,8 @@ class FactTraining:
         keys, depth = (self.hops + 2) // 2, sum(self.loops) / 2
         share = depth / self.plain_layers if self.plain_layers else depth
         per_token = model.flops(keys, 0) + share * model.core.flops(keys)
+        if self.hands_on != "state":  # each loop reads out, and looks its answer up
+            per_token += depth * 4 * self.hidden_size * self.task.vocab_size
         tokens = self.steps * self.batch_size * (self.hops + 1)
         return float(3 * tokens * per_token)
 

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from openmythos.evidence import systematic_generalisation as claim
 from openmythos.evidence.cells import run_cells
-from openmythos.evidence.fact_models import FedBack, Untied
+from openmythos.evidence.fact_models import StepByStep
 from openmythos.evidence.fact_training import ADDED, COURSE, FactTraining, lens, right
 from openmythos.evidence.fit import IGNORE
 from openmythos.evidence.report import as_markdown
@@ -46,7 +46,7 @@ def shaken(training):
 
 
 def some_ids(training):
-    return training.batch(0, level=1).token_ids
+    return training.batch(0).token_ids
 
 
 @pytest.mark.parametrize("waits", [False, True])
@@ -54,7 +54,7 @@ def test_a_fact_seen_alone_never_stands_beside_another(waits):
     training = dataclasses.replace(TINY, waits=waits)
     task = training.task
     for step in range(30):
-        token_ids = training.batch(step, level=0).token_ids.numpy()
+        token_ids = training.batch(step).token_ids.numpy()
         relations = (token_ids >= task.entities) & (token_ids != task.no_op)
         beside = relations.sum(axis=1) > 1
         followed = np.where(relations, token_ids - task.entities, 0)
@@ -68,7 +68,7 @@ def test_a_fact_seen_alone_never_stands_beside_another(waits):
 def test_facts_kept_for_later_are_in_no_batch_before():
     alone = {(int(r), int(e)) for r, e in zip(*TINY.task.having("later").nonzero(), strict=True)}
     for step in range(30):
-        batch = TINY.batch(step, level=0)
+        batch = TINY.batch(step)
         count = round(TINY.lone_share * TINY.batch_size)
         for entity, relation in batch.token_ids[:count, :2].tolist():
             assert (relation - TINY.entities, entity) not in alone
@@ -77,17 +77,11 @@ def test_facts_kept_for_later_are_in_no_batch_before():
 def test_with_stairs_no_answer_is_asked_for_after_more_hops_than_loops():
     seen = set()
     for step in range(20):
-        batch = TINY.batch(step, level=0)
+        batch = TINY.batch(step)
         assert (batch.targets[:, batch.loops + 1 :] == IGNORE).all()
         assert (batch.targets[-1, : batch.loops + 1] != IGNORE).all()  # the last row is a chain
         seen.add(batch.loops)
     assert seen == {1, 2, 3}
-
-
-def test_the_first_level_of_a_curriculum_has_single_facts_only():
-    training = dataclasses.replace(TINY, lone_first=True)
-    assert (training.batch(0, level=0).targets[:, 2:] == IGNORE).all()
-    assert (training.batch(0, level=1).targets[-1, 1] != IGNORE).all()
 
 
 def test_all_layers_of_an_untied_model_are_the_plain_transformer():
@@ -95,7 +89,7 @@ def test_all_layers_of_an_untied_model_are_the_plain_transformer():
     plain = OpenMythos(UNTIED.config).eval()
     plain.load_state_dict(model.state_dict())
     out = model(token_ids, 3, return_states=True)
-    assert isinstance(model, Untied)
+    assert isinstance(model, StepByStep)
     assert_close(out.logits, plain(token_ids, 1).logits)
     assert_close(model.decode(out.states[1]), model(token_ids, 2).logits)
     assert len(model.core.layers) == 3
@@ -108,18 +102,38 @@ def test_layers_that_do_not_run_get_no_gradient():
     assert moved == [True, True, False]
 
 
+@pytest.mark.parametrize("hands_on", ["answer", "both"])
 @pytest.mark.parametrize("injection", ["lti", "none"])
-def test_feedback_adds_the_expected_embedding_at_each_loop(injection):
-    training = dataclasses.replace(TINY, injection=injection, feedback=True)
+def test_a_loop_hands_on_the_expected_embedding_of_its_answer(injection, hands_on):
+    training = dataclasses.replace(TINY, injection=injection, hands_on=hands_on)
     model, token_ids = shaken(training), some_ids(training)
     plain = OpenMythos(training.config).eval()
     plain.load_state_dict(model.state_dict())
     first = plain(token_ids, 1, return_states=True)
     read = torch.einsum("bsv,vh->bsh", first.logits.softmax(-1), plain.embed.weight)
-    h = first.states[0] + plain.config.embedding_scale * read
-    assert isinstance(model, FedBack)
+    h = plain.config.embedding_scale * read + (first.states[0] if hands_on == "both" else 0)
+    assert isinstance(model, StepByStep)
     assert_close(model(token_ids, 1).logits, first.logits)
-    assert_close(model(token_ids, 2).logits, plain(token_ids, 1, h0=h).logits)
+    second = model(token_ids, 2, return_states=True)
+    assert_close(second.logits, plain(token_ids, 1, h0=h).logits)
+    assert_close(second.states[0], first.states[0])
+
+
+def test_a_sure_answer_that_is_handed_on_is_the_token_itself():
+    training = dataclasses.replace(TINY, hands_on="answer")
+    model, token_ids = training.new_model(), some_ids(training)
+    logits = 1e4 * torch.nn.functional.one_hot(token_ids, training.task.vocab_size).float()
+    assert_close(model._expected(logits), model.encode(token_ids))
+
+
+def test_layers_hand_on_their_answers_too():
+    training = dataclasses.replace(UNTIED, hands_on="answer")
+    model, token_ids = shaken(training), some_ids(training)
+    assert not torch.equal(model(token_ids, 1).logits, model(token_ids, 2).logits)
+    state = dataclasses.replace(UNTIED, hands_on="state").new_model().eval()
+    state.load_state_dict(model.state_dict())
+    assert_close(model(token_ids, 1).logits, state(token_ids, 1).logits)
+    assert (model(token_ids, 2).logits - state(token_ids, 2).logits).abs().max() > 0.01
 
 
 def test_a_model_that_knows_every_answer_is_right_at_the_loops_it_needs():
@@ -193,9 +207,15 @@ def test_figures_as_hoped_for_meet_every_expectation():
     text = as_markdown(section)
     assert "seen alone only works in chains: with 200 such facts on each of 2 graphs" in text
     assert "plain transformers (plain-8) have 0.10 or less at two" in text
+    assert "hand on their state" not in text
+    both = claim.conclude({**results, "looped-state/graph-0": a_run(two=0.85, four=0.4)})
+    assert "with loops that hand on their state, as elsewhere in this package, 0.85 and 0.40" in (
+        as_markdown(both)
+    )
+    assert both.expectations == section.expectations
     assert "| looped | 100, 100 | 200, 200 | 300, 300 |" in text
     assert "| plain-8 | 100 | 200 | never |" in text
-    assert len(claim.draw_figure(results).axes) == 4
+    assert len(claim.draw_figure(results).axes) == 4  # two rows of two
 
 
 def test_the_worst_graph_and_the_best_plain_model_decide():
@@ -212,7 +232,7 @@ def test_the_worst_graph_and_the_best_plain_model_decide():
     assert "with 0.40 right or more and chains of four with 0.10" in section.sentences[0]
 
 
-@pytest.mark.parametrize("name", ["plain-8", "looped", "one-layer", "looped-prelude"])
+@pytest.mark.parametrize("name", ["plain-8", "looped", "state-waits", "looped-prelude"])
 def test_any_cell_alone_can_be_concluded_from(name):
     results = {f"{name}/graph-0": a_run()}
     section = claim.conclude(results)
