@@ -64,6 +64,16 @@ def test_plain_transformers_are_tested_past_their_own_best():
     }
     section = conclude({"plain-8-lr-0.01/seed-0": plain})
     assert "| plain-8-lr-0.01 | 1.00 M | 6 | 9 | 0.100 | 1.0e+15 |" in section.tables[1]
+    better = {**plain, "longest": 7, "right_beyond": 0.2}
+    looped = {**result(), "flops": 2e14}
+    section = conclude(
+        {"core-1/a": looped, "plain-8-lr-0.01/a": plain, "plain-16-lr-0.01/a": better}
+    )
+    assert section.sentences[-1] == (
+        "Plain transformers (plain-8-lr-0.01, plain-16-lr-0.01), trained with 5.0 times the "
+        "operations of the core of one layer, answer chains of up to 7 hops at 0.95 or more, and "
+        "of half as long again as each one's own best 0.200 or less."
+    )
 
 
 @pytest.mark.parametrize("name", PLAIN)
