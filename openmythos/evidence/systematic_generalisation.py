@@ -172,8 +172,8 @@ def _main_sentence(looped: list[Result], plain: dict[str, Result]) -> list[str]:
     says = "works" if two >= REACHED else "works often" if two >= 0.5 else "does not work"
     sentence = (
         f"A fact that was seen alone only {says} in chains: with {looped[0]['alone']} such facts "
-        f"on each of {graphs}, the looped model answers chains of two of them with {two:.2f} right "
-        f"or more and chains of four with {four:.2f}"
+        f"on each of {graphs}, the looped model answers chains of two of them with {two:.3f} right "
+        f"or more and chains of four with {four:.3f}"
     )
     if plain:
         most = max(_share(run, "alone-2") for run in plain.values())

@@ -229,7 +229,7 @@ def test_the_worst_graph_and_the_best_plain_model_decide():
     met = {e.what: e.met for e in section.expectations}
     assert [what for what, hit in met.items() if hit] == ["facts seen alone, each graph"]
     assert "does not work in chains" in section.sentences[0]
-    assert "with 0.40 right or more and chains of four with 0.10" in section.sentences[0]
+    assert "with 0.400 right or more and chains of four with 0.100" in section.sentences[0]
 
 
 @pytest.mark.parametrize("name", ["plain-8", "looped", "state-waits", "looped-prelude"])
