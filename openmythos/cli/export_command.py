@@ -7,14 +7,15 @@ Examples:
 
 MODEL is the folder of a model or of a training run, FOLDER a new one that `generate`, `chat`,
 `eval` and `openmythos.load` take. bf16 is half as large as fp32, int8 a quarter. With a text, bits
-per byte are measured before, and again on what was written. The text of --text is measured whole;
-of a --corpus, the side that is held out.
+per byte are measured before, and again on what was written, in the same windows. The text of --text
+is measured whole; of a --corpus, the side that is held out. What MODEL knows of the windows of its
+training goes with it.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -26,7 +27,7 @@ from openmythos.errors import InputError
 if TYPE_CHECKING:
     from openmythos.inference.language_model import LanguageModel
     from openmythos.model.transformer import OpenMythos
-    from openmythos.training.evaluate import Evaluation
+    from openmythos.training.evaluate import Evaluation, Reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class Settings:
     """Depths to measure at."""
 
     length: int | None = None
-    """Tokens in a window. Default: max_length."""
+    """Tokens in a window. Default: as in training where model or run say it, else max_length."""
 
     max_tokens: int | None = None
     """Measure only so many tokens from the start, and the rest of the window that they begin.
@@ -68,12 +69,23 @@ class Settings:
 def run(settings: Settings) -> None:
     """Measure, write, measure again, print."""
     from openmythos.inference.language_model import load
+    from openmythos.inference.shipped import find_model
+    from openmythos.training.evaluate import Reading, keep_trained_length, trained_length
 
     _check(settings)
     documents = _documents(settings)
     lm = load(settings.model)
-    bits_before = None if documents is None else _bits(lm, documents, settings)
+    trained = trained_length(find_model(settings.model))
+    reading = Reading.usual(
+        trained,
+        lm.model.config.max_length,
+        length=settings.length,
+        max_tokens=settings.max_tokens,
+    )
+    bits_before = None if documents is None else _bits(lm, documents, settings.loops, reading)
     lm.save(settings.folder, settings.weights)
+    if trained is not None:
+        keep_trained_length(settings.folder, trained)
     written = load(settings.folder)
     report: dict[str, Any] = {
         "model": str(settings.model),
@@ -83,12 +95,13 @@ def run(settings: Settings) -> None:
         "largest_error": _largest_error(lm.model, written.model),
     }
     if documents is not None and bits_before is not None:
-        bits_after = _bits(written, documents, settings)
+        bits_after = _bits(written, documents, settings.loops, reading)
+        report |= asdict(reading)
         report["bits_per_byte"] = {
             "before": _by_depth(bits_before),
             "after": _by_depth(bits_after),
         }
-    print(json.dumps(report) if settings.json else _table(report))
+    print(json.dumps(report) if settings.json else _table(report, reading))
 
 
 def _check(settings: Settings) -> None:
@@ -115,19 +128,14 @@ def _documents(settings: Settings) -> list[str] | None:
     return None
 
 
-def _bits(lm: LanguageModel, documents: list[str], settings: Settings) -> Evaluation:
+def _bits(
+    lm: LanguageModel, documents: list[str], loops: tuple[int, ...], reading: Reading
+) -> Evaluation:
     from openmythos.training.evaluate import evaluate, tokenised
 
-    length = lm.model.config.max_length if settings.length is None else settings.length
-    with tokenised(documents, lm.tokenizer) as file:
-        return evaluate(
-            lm.model,
-            file,
-            lm.tokenizer.token_bytes,
-            sorted(set(settings.loops)),
-            length=length,
-            max_tokens=settings.max_tokens,
-        )
+    token_bytes, how = lm.tokenizer.token_bytes, asdict(reading)
+    with tokenised(documents, lm.tokenizer, reading.enough) as file:
+        return evaluate(lm.model, file, token_bytes, sorted(set(loops)), **how)
 
 
 def _by_depth(result: Evaluation) -> dict[int, float]:
@@ -157,7 +165,7 @@ def _largest_error(before: OpenMythos, after: OpenMythos) -> dict[str, Any]:
     return {"tensor": name, "relative": errors[name]}
 
 
-def _table(report: dict[str, Any]) -> str:
+def _table(report: dict[str, Any], reading: Reading) -> str:
     before, after = report["bytes"]["before"], report["bytes"]["after"]
     error = report["largest_error"]
     lines = [
@@ -169,6 +177,7 @@ def _table(report: dict[str, Any]) -> str:
     ]
     if "bits_per_byte" in report:
         earlier, later = report["bits_per_byte"]["before"], report["bits_per_byte"]["after"]
+        lines += ["", str(reading)]
         lines += ["", f"bits per byte at  {'before':>10}{'after':>10}{'change':>10}"]
         lines += [
             f"{loops:>10} loops  {bits:>10.4f}{later[loops]:>10.4f}{later[loops] - bits:>+10.4f}"

@@ -7,8 +7,9 @@ Examples:
 
 All arguments go to the harness's own command line, which knows our models as `openmythos`. Of
 --model_args, pretrained is the folder of a model or of a run; loops, halting and threshold say
-how deep each token is thought about. The harness fetches its tasks' questions from the network;
-with --include_path it reads tasks of yours, whose questions may lie in a local file.
+how deep each token is thought about. Models are asked in plain text, so --apply_chat_template is
+refused. The harness fetches its tasks' questions from the network; with --include_path it reads
+tasks of yours, whose questions may lie in a local file.
 
 It brings some 350 MB of packages, and is best installed in an environment of its own, torch first
 and in the build that you want, or another one is fetched with it:

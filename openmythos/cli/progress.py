@@ -80,7 +80,8 @@ class Progress:
 
     def _measured(self, line: dict[str, Any]) -> None:
         depths = "  ".join(f"{loops}: {bits:.4f}" for loops, bits in line["validation"].items())
-        self.say(f"step {line['step'] + 1}: held-out bits per byte by loops  {depths}")
+        text = "all held-out text" if line.get("final") else "held-out text"
+        self.say(f"step {line['step'] + 1}: {text}, bits per byte by loops  {depths}")
 
     def _step(self, line: dict[str, Any]) -> None:
         for name in ("loss", "bits_per_byte", "tokens_per_second", "peak_share"):

@@ -6,10 +6,11 @@ Examples:
     openmythos reason --hops 40 --loops 12          # too few loops: it fails
     openmythos reason --hops 12 --halting gate      # each place stops when it is sure
 
-A walk names a room, then doors by colour, or `wait`. Every door leads from each room to another;
-the model knows all 512 doors by heart and has to follow them one after another. A line shows what
-it believes after a loop, one mark per word of the walk: ● right, ○ not yet. With --halting, ■ and □
-are places that have stopped thinking, right or wrong.
+A walk names a room, then doors by colour, or `wait`. Every room has a door of each colour, which
+leads to a room, here and there to the same one; the model knows all 512 doors by heart and has to
+follow them one after another. A line shows what it believes after a loop, one mark per word of the
+walk: ● right, ○ not yet. With --halting, ■ and □ are places that have stopped thinking, right or
+wrong.
 """
 
 from __future__ import annotations

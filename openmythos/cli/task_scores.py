@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -27,6 +28,9 @@ from openmythos.numbers import check_depths
 if TYPE_CHECKING:
     from openmythos.inference.grading import Grade
     from openmythos.inference.language_model import LanguageModel
+
+FEWEST = 30
+"""Questions below which a standard error says too little to call a score better than a floor."""
 
 FLOORS = {
     "chance": "chance",
@@ -93,10 +97,11 @@ def _report(
     if lm is None:
         return report
     from openmythos.inference.grading import grade
+    from openmythos.training.evaluate import threshold_of
 
     scores = []
     for loops, rule in ways:
-        bound = None if rule == "none" else threshold
+        bound = None if rule == "none" else threshold_of(lm.model, rule, threshold)
         with _bar(f"{name}, {loops} loops") as progress:
             result = grade(
                 lm,
@@ -107,18 +112,28 @@ def _report(
                 threshold=bound,
                 progress=progress,
             )
-        above = _above(result, task, below)
+        above = _above(result, task, below, len(questions))
         scores.append({"halting": rule, "threshold": bound, **asdict(result), "above": above})
     return report | {"cut": scores[0]["cut"], "scores": scores}
 
 
-def _above(result: Grade, task: Task, below: Floors) -> bool:
-    """Whether a score is better than every floor, by two standard errors or more."""
+def _above(result: Grade, task: Task, below: Floors, questions: int) -> bool | None:
+    """Whether a score is better than every floor, by two standard errors; None: too few questions.
+
+    Of answers that are all right the estimated error is 0. A model that is no better than a floor
+    has that of the floor, so an accuracy's error counts as that at least.
+    """
+    if questions < FEWEST:
+        return None
     if task.kind == "text":
         bits = result.bits_per_byte
         return bits.value + 2 * bits.error < below.byte_frequencies
     figure = result.accuracy[task.comparison]
-    return figure.value - 2 * figure.error > max(below.accuracy.values())
+    errors = {
+        floor: max(figure.error, math.sqrt(max(0.0, floor * (1 - floor)) / questions))
+        for floor in below.accuracy.values()  # a sum, which may be 1 and a rounding
+    }
+    return all(figure.value - 2 * error > floor for floor, error in errors.items())
 
 
 @contextlib.contextmanager
@@ -181,16 +196,24 @@ def _cell(figure: dict[str, float]) -> str:
 def _way(score: dict[str, Any]) -> str:
     if score["halting"] == "none":
         return f"{score['loops']} loops"
-    bound = "" if score["threshold"] is None else f" {score['threshold']:g}"
-    return f"{score['halting']}{bound}, {score['mean_loops']:.2f} loops"
+    return f"{score['halting']} {score['threshold']:g}, {score['mean_loops']:.2f} loops"
 
 
 def _remarks(report: dict[str, Any]) -> list[str]:
     if "scores" not in report:
         return []
-    best = [_way(score) for score in report["scores"] if score["above"]]
-    where = f"at {'; '.join(best)}" if best else "at no depth"
-    lines = ["", f"better than every floor by two standard errors: {where}"]
+    lines = ["", _verdict(report)]
     if report["cut"]:
         lines.append(f"cut on the left to fit the model: {report['cut']:,} questions")
     return lines
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    if report["questions"] < FEWEST:
+        return (
+            f"too few questions to call a score better than a floor: {report['questions']}, "
+            f"must be {FEWEST} or more"
+        )
+    best = [_way(score) for score in report["scores"] if score["above"]]
+    where = f"at {'; '.join(best)}" if best else "at no depth"
+    return f"better than every floor by two standard errors: {where}"

@@ -13,6 +13,7 @@ a checkpoint. The finished model is in RUN/model; see it with `openmythos plot R
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,7 @@ def defaults(arguments: list[str]) -> Settings:
 
 def run(settings: Settings) -> None:
     """Start or resume a run, with a progress bar."""
+    _check_alone()
     from openmythos.cli.progress import Progress
     from openmythos.training.start import open_run, start_run
     from openmythos.training.trainer import Stopped
@@ -128,6 +130,16 @@ def run(settings: Settings) -> None:
     )
     if trainer.config.finish == "last" and (better := _better(trainer.run)) is not None:
         progress.say(better)
+
+
+def _check_alone() -> None:
+    """Refuse to be one of several processes, which would all train the same model alone."""
+    processes = os.environ.get("WORLD_SIZE", "")  # set by torchrun and its like
+    if processes.isdecimal() and int(processes) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE={processes} must be 1: openmythos train is one process, start it without "
+            "a launcher"
+        )
 
 
 def _steps_of_finished(run: Path) -> int | None:

@@ -81,7 +81,8 @@ class HarnessModel(LM):  # type: ignore[misc]  # the harness is not there when t
             )
         if pretrained is None:
             raise InputError("model_args must have pretrained=FOLDER, of a model or of a run")
-        self.lm = load(str(pretrained))
+        self.pretrained = str(pretrained)
+        self.lm = load(self.pretrained)
         if device is not None:
             self.lm.model.to(_device(device))
         self._device = self.lm.model.embed.weight.device
@@ -123,6 +124,29 @@ class HarnessModel(LM):  # type: ignore[misc]  # the harness is not there when t
             texts.append(self._write(kept, min(most, wish.new_tokens), wish))
         self._tell_cut(cut)
         return texts
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness asks for first where a chat template is wanted.
+
+        Raises:
+            InputError: always, because no template of ours can be filled in by the harness.
+        """
+        raise self._no_template()
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Refuse, as `tokenizer_name` does."""
+        raise self._no_template()
+
+    def _no_template(self) -> InputError:
+        # What a `chat_template.jinja` writes has end marks, which are tokens; in the texts that
+        # the harness hands over, they would be characters.
+        return InputError(
+            f"apply_chat_template must be left out: {self.pretrained} has no chat template that "
+            "the harness can fill in, and is asked in plain text"
+        )
 
     def _write(self, token_ids: Sequence[int], new_tokens: int, wish: Wish) -> str:
         tokenizer = self.lm.tokenizer
@@ -190,10 +214,12 @@ class Wish:
         sampled = asked.pop("do_sample", None)
         temperature = float(asked.pop("temperature", 1.0 if sampled else 0.0))
         filters = {name: asked.pop(name) for name in ("top_k", "top_p", "min_p") if name in asked}
+        if asked.get("num_beams") == 1:  # many tasks say so: one text is followed, as here
+            del asked["num_beams"]
         for name, value in asked.items():
             raise InputError(
                 f"generation_kwargs has {name}={value}, must have only until, do_sample, "
-                f"temperature, top_k, top_p, min_p and {MOST_TOKENS[0]}: leave it out"
+                f"temperature, top_k, top_p, min_p, num_beams=1 and {MOST_TOKENS[0]}: leave it out"
             )
         if new_tokens < 1:
             raise InputError(f"{MOST_TOKENS[0]}={new_tokens} must be 1 or more")

@@ -20,6 +20,7 @@ from openmythos.model.files import load_model
 from openmythos.model.quantised import quantise
 from openmythos.model.transformer import OpenMythos
 from openmythos.numbers import whole
+from openmythos.training.evaluate import keep_trained_length, trained_length
 from openmythos.training.run import TOKENIZER, load_from_run, unfinished
 from openmythos.training.tokenizer import Tokenizer
 
@@ -39,13 +40,17 @@ class Piece:
 class LanguageModel:
     """A loaded model with its tokenizer. Made by `openmythos.load`."""
 
-    def __init__(self, model: OpenMythos, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, model: OpenMythos, tokenizer: Tokenizer, trained_length: int | None = None
+    ) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise CheckpointError(
                 f"tokenizer has vocab_size={tokenizer.vocab_size}, must be at most the model's "
                 f"{model.config.vocab_size}: it belongs to another model"
             )
         self.model, self.tokenizer = model.eval(), tokenizer
+        self.trained_length = trained_length
+        """Tokens of the windows it was trained on, where that is known."""
 
     def save(self, folder: str | Path, weights: WeightsKind | None = None) -> None:
         """Write config, weights and tokenizer, for `openmythos.load`.
@@ -58,6 +63,8 @@ class LanguageModel:
             CheckpointError: a file cannot be written.
         """
         self.model.save_pretrained(folder, self.tokenizer, weights)
+        if self.trained_length is not None:
+            keep_trained_length(Path(folder), self.trained_length)
 
     def generate(
         self,
@@ -270,7 +277,7 @@ def load(name: str | Path, weights: WeightsKind | Literal["auto"] | None = None)
         tokenizer = Tokenizer.load(folder)
     else:
         model, tokenizer = load_from_run(folder)
-    return LanguageModel(_with_weights(model, weights), tokenizer)
+    return LanguageModel(_with_weights(model, weights), tokenizer, trained_length(folder))
 
 
 def _without_tokenizer(name: str | Path, folder: Path) -> str:

@@ -92,7 +92,7 @@ def score(
     threshold: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Score]:
-    """Score every request.
+    """Score every request; equal ones once, so that their scores are equal to the bit.
 
     Args:
         model: in evaluation mode.
@@ -100,19 +100,22 @@ def score(
         loops: most loops a token takes, 1 or more; default: the model's mean.
         halting: when a token leaves the core before.
         threshold: the rule's bound; None is its own default.
-        progress: called after each batch with the parts done and all there are.
+        progress: called after each batch with the parts of different requests done and all there
+            are.
 
     Raises:
         InputError: loops or rule do not fit the model, or a token id is out of range.
     """
     loops = model.config.mean_loops if loops is None else loops
     check_loops(loops, 1, 1)
+    # In another turn of a batch, or with other padding, the same request is rounded otherwise.
+    numbers = {request: number for number, request in enumerate(dict.fromkeys(requests))}
     parts = [
         (number, part)
-        for number, request in enumerate(requests)
+        for request, number in numbers.items()
         for part in windows(request, model.config.max_length)
     ]
-    scores = [Score(0.0, True, 0)] * len(requests)
+    scores = [Score(0.0, True, 0)] * len(numbers)
     done = 0
     for batch in _batches(parts, min(MOST_TOKENS, MOST_SLOTS // loops)):
         for number, new in _score_batch(model, batch, loops, halting, threshold):
@@ -125,7 +128,7 @@ def score(
             done += 1
         if progress is not None:
             progress(done, len(parts))
-    return scores
+    return [scores[numbers[request]] for request in requests]
 
 
 @dataclass(frozen=True)

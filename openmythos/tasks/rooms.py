@@ -1,7 +1,8 @@
 """The hop task in friendly words: a walk through a house of 32 rooms, each with 16 doors.
 
-A door of one colour leads from every room to another, and no two rooms' red doors lead to the same
-room: the permutations of `HopTask`. To wait is the no-op.
+Every room has a door of each colour, and no two rooms' red doors lead to the same room: the
+permutations of `HopTask`. So some doors, 27 of the 512, lead back into the room that they leave. To
+wait is the no-op.
 """
 
 from __future__ import annotations

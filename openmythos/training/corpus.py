@@ -1,7 +1,10 @@
 """Text for training: read from where it lies, and divided so that no document is on both sides.
 
-Which side a document falls on depends on its own text alone: equal documents stay together, and a
-corpus can grow without moving one. Corpora that have a name declare their own split.
+Documents that are equal but for white space at their ends stay together. Where there are many, the
+side of one depends on its own text alone, and a corpus can grow without moving it. Where there are
+too few for that (at a share of 0.05, less than a hundred), those whose hashes are smallest are held
+out, up to that share, and one may move when others come. Corpora that have a name declare their own
+split.
 """
 
 import hashlib
@@ -36,7 +39,8 @@ class Part:
 class Corpus:
     """Documents of one source, in two parts that share none.
 
-    The text is read anew for each pass, so it need not fit in memory.
+    The text is read anew for each pass, a document at a time: a line of JSONL, a batch of rows of
+    Parquet, a whole .txt file. So much must fit in memory, and not all of them together.
     """
 
     name: str
@@ -51,11 +55,11 @@ class Corpus:
 
     def training_documents(self) -> Iterator[str]:
         """Yields the texts to learn from."""
-        return (text for text in self._read() if _digest(text) not in self._held_out)
+        return (text for text in self._read() if _side(text) not in self._held_out)
 
     def validation_documents(self) -> Iterator[str]:
         """Yields the texts to measure with."""
-        return (text for text in self._read() if _digest(text) in self._held_out)
+        return (text for text in self._read() if _side(text) in self._held_out)
 
 
 def open_corpus(name: str) -> Corpus:
@@ -71,7 +75,7 @@ def open_corpus(name: str) -> Corpus:
             "or give the path of your own text"
         )
     read, split = _CORPORA[name]
-    held_out = frozenset(_digest(text) for text, validates in read() if validates)
+    held_out = frozenset(_side(text) for text, validates in read() if validates)
     return _divide(name, split, lambda: (text for text, _ in read()), held_out)
 
 
@@ -87,7 +91,7 @@ def open_text(path: str | Path, *, field: str = "text", held_out: float = 0.05) 
     if not 0 < held_out <= 0.5:
         raise DataError(f"held_out={held_out} must be above 0 and at most 0.5: 0.05 is usual")
     read = _reader(path, field)
-    sizes = {_digest(text): len(text.encode()) for text in read()}
+    sizes = {_side(text): len(text.encode()) for text in read()}
     if not sizes:
         raise DataError(f"text={str(path)!r} must not be empty: give a file with text in it")
     if len(sizes) == 1:
@@ -161,6 +165,11 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
+def _side(text: str) -> bytes:
+    """What decides the side of a document: its hash without the white space at its ends."""
+    return _digest(text.strip())
+
+
 def _divide(
     name: str, split: str, read: Callable[[], Iterator[str]], held_out: frozenset[bytes]
 ) -> Corpus:
@@ -168,9 +177,8 @@ def _divide(
     counts = {False: [0, 0], True: [0, 0]}  # documents, bytes; by whether they are held out
     fingerprint = hashlib.sha256()
     for text in read():
-        digest = _digest(text)
-        validates = digest in held_out
-        fingerprint.update(digest + bytes([validates]))
+        validates = _side(text) in held_out
+        fingerprint.update(_digest(text) + bytes([validates]))
         counts[validates][0] += 1
         counts[validates][1] += len(text.encode())
     if not counts[False][0] or not counts[True][0]:
@@ -183,15 +191,32 @@ def _divide(
 
 
 def _choose(sizes: dict[bytes, int], held_out: float) -> frozenset[bytes]:
-    """Chooses documents by hash; where there are few, the one of the most fitting size."""
+    """Chooses those whose hash, as a share of the largest, is below `held_out`.
+
+    Of few documents that may be none, or far too much.
+    """
     total = sum(sizes.values())
+    most = min(4 * held_out, 0.5) * total
     chosen = frozenset(
         digest for digest in sizes if int.from_bytes(digest[:8], "big") < held_out * 2**64
     )
-    share = sum(sizes[digest] for digest in chosen) / total
-    if 0 < share <= min(4 * held_out, 0.5):
+    if 0 < sum(sizes[digest] for digest in chosen) <= most:
         return chosen
-    return frozenset([min(sizes, key=lambda d: (abs(sizes[d] - held_out * total), d))])
+    return _choose_of_few(sizes, held_out * total, most)
+
+
+def _choose_of_few(sizes: dict[bytes, int], wanted: float, most: float) -> frozenset[bytes]:
+    """Chooses by order of hash until `wanted` bytes are held out, passing over what is too long.
+
+    Where every document alone has more than `most` bytes, the shortest is held out.
+    """
+    chosen: list[bytes] = []
+    held = 0
+    for digest in sorted(sizes):
+        if held < wanted and held + sizes[digest] <= most:
+            chosen.append(digest)
+            held += sizes[digest]
+    return frozenset(chosen or [min(sizes, key=lambda digest: (sizes[digest], digest))])
 
 
 def _divide_inside(name: str, read: Callable[[], Iterator[str]], held_out: float) -> Corpus:
@@ -199,16 +224,22 @@ def _divide_inside(name: str, read: Callable[[], Iterator[str]], held_out: float
 
     def halves() -> Iterator[str]:
         for text in read():
-            latest = int(len(text) * (1 - held_out))
-            earliest = int(len(text) * (1 - 2 * held_out))
-            cuts = (text.rfind(mark, earliest, latest) for mark in ("\n\n", "\n", " "))
-            cut = next((cut for cut in cuts if cut > 0), latest)
+            before = len(text) - len(text.lstrip())  # copies may differ there
+            cut = before + _cut(text.strip(), held_out)
             yield from (text[:cut], text[cut:])
 
     texts = list(halves())  # a document, or copies of it
     share = len(texts[1]) / (len(texts[0]) + len(texts[1]))
     split = f"the last {share:.0%} of the only document are held out"
-    return _divide(name, split, halves, frozenset([_digest(texts[1])]))
+    return _divide(name, split, halves, frozenset([_side(texts[1])]))
+
+
+def _cut(text: str, held_out: float) -> int:
+    """Returns where the end begins: at a paragraph, a line or a word, near the share wanted."""
+    latest = int(len(text) * (1 - held_out))
+    earliest = int(len(text) * (1 - 2 * held_out))
+    cuts = (text.rfind(mark, earliest, latest) for mark in ("\n\n", "\n", " "))
+    return next((cut for cut in cuts if cut > 0), latest)
 
 
 def _files(path: Path) -> list[Path]:

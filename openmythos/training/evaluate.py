@@ -1,13 +1,18 @@
-"""Bits per byte of a text at several depths, from one run of the core, or with a halting rule."""
+"""Bits per byte of a text at several depths, from one run of the core, or with a halting rule.
+
+They depend on how long the windows are, so a model's folder keeps the length of its training.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +21,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openmythos.config import HaltingKind
-from openmythos.errors import InputError
+from openmythos.errors import CheckpointError, InputError
+from openmythos.files import write_atomically
+from openmythos.model.halting import make_rule
 from openmythos.model.transformer import OpenMythos, cross_entropy
-from openmythos.numbers import check_depths
+from openmythos.numbers import at_least, check_depths
+from openmythos.training import checkpoint
+from openmythos.training.run import MODEL, SETTINGS, Settings
 from openmythos.training.token_file import TokenFile, write_tokens
 from openmythos.training.tokenizer import Tokenizer
+
+TRAINED = "training.json"
+"""In a model's folder, `{"length": tokens in a window of its training}`."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ class HaltingEvaluation:
 
     halting: HaltingKind
     threshold: float | None
-    """None: the rule's own default."""
+    """The rule's bound, its own default where none was asked for; None where there is no rule."""
     budget: int
     """The most loops a token could take."""
     mean_loops: float
@@ -49,13 +61,61 @@ class HaltingEvaluation:
     bytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """In which windows a text is read; figures compare where this is the same."""
+
+    length: int
+    """Tokens in a window."""
+    stride: int
+    """Tokens from one window to the next."""
+    max_tokens: int | None = None
+    """Tokens measured from the start, and the rest of the window that they begin; None: all."""
+
+    @classmethod
+    def usual(
+        cls,
+        trained: int | None,
+        max_length: int,
+        *,
+        length: int | None = None,
+        stride: int | None = None,
+        max_tokens: int | None = None,
+    ) -> Reading:
+        """Fill in what is None: windows as in training, else of max_length, half of that apart."""
+        if length is None:
+            length = max_length if trained is None else trained
+        if stride is None:
+            stride = usual_stride(length)
+        return cls(length=length, stride=stride, max_tokens=max_tokens)
+
+    @property
+    def enough(self) -> int | None:
+        """Tokens of a text that hold every window; None: all are needed."""
+        # The last window that counts may end nearly a length after the last token asked for.
+        return None if self.max_tokens is None else self.max_tokens + self.length
+
+    def __str__(self) -> str:
+        first = "" if self.max_tokens is None else f", for the first {self.max_tokens:,} tokens"
+        return f"windows of {self.length:,} tokens, {self.stride:,} apart{first}"
+
+
 @contextlib.contextmanager
-def tokenised(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[TokenFile]:
+def tokenised(
+    documents: Iterable[str], tokenizer: Tokenizer, enough: int | None = None
+) -> Iterator[TokenFile]:
     """Give a file of the documents' tokens, for as long as it is used.
+
+    Args:
+        documents: what it is made of.
+        tokenizer: the model's.
+        enough: tokens after which no further document is needed; None: all are.
 
     Raises:
         DataError: there is no document, or no room for the file.
     """
+    if enough is not None:
+        documents = _first(documents, tokenizer, enough)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "text.bin"
         write_tokens(path, documents, tokenizer, source="", least_tokens=1)
@@ -85,7 +145,7 @@ def evaluate(
         token_bytes: bytes that each token id stands for, `(vocab,)`.
         loops: depths, each 1 or more.
         length: tokens in a window.
-        stride: tokens a window advances; smaller gives more context. Default: half of `length`.
+        stride: tokens a window advances; smaller gives more context. Default: `usual_stride`.
         batch_size: windows at once.
         max_tokens: stop with the window that has so many predictions full, for a quick look; None:
             all.
@@ -146,13 +206,59 @@ def evaluate_halting(
             counts.add(token_ids, counted)
     return HaltingEvaluation(
         halting=halting,
-        threshold=threshold,
+        threshold=threshold_of(model, halting, threshold),
         budget=budget,
         mean_loops=taken / max(1, counts.tokens),
         bits_per_byte=nats / math.log(2) / max(1, counts.bytes),
         tokens=counts.tokens,
         bytes=counts.bytes,
     )
+
+
+def threshold_of(model: OpenMythos, halting: HaltingKind, threshold: float | None) -> float | None:
+    """Return the bound that a rule goes by: the one given, or its own; None without a rule.
+
+    Raises:
+        InputError: the model cannot follow the rule, or the rule not take the threshold.
+    """
+    rule: Any = make_rule(halting, threshold, model.core.learned_exits(), model.readout)
+    return None if halting == "none" else float(rule.threshold)
+
+
+def trained_length(folder: Path) -> int | None:
+    """Return how many tokens a window had in the training of a folder's model; None: not known.
+
+    Args:
+        folder: of a model, of a run, or of what is in a run: its model or a checkpoint.
+
+    Raises:
+        CheckpointError: what should say it is damaged.
+    """
+    if (folder / TRAINED).is_file():
+        return _kept_length(folder / TRAINED)
+    # A relative path may have no name of its own.
+    folder = folder.resolve()
+    inside = folder.name == MODEL or checkpoint.is_checkpoint(folder)
+    run = folder.parent if inside else folder
+    return Settings.load(run).train.length if (run / SETTINGS).is_file() else None
+
+
+def keep_trained_length(folder: Path, length: int) -> None:
+    """Write into a model's folder how many tokens a window of its training had.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / TRAINED, (json.dumps({"length": length}) + "\n").encode())
+    except OSError as error:
+        raise CheckpointError(f"folder={folder} must be writable: {error}") from error
+
+
+def usual_stride(length: int) -> int:
+    """Return how far a window advances where nothing is said: half of its length."""
+    return max(1, length // 2)
 
 
 class _Counts:
@@ -171,6 +277,16 @@ class _Counts:
         self.bytes += int((self.size[targets] * counted.cpu()).sum())
 
 
+def _first(documents: Iterable[str], tokenizer: Tokenizer, tokens: int) -> Iterator[str]:
+    """Yield documents until they have so many tokens for certain, however well they compress."""
+    most_bytes, sure = int(tokenizer.token_bytes.max()), 0
+    for document in documents:
+        yield document
+        sure += math.ceil(len(document.encode()) / most_bytes) + 1  # the end mark
+        if sure >= tokens:
+            return
+
+
 def _batches(
     model: OpenMythos,
     file: TokenFile,
@@ -186,7 +302,7 @@ def _batches(
         )
     if max_tokens is not None and max_tokens < 1:
         raise InputError(f"max_tokens={max_tokens} must be 1 or more")
-    windows = file.windows(length, max(1, length // 2) if stride is None else stride)
+    windows = file.windows(length, usual_stride(length) if stride is None else stride)
     count, device = len(windows.starts), model.embed.weight.device
     if max_tokens is not None:
         measured = np.cumsum(windows.length - windows.first)
@@ -230,3 +346,15 @@ def _losses(
         losses = cross_entropy(logits, targets).cpu().double()  # not every GPU has float64
         sums.append(float((losses * counted.cpu()).sum()))
     return np.array(sums)
+
+
+def _kept_length(path: Path) -> int:
+    try:
+        length = json.loads(path.read_bytes())["length"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f'{path} must be {{"length": tokens}}, but: {error!r}. Mend or delete it'
+        ) from error
+    if not at_least(length, 1):
+        raise CheckpointError(f"{path} has {length=}, must have 1 or more: mend or delete it")
+    return int(length)

@@ -42,18 +42,17 @@ def plot_run(lines: Sequence[Line], folder: Path, name: str) -> list[Path]:
 
 
 def loss(lines: Sequence[Line], name: str) -> Figure | None:
-    """Bits per byte over the steps: of each training batch, their mean, and on held-out text."""
+    """Bits per byte over the steps: of each training batch, their mean, and on held-out text.
+
+    What is measured on the way is the start of the held-out text; what is measured at the end, all
+    of it, is another figure and no point of that curve.
+    """
     steps = [line for line in lines if "loss" in line]
     figure, (axes,) = blank(f"{name}: loss", "optimizer step", "bits per byte")
     x, y = [line["step"] + 1 for line in steps], [line["bits_per_byte"] for line in steps]
     axes.plot(x, y, color=BLUE, alpha=0.25, linewidth=0.8)
     axes.plot(x, _smooth(y), color=BLUE, linewidth=1.8, label="training, smoothed")
-    measured = _measurements(lines)
-    if measured:
-        loops = _best_loops(measured)
-        points = sorted((line["step"] + 1, line["validation"][loops]) for line in measured)
-        label = f"held-out text, {loops} {'loop' if loops == '1' else 'loops'}"
-        axes.plot(*zip(*points, strict=True), "o-", color=ORANGE, markersize=5, label=label)
+    _draw_held_out(axes, lines)
     _leave_out_the_start(axes, _smooth(y))
     skipped = steps[-1].get("skipped", 0)
     if skipped:
@@ -63,29 +62,33 @@ def loss(lines: Sequence[Line], name: str) -> Figure | None:
 
 
 def depth(lines: Sequence[Line], name: str) -> Figure | None:
-    """Bits per byte of held-out text against loops: on the way, and the end by itself."""
+    """Bits per byte of held-out text against loops: on the way, and the end by itself.
+
+    What is measured on the way is the start of the held-out text, and at the end all of it.
+    """
     measured = _measurements(lines)
     if not measured or len(measured[-1]["validation"]) < 2:
         return None
+    end, finished = measured[-1], measured[-1].get("final", False)
     figure, grid = blank(
         f"{name}: quality against depth",
         "loops of the core",
         "bits per byte, held-out text",
         columns=2 if len(measured) > 1 else 1,
     )
-    *earlier, end = _spread(measured, 6)
-    for number, line in enumerate(earlier):
-        colour, label = _shade((number + 1) / len(earlier)), f"step {line['step'] + 1}"
-        curve = _depth_curve(line["validation"])
-        grid[0].plot(*curve, "o-", color=colour, linewidth=1.3, markersize=4, label=label)
     if len(grid) > 1:
-        grid[0].set_title("on the way", fontsize=10)
-        grid[1].set_title("the end, enlarged", fontsize=10)
+        title = "on the way, start of the text" if finished else "on the way"
+        grid[0].set_title(title, fontsize=10)
+        shown = _spread(_on_the_way(measured), 6)
+        for number, line in enumerate(shown):
+            _plot_depths(grid[0], line, _shade((number + 1) / len(shown)), 1.3)
+    if finished:
+        grid[-1].set_title("at the end, all of the text", fontsize=10)
+    elif len(grid) > 1:
+        grid[-1].set_title("the last, enlarged", fontsize=10)
+    _plot_depths(grid[-1], end, ORANGE, 2.2)
     for axes in grid:
-        curve, label = _depth_curve(end["validation"]), f"step {end['step'] + 1}"
-        axes.plot(*curve, "o-", color=ORANGE, linewidth=2.2, markersize=5, label=label)
-    for axes in grid:
-        loop_ticks(axes, [int(loops) for loops in measured[-1]["validation"]])
+        loop_ticks(axes, [int(loops) for loops in end["validation"]])
         axes.legend(frameon=False)
     return figure
 
@@ -117,7 +120,7 @@ def spectral_radius(lines: Sequence[Line], name: str) -> Figure | None:
 
 def state_rms(lines: Sequence[Line], name: str) -> Figure | None:
     """Root mean square of the state after each loop, at the end and on the way there."""
-    measured = [line for line in lines if len(line.get("state_rms", ())) > 1]
+    measured = _one_a_step([line for line in lines if len(line.get("state_rms", ())) > 1])
     if not measured:
         return None
     from matplotlib.ticker import MaxNLocator
@@ -208,6 +211,42 @@ def depth_curve(
 
 def _measurements(lines: Sequence[Line]) -> list[Line]:
     return [line for line in lines if "validation" in line]
+
+
+def _on_the_way(measured: Sequence[Line]) -> list[Line]:
+    """All but the one at the end, which is of more text."""
+    return [line for line in measured if not line.get("final")]
+
+
+def _one_a_step(measured: Sequence[Line]) -> list[Line]:
+    """The last of each step: where the end measures what was measured on the way, too."""
+    last = {line["step"]: line for line in measured}
+    return [line for line in measured if last[line["step"]] is line]
+
+
+def _draw_held_out(axes: Axes, lines: Sequence[Line]) -> None:
+    measured = _measurements(lines)
+    if not measured:
+        return
+    loops = _best_loops(measured)
+    named = f"{loops} {'loop' if loops == '1' else 'loops'}"
+    points = sorted((line["step"] + 1, line["validation"][loops]) for line in _on_the_way(measured))
+    if points:
+        label = f"start of the held-out text, {named}"
+        axes.plot(*zip(*points, strict=True), "o-", color=ORANGE, markersize=5, label=label)
+    for end in measured:
+        if end.get("final"):
+            label = f"all held-out text, {named}"
+            at = [end["step"] + 1], [end["validation"][loops]]
+            axes.plot(*at, "D", color=ORANGE, markersize=7, markerfacecolor="none", label=label)
+
+
+def _plot_depths(
+    axes: Axes, line: Line, colour: str | tuple[float, float, float], width: float
+) -> None:
+    curve, label = _depth_curve(line["validation"]), f"step {line['step'] + 1}"
+    size = 3.2 + 0.8 * width
+    axes.plot(*curve, "o-", color=colour, linewidth=width, markersize=size, label=label)
 
 
 def _best_loops(measured: Sequence[Line]) -> str:

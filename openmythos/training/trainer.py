@@ -30,7 +30,7 @@ from openmythos.model.transformer import MythosOutput, OpenMythos, cross_entropy
 from openmythos.training import checkpoint
 from openmythos.training.compiled import compiled_layers, compiling_pays
 from openmythos.training.depth import backprop_loops, sample_loops
-from openmythos.training.evaluate import Evaluation, evaluate
+from openmythos.training.evaluate import Evaluation, evaluate, keep_trained_length
 from openmythos.training.gate import GateReport, Labelled, train_gate
 from openmythos.training.machine import Machine, default_device, matmul_peak, measure
 from openmythos.training.optimizer import build_optimizers
@@ -40,6 +40,7 @@ from openmythos.training.run import (
     TOKENIZER,
     Settings,
     cut_metrics,
+    metrics,
     train_config,
 )
 from openmythos.training.settings import same_until, schedule
@@ -82,14 +83,12 @@ class Trainer:
         self.training, self.validation = training, validation
         self.config, self.model_config = settings.train, settings.model
         self.device = device or default_device()
-        # Large logits early in training make denormals, and steps ten times slower.
-        torch.set_flush_denormal(True)
-        if self.config.threads is not None:
-            torch.set_num_threads(self.config.threads)
+        self.threads = self.config.threads or torch.get_num_threads()
         self.machine: Machine | None = None
         self.compiled: bool | None = None
         self._layers: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-        self.model = OpenMythos(self.model_config, seed=self.config.seed).to(self.device)
+        with training_threads(self.threads):
+            self.model = OpenMythos(self.model_config, seed=self.config.seed).to(self.device)
         self.model.core.checkpointing = self.config.checkpoint_activations
         self._choose_parameters()
         self.optimizers = build_optimizers(
@@ -110,12 +109,16 @@ class Trainer:
         """Train to the last step, measure, train the gate, write the finished model.
 
         Ctrl-C and SIGTERM end it after the step in hand, with a checkpoint; after the last step, at
-        once.
+        once. The process's number of threads is the run's for as long as this takes.
 
         Raises:
             Stopped: the run was interrupted; `resume` goes on from the checkpoint.
             CheckpointError: a checkpoint cannot be written.
         """
+        with training_threads(self.threads):
+            return self._fit(report)
+
+    def _fit(self, report: Report) -> OpenMythos:
         self.prepare()
         if self.step < self.config.steps:  # the model of fewer steps is not the finished one
             (self.run / MODEL / TOKENIZER).unlink(missing_ok=True)
@@ -152,15 +155,26 @@ class Trainer:
 
     def _finish(self, write: Report) -> None:
         self._finishing = True
-        # Scored on the text of the scores before, or the best could not be told.
-        self.save(self._score(self._evaluate(self.config.evaluate_tokens)))
+        # On the text of the measurements before, or the best could not be told, nor a curve drawn.
+        result = self._evaluate(self.config.evaluate_tokens)
+        if not self._is_measured():
+            write(self._measurement(result))
+        self.save(self._score(result))
         taken = self._take_best() if self.config.finish == "best" else self.step
-        result = self._evaluate(None)
-        write(self._measurement(result) | {"step": taken - 1, "final": True})
+        whole = self._evaluate(None)
+        write(self._measurement(whole) | {"step": taken - 1, "final": True})
         if self.config.gate_steps and self.model_config.mean_loops > 1:
             gate = self._train_gate()
             write({"step": self.step, "gate": dataclasses.asdict(gate)})
+        keep_trained_length(self.run / MODEL, self.config.length)
         self.model.save_pretrained(self.run / MODEL, self.tokenizer)
+
+    def _is_measured(self) -> bool:
+        """Whether this step's point of the curve is written, by a run that was resumed after it."""
+        return any(
+            line["step"] == self.step - 1 and "validation" in line and not line.get("final")
+            for line in metrics(self.run)
+        )
 
     def _take_best(self) -> int:
         """Take the weights of the whole checkpoint that measured best; return its step."""
@@ -216,6 +230,10 @@ class Trainer:
 
     def one_step(self) -> dict[str, Any]:
         """Take one optimizer step; return its line of metrics."""
+        with training_threads(self.threads):
+            return self._one_step()
+
+    def _one_step(self) -> dict[str, Any]:
         started = time.perf_counter()
         config, step = self.config, self.step
         self.optimizers.set_lr(schedule(step, config.steps, config.optimizer))
@@ -397,7 +415,7 @@ class Trainer:
             "train": dataclasses.asdict(self.config),
             "tokenizer": self.tokenizer.fingerprint,
             "text": self.training.source_fingerprint,
-            "threads": torch.get_num_threads(),
+            "threads": self.threads,
             "precision": None if self.machine is None else self.machine.precision,
             "compiled": self.compiled,
             "torch": torch.__version__,
@@ -424,17 +442,22 @@ class Trainer:
             return False
         found = checkpoint.load(newest)
         self._check(found.state, found.step, newest)
-        fill(self.model, found.tensors["model"], str(newest))
+        self.threads = found.state["threads"]
+        with training_threads(self.threads):
+            self._take(found, newest)
+        cut_metrics(self.run, self.step)
+        return True
+
+    def _take(self, found: checkpoint.Checkpoint, where: Path) -> None:
+        """Take over weights, optimizers and what was decided at the start."""
+        fill(self.model, found.tensors["model"], str(where))
         self.optimizers.load_state_tensors(found.tensors["optimizer"])
         self.step = found.step
-        torch.set_num_threads(found.state["threads"])
         precision = found.state["precision"]  # None before the first step: still to be decided
         if precision is not None:
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
             self.machine = Machine(precision, "as before", matmul_peak(dtype, self.device))
             self.compiled = found.state.get("compiled", False)
-        cut_metrics(self.run, self.step)
-        return True
 
     def _check(self, state: dict[str, Any], step: int, where: Path) -> None:
         before = train_config(state["train"])  # with the fields that have come since
@@ -460,6 +483,32 @@ class Trainer:
             )
 
 
+@contextlib.contextmanager
+def training_threads(count: int) -> Iterator[None]:
+    """Compute with so many threads, which take denormals for 0, and then as before.
+
+    Large logits early in training make denormals, and steps ten times slower. A thread of torch's
+    inherits how it takes them from the one that it is made by, and keeps it: those that are made
+    in here go on taking them for 0.
+    """
+    threads, flushing = torch.get_num_threads(), _denormals_are_0()
+    if threads != count:
+        torch.set_num_threads(count)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(flushing)
+        if threads != count:
+            torch.set_num_threads(threads)
+
+
+def _denormals_are_0() -> bool:
+    """Whether this thread takes them for 0, which torch can be told but not asked."""
+    denormal = torch.ones((), dtype=torch.int32).view(torch.float32)
+    return int((denormal * 1).view(torch.int32)) == 0
+
+
 def _add(total: Tensor | None, loads: Tensor) -> Tensor:
     """Sum loads by loop; parts of a batch may differ in depth."""
     if total is None:
@@ -483,14 +532,17 @@ def check_unchanged(state: dict[str, Any], where: Path, **now: str) -> None:
 def scalars(line: dict[str, Any], under: str = "") -> Iterator[tuple[str, float]]:
     """Yield a line's numbers by path, as `validation/4`, but for the step and the last line's mark.
 
-    A list's numbers are named by their places.
+    A list's numbers are named by their places. Those of the last line, which is of all held-out
+    text, are no points of the curves before: `final/validation/4`.
     """
+    if line.get("final"):
+        line, under = {name: value for name, value in line.items() if name != "final"}, "final/"
     for name, value in line.items():
         if isinstance(value, list):
             value = {str(place): part for place, part in enumerate(value)}
         if isinstance(value, dict):
             yield from scalars(value, f"{under}{name}/")
-        elif isinstance(value, int | float) and name not in ("step", "final"):
+        elif isinstance(value, int | float) and name != "step":
             yield f"{under}{name}", value
 
 

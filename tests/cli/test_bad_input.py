@@ -28,6 +28,7 @@ SENTENCES = [
     ("eval RUN --text TEXT --max-tokens 0", "max_tokens=0 must be 1 or more"),
     ("eval RUN --text TEXT --png a.gif", "picture='a.gif' must end in one of .png, .svg, .pdf"),
     ("eval RUN --text TEXT --threshold 1", "threshold=1.0 must go with a rule"),
+    ("eval RUN --text TEXT --given TEXT --no-ppmd", "must be left out with --no-ppmd: only"),
     ("info 2t", "model='2t' must be one of nano, tiny, small"),
     ("info nano --loops 0", "loops=0 must be 1 or more"),
     ("info nano --loops", "loops must hold a depth of 1 or more"),

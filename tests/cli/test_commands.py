@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from openmythos.training.corpus import read_documents
 from openmythos.training.evaluate import evaluate, evaluate_halting, tokenised
 from openmythos.training.run import metrics
 from openmythos.training.settings import TrainConfig
+from openmythos.training.tokenizer import Tokenizer
 
 
 def test_generate_prints_what_the_library_writes(run):
@@ -205,6 +207,9 @@ def test_eval_gives_the_librarys_figures_of_the_whole_text(run, text, tmp_path):
     assert result["halting"]["bits_per_byte"] == pytest.approx(ruled.bits_per_byte)
     assert 1 <= result["halting"]["mean_loops"] <= 3
     assert result["ppmd"]["given"] < result["ppmd"]["alone"]  # it has read this very text
+    assert result["ppmd"]["given_text"] == str(text)
+    assert (result["length"], result["stride"], result["max_tokens"]) == (16, 8, None)
+    assert result["halting"]["threshold"] == 0.5
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -212,9 +217,109 @@ def test_eval_measures_a_corpus_on_its_held_out_side(run, tmp_path):
     flags = ["--loops", 1, "--max-tokens", 60, "--png", tmp_path / "eval.svg"]
     page = printed("eval", run, "--corpus", "embedded", *flags)
     assert "embedded, held out" in page
+    assert "windows of 16 tokens, 8 apart, for the first 60 tokens" in page
     assert re.search(r"1 loops +\d\.\d{4}", page)
-    assert re.search(r"PPMd after the training text +\d\.\d{4}", page)
+    assert re.search(r"PPMd after embedded, training side +\d\.\d{4}", page)
     assert (tmp_path / "eval.svg").read_text().startswith("<?xml")
+
+
+def quick(model, text, *flags):
+    flags = ["--loops", 1, "--max-tokens", 20, "--png", "None", "--no-ppmd", *flags]
+    return answer("eval", model, "--text", text, *flags)
+
+
+def test_eval_reads_every_copy_of_a_model_in_the_windows_of_its_training(run, text, tmp_path):
+    printed("export", run, tmp_path / "small", "--weights", "fp32")
+    shutil.copytree(run / "model", tmp_path / "copy")
+    checkpoint = next(run.glob("step-*"))
+    whole = [quick(folder, text) for folder in (run, run / "model", tmp_path / "small")]
+    assert len({(result["length"], result["bits_per_byte"]["1"]) for result in whole}) == 1
+    for folder in (run, run / "model", checkpoint, tmp_path / "small", tmp_path / "copy"):
+        assert quick(folder, text)["length"] == TRAINING["length"]
+    (tmp_path / "copy" / "training.json").unlink()
+    assert quick(tmp_path / "copy", text)["length"] == SHAPE["max_length"]
+    assert quick(run, text, "--length", 9, "--stride", 2)["length"] == 9
+
+
+def test_eval_does_not_take_the_windows_of_a_run_that_a_model_merely_lies_in(run, text, tmp_path):
+    (tmp_path / "other").mkdir()
+    shutil.copy(run / "settings.json", tmp_path / "other")
+    shutil.copytree(run / "model", tmp_path / "other" / "mine")
+    (tmp_path / "other" / "mine" / "training.json").unlink()
+    assert quick(tmp_path / "other" / "mine", text)["length"] == SHAPE["max_length"]
+
+
+def test_eval_knows_the_windows_of_the_model_in_the_package(run, text, monkeypatch):
+    monkeypatch.chdir(run)  # whose settings are not its
+    result = quick("openmythos-lm", text)
+    assert (result["length"], result["stride"]) == (512, 256)
+
+
+def test_eval_tells_the_default_threshold_of_a_rule(run, text):
+    gate = library.load(run).model.core.learned_exits()["gate"]
+    for rule, threshold in (("gate", float(gate.threshold)), ("kl", 5e-4)):
+        assert quick(run, text, "--halting", rule)["halting"]["threshold"] == threshold
+
+
+def test_eval_tells_its_figures_before_it_draws(run, text, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    flags = ["--loops", 1, "--max-tokens", 20, "--no-ppmd", "--png", tmp_path / "a.png"]
+    result = openmythos("eval", run, "--text", text, *flags)
+    assert re.search(r"1 loops +\d\.\d{4}", result.out)
+    assert (result.code, "drawn in" in result.out) == (2, False)
+    assert "must be writable: the disk is full" in result.err
+    as_json = openmythos("eval", run, "--text", text, *flags, "--json")
+    assert (as_json.code, list(json.loads(as_json.out)["bits_per_byte"])) == (2, ["1"])
+
+
+def test_eval_refuses_a_place_that_cannot_take_a_picture_before_it_reads(run, tmp_path):
+    result = openmythos("eval", run, "--text", "none.txt", "--png", tmp_path / "new" / "a.png")
+    assert "text='none.txt' must exist" in result.err
+    (tmp_path / "eval.png").mkdir()
+    result = openmythos("eval", run, "--text", "none.txt", "--png", tmp_path / "eval.png")
+    assert (result.code, result.out) == (2, "")
+    assert "eval.png' must be a file, and a folder of that name exists" in result.err
+
+
+def test_eval_can_leave_ppmd_out(run, text, monkeypatch):
+    monkeypatch.setattr("openmythos.training.ppmd.bits_per_byte", None)
+    flags = ["--corpus", "embedded", "--loops", 1, "--max-tokens", 20, "--png", "None"]
+    assert "PPMd" not in printed("eval", run, *flags, "--no-ppmd")
+    assert quick(run, text)["ppmd"] is None
+
+
+def test_eval_tokenises_no_more_documents_than_it_measures(run, tmp_path, monkeypatch):
+    path = tmp_path / "many.jsonl"
+    lines = (f"The {n} mice ran up the clock." for n in range(300))
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    everything = quick(run, path, "--max-tokens", 10**6, "--stride", 16)
+    read, encode = [], Tokenizer.encode_batch
+
+    def counting(self, texts):
+        read.extend(texts)
+        return encode(self, texts)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", counting)
+    some = [quick(run, path, "--max-tokens", count, "--stride", 16) for count in (1, 16, 33)]
+    assert 3 <= len(read) < 150
+    assert [result["tokens"] for result in some] == [16, 16, 48]
+    lm, documents = library.load(run), read_documents(path)
+    with tokenised(documents, lm.tokenizer) as file:  # all of it
+        how = {"length": 16, "stride": 16, "max_tokens": 33}
+        whole = evaluate(lm.model, file, lm.tokenizer.token_bytes, [1], **how)
+    assert some[2]["bits_per_byte"]["1"] == whole.bits_per_byte[0]
+    assert everything["tokens"] > 10 * whole.tokens
+
+
+def test_eval_of_less_than_a_character_has_no_figure_of_ppmd(run, tmp_path):
+    path = tmp_path / "jp.txt"
+    path.write_text("雪", encoding="utf-8")
+    flags = ["--loops", 1, "--length", 1, "--max-tokens", 1, "--png", "None"]
+    result = answer("eval", run, "--text", path, *flags)
+    assert (result["tokens"], result["ppmd"]) == (1, None)
 
 
 def test_info_compares_all_presets(run):

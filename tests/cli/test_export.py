@@ -3,18 +3,18 @@
 import shutil
 
 import pytest
-from command_line import answer, openmythos, printed
+from command_line import TRAINING, answer, openmythos, printed
 
 import openmythos as library
 from openmythos.model.quantised import Int8Weight
 from openmythos.training.corpus import read_documents
-from openmythos.training.evaluate import evaluate, tokenised
+from openmythos.training.evaluate import evaluate, tokenised, trained_length
 
 
 def bits(folder, text, loops):
     lm, documents = library.load(folder), read_documents(text)
     with tokenised(documents, lm.tokenizer) as file:
-        length = lm.model.config.max_length
+        length = TRAINING["length"]
         return evaluate(lm.model, file, lm.tokenizer.token_bytes, loops, length=length)
 
 
@@ -27,6 +27,7 @@ def test_export_writes_a_model_and_the_figures_of_the_library(run, text, tmp_pat
         expected = bits(where, text, [1, 3])
         measured = result["bits_per_byte"][when]
         assert measured == dict(zip("13", expected.bits_per_byte, strict=True))
+    assert (result["length"], result["stride"], result["max_tokens"]) == (16, 8, None)
     assert result["bytes"]["after"] == (folder / "model.safetensors").stat().st_size
     model = library.load(run).model
     assert result["bytes"]["before"] == sum(p.nbytes for p in model.parameters()) + sum(
@@ -44,9 +45,19 @@ def test_export_prints_sizes_and_bits_per_byte(run, text, tmp_path):
     assert "with int8 weights" in page
     assert "times smaller" in page
     assert "2 loops" in page
+    assert "windows of 16 tokens, 8 apart, for the first 60 tokens" in page
     page = printed("export", run, tmp_path / "b", "--weights", "bf16")
     assert "with bf16 weights" in page
     assert "bits per byte" not in page
+
+
+def test_what_is_known_of_the_training_goes_with_the_model_from_export_to_export(run, tmp_path):
+    printed("export", run, tmp_path / "half", "--weights", "bf16")
+    printed("export", tmp_path / "half", tmp_path / "small", "--length", 9)
+    assert trained_length(tmp_path / "small") == TRAINING["length"]
+    (tmp_path / "half" / "training.json").unlink()
+    printed("export", tmp_path / "half", tmp_path / "other")
+    assert trained_length(tmp_path / "other") is None
 
 
 def test_an_exported_model_generates(run, tmp_path):

@@ -7,8 +7,9 @@ from command_line import answer, openmythos, printed
 from question_sets import CHOICES, choice_rows, row, word_rows, write_package
 
 import openmythos as library
-from openmythos.inference.grading import grade
-from openmythos.inference.tasks import TASKS, floors, read_task
+from openmythos.cli.task_scores import _above
+from openmythos.inference.grading import Figure, Grade, grade
+from openmythos.inference.tasks import TASKS, Floors, floors, read_task
 
 TEXTS = [row(n, 0, f"The {n} mice", f" ran {n} times up", str(n)) for n in range(4)]
 
@@ -40,6 +41,8 @@ def test_scores_are_the_librarys_at_every_depth_and_with_a_rule(run):
             assert score["bits_per_byte"]["value"] == pytest.approx(graded.bits_per_byte.value)
             assert score["bits_per_byte"]["error"] == pytest.approx(graded.bits_per_byte.error)
             assert score["mean_loops"] == pytest.approx(graded.mean_loops)
+            assert score["threshold"] == way.get("threshold")
+            assert score["above"] is None  # of four questions
             assert (score["perplexity"] is None) == (task.kind != "word")
 
 
@@ -49,10 +52,10 @@ def test_the_page_has_every_score_and_every_floor(run):
     choice, word, text = re.split(r"\n\n(?=lambada|gsm8k)", page)
     number = r"\d[\d.e+]* ± \d[\d.e+]*"
     for part, columns in ((choice, 4), (word, 3), (text, 2)):
-        for way in ("2 loops", r"gate, \d\.\d\d loops"):
+        for way in ("2 loops", r"gate 0\.\d+, \d\.\d\d loops"):
             assert re.search(rf"^  {way}(?: +{number}){{{columns}}}$", part, re.M)
         assert "byte frequencies alone" in part
-        assert "better than every floor by two standard errors: " in part
+        assert re.search(r"too few questions to call a score better than a floor: [34], must", part)
     assert "accuracy, per char" in choice
     for floor in ("chance", "always the most frequent", "always the longest", "the shortest"):
         assert re.search(rf"{floor} +0\.\d{{4}}", choice)
@@ -74,27 +77,51 @@ def test_a_quick_look_asks_fewer_questions(run):
     assert report["questions"] == 2
 
 
-def test_a_better_answer_than_every_floor_is_noted(run, monkeypatch):
-    from openmythos.cli import task_scores
-    from openmythos.inference.grading import Figure, Grade
-
-    def graded(accuracy, bits):
-        figures = dict.fromkeys(("raw", "per_char", "per_byte"), Figure(accuracy, 0.1))
-        return Grade(
-            loops=1,
-            mean_loops=1,
-            accuracy=figures,
-            perplexity=None,
-            bits_per_byte=Figure(bits, 0.1),
-            mean_bits_per_byte=Figure(bits, 0.1),
-            cut=0,
-        )
-
+def test_a_better_answer_than_every_floor_is_noted():
     for name, better, worse in (("piqa", (0.95, 9), (0.9, 1)), ("gsm8k", (0, 2.0), (1, 4.0))):
         task, questions = TASKS[name], read_task(name)
         below = floors(questions, task.kind)
-        assert task_scores._above(graded(*better), task, below)
-        assert not task_scores._above(graded(*worse), task, below)
+        assert _above(graded(*better), task, below, 99)
+        assert _above(graded(*worse), task, below, 99) is False
+
+
+def test_a_score_whose_error_is_0_is_not_better_by_chance():
+    below = Floors(chance=0.5, most_frequent=0.8, byte_frequencies=4.0)
+    for questions, verdict in ((2, None), (29, None), (30, True), (1000, True)):
+        assert _above(graded(1.0, 9, error=0), TASKS["piqa"], below, questions) is verdict
+    # Of 100 questions, one that gives the most frequent answer has 0.8 ± 0.04.
+    for right, verdict in ((0.87, False), (0.89, True)):
+        assert _above(graded(right, 9, error=0), TASKS["piqa"], below, 100) is verdict
+
+
+def test_the_page_says_where_a_score_is_better_than_every_floor(run, tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    questions = [(f"{n}:", (" a", " b"), n % 2) for n in range(30)]
+    write_package(tmp_path / "other", piqa=choice_rows(questions))
+    monkeypatch.syspath_prepend(tmp_path / "other")
+    page = printed("eval", run, "--task", "piqa", "--loops", 1)
+    assert "better than every floor by two standard errors: at no depth" in page
+
+
+def test_the_default_threshold_of_a_rule_is_told(run):
+    flags = ["--task", "piqa", "--loops", 2, "--halting"]
+    gate = library.load(run).model.core.learned_exits()["gate"]
+    for rule, threshold in (("gate", float(gate.threshold)), ("delta", 0.03)):
+        (report,) = answer("eval", run, *flags, rule)["tasks"]
+        assert [score["threshold"] for score in report["scores"]] == [None, threshold]
+
+
+def graded(accuracy, bits, error=0.1):
+    figures = dict.fromkeys(("raw", "per_char", "per_byte"), Figure(accuracy, error))
+    return Grade(
+        loops=1,
+        mean_loops=1,
+        accuracy=figures,
+        perplexity=None,
+        bits_per_byte=Figure(bits, error),
+        mean_bits_per_byte=Figure(bits, error),
+        cut=0,
+    )
 
 
 def test_contexts_that_were_cut_are_told(run, tmp_path, monkeypatch):

@@ -177,6 +177,19 @@ def test_cuda_that_is_not_there_is_the_cpu(make):
         assert make(device="cuda:0").lm.model.embed.weight.device.type == "cpu"
 
 
+def test_one_beam_is_what_it_follows_anyway(make):
+    one, other = make().generate_until(asked(("the", {"num_beams": 1}), ("the", {})))
+    assert one == other
+
+
+def test_a_chat_template_is_refused_with_a_reason(make, folder):
+    model = make()
+    for ask in (lambda: model.tokenizer_name, lambda: model.apply_chat_template([], True)):
+        with pytest.raises(InputError) as caught:
+            ask()
+        assert f"apply_chat_template must be left out: {folder} has no" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("wish", "sentence"),
     [

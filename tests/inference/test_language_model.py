@@ -162,6 +162,15 @@ def test_a_saved_model_writes_the_same(lm, tmp_path):
     lm.save(tmp_path)
     again = openmythos.load(tmp_path)
     assert again.generate("the", seed=1) == lm.generate("the", seed=1)
+    assert again.trained_length == lm.trained_length
+
+
+def test_a_model_keeps_the_length_it_was_trained_at(lm, tmp_path):
+    LanguageModel(lm.model, lm.tokenizer, trained_length=48).save(tmp_path / "a")
+    again = openmythos.load(tmp_path / "a")
+    again.save(tmp_path / "b")
+    assert openmythos.load(tmp_path / "b").trained_length == 48
+    assert openmythos.load("openmythos-lm").trained_length == 512
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,17 @@ def test_scores_do_not_depend_on_the_batches(monkeypatch):
     same(score(model, asked[::-1], loops=3), wanted[::-1])
 
 
+def test_equal_requests_are_scored_once_and_tie_to_the_bit():
+    model, read = tiny(max_length=40), []
+    model.embed.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].numel()))
+    context = tuple(some_ids(1, 20)[0].tolist())
+    twice, others = Request(context, (3, 4)), [Request(context, (n, 9)) for n in (5, 6)]
+    first, *middle, last = score(model, [twice, *others, twice], loops=2)
+    assert sum(read) == 19 + 3 * 2
+    assert first == last
+    assert [first, *middle] == score(model, [twice, *others], loops=2)
+
+
 def test_a_deep_run_has_smaller_batches(monkeypatch):
     model, rows = tiny(max_length=MOST), []
     model.embed.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import importlib.util
 import json
 import os
@@ -31,13 +32,13 @@ def sides(corpus):
 documents = st.lists(st.text("ab \n", min_size=1).filter(str.strip), min_size=2, max_size=60)
 
 
-@given(texts=documents.filter(lambda texts: len(set(texts)) > 1))
+@given(texts=documents.filter(lambda texts: len(set(map(str.strip, texts))) > 1))
 def test_no_document_is_on_both_sides_and_none_is_lost(tmp_path_factory, texts):
     corpus = open_text(write_jsonl(tmp_path_factory.mktemp("text") / "a.jsonl", texts))
     training, validation = sides(corpus)
     assert training
     assert validation
-    assert not set(training) & set(validation)
+    assert not set(map(str.strip, training)) & set(map(str.strip, validation))
     assert Counter(training + validation) == Counter(texts)
 
 
@@ -56,11 +57,42 @@ def test_a_corpus_grows_without_moving_a_document(tmp_path):
     assert set(sides(before)[1]) <= set(sides(after)[1])
 
 
-def test_of_few_documents_the_one_of_fitting_size_is_held_out(tmp_path):
-    texts = ["long " * 400, "title", "short " * 20]
+def test_of_few_documents_one_gives_way_only_to_another_with_a_smaller_hash(tmp_path):
+    def hashed(text):
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+    corpora, moved = 20, 0
+    for corpus in range(corpora):
+        texts = [f"document {corpus} {i}" + " word" * (20 + 37 * i % 90) for i in range(12)]
+        before = sides(open_text(write_jsonl(tmp_path / "a.jsonl", texts[:10])))
+        after = sides(open_text(write_jsonl(tmp_path / "a.jsonl", texts)))
+        gave_way = set(before[1]) & set(after[0])
+        moved += bool(gave_way)
+        for text in gave_way:
+            assert min(map(hashed, texts[10:])) < hashed(text)
+    assert 0 < moved < corpora / 2
+
+
+@pytest.mark.parametrize("title", range(4))  # the hash of none is below the share by itself
+def test_of_few_documents_about_the_share_is_held_out_and_never_the_longest(tmp_path, title):
+    texts = ["long " * 400, f"title {title}", "short " * 20]
     training, validation = sides(open_text(write_jsonl(tmp_path / "a.jsonl", texts)))
-    assert validation == [texts[2]]
-    assert training == texts[:2]
+    assert texts[0] in training
+    assert texts[2] in validation
+    assert len(training) + len(validation) == 3
+
+
+def test_of_documents_that_are_all_too_long_the_shortest_is_held_out(tmp_path):
+    texts = ["long " * 400, "longer " * 400]
+    assert sides(open_text(write_jsonl(tmp_path / "a.jsonl", texts))) == (texts[1:], texts[:1])
+
+
+def test_copies_of_a_single_document_are_divided_at_the_same_place(tmp_path):
+    text = "\n\n".join(f"Paragraph {i} of a single text." for i in range(100))
+    texts = [text, f"\n\n {text}\n", text]
+    training, validation = sides(open_text(write_jsonl(tmp_path / "a.jsonl", texts)))
+    assert [a + b for a, b in zip(training, validation, strict=True)] == texts
+    assert len(set(map(str.strip, validation))) == 1
 
 
 def test_the_end_of_a_single_document_is_held_out_from_a_paragraph_on(tmp_path):

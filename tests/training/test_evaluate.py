@@ -7,8 +7,16 @@ import torch
 from tiny import tiny
 from torch.testing import assert_close
 
-from openmythos.errors import DataError, InputError
-from openmythos.training.evaluate import evaluate, evaluate_halting, tokenised
+from openmythos.errors import CheckpointError, DataError, InputError
+from openmythos.training.evaluate import (
+    TRAINED,
+    Reading,
+    evaluate,
+    evaluate_halting,
+    keep_trained_length,
+    tokenised,
+    trained_length,
+)
 from openmythos.training.tokenizer import Tokenizer
 
 DOCUMENTS = ["the cat sat on the mat", "the rat ate; naïve 😀", "and the cat sat again on it"]
@@ -78,6 +86,32 @@ def test_a_quick_look_measures_the_first_tokens(model, tokenizer, batch_size):
     with tokenised(DOCUMENTS, tokenizer) as file:
         quick = evaluate(model, file, tokenizer.token_bytes, [2], max_tokens=10, **options)
     assert quick.tokens == 16
+
+
+@pytest.mark.parametrize("content", ['{"length": 0}', "{}", "[16]", "{", '{"length": "16"}'])
+def test_a_damaged_note_of_the_training_is_refused(tmp_path, content):
+    (tmp_path / TRAINED).write_text(content)
+    with pytest.raises(CheckpointError, match=r"training\.json .*[mM]end or delete it"):
+        trained_length(tmp_path)
+
+
+def test_a_folder_that_says_nothing_of_its_training_has_no_length(tmp_path):
+    assert trained_length(tmp_path) is None
+    assert trained_length(tmp_path / "nowhere") is None
+    keep_trained_length(tmp_path / "model", 12)
+    assert trained_length(tmp_path / "model") == 12
+
+
+def test_enough_documents_are_those_that_hold_the_windows(tokenizer):
+    documents = DOCUMENTS * 50
+    reading = Reading.usual(8, 64, max_tokens=30)
+    assert (reading.length, reading.stride, reading.enough) == (8, 4, 38)
+    assert str(reading) == "windows of 8 tokens, 4 apart, for the first 30 tokens"
+    with tokenised(documents, tokenizer, reading.enough) as file:
+        assert file.tokens >= 38
+        assert file.documents < 50
+    with tokenised(documents, tokenizer) as file:
+        assert file.documents == 150
 
 
 def test_the_model_is_left_in_the_mode_it_was_in(model, tokenizer):

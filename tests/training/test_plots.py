@@ -7,7 +7,7 @@ from matplotlib.image import imread
 
 from openmythos.errors import CheckpointError, InputError
 from openmythos.training import plots
-from openmythos.training.figures import save
+from openmythos.training.figures import check_picture, save
 from openmythos.training.plots import PICTURES, depth_curve, plot_run
 
 
@@ -22,9 +22,14 @@ def a_measurement(step, loops=4, layers=2, experts=3):
     return {"step": step, "validation": validation, "state_rms": rms, "expert_share": share}
 
 
+def the_end(step):
+    """Of all held-out text, which is harder than its start."""
+    return {**a_measurement(step), "validation": {"1": 4.0, "2": 3.9, "16": 3.85}, "final": True}
+
+
 def a_run():
     lines = [a_step(step, spectral_radius=0.4 + 0.01 * step) for step in range(10)]
-    return [*lines[:5], a_measurement(4), *lines[5:], {**a_measurement(9), "final": True}]
+    return [*lines[:5], a_measurement(4), *lines[5:], a_measurement(9), the_end(9)]
 
 
 def test_every_picture_is_drawn_of_a_whole_run(tmp_path):
@@ -47,12 +52,49 @@ def test_a_run_that_has_just_begun_can_be_drawn(tmp_path):
     assert names == ["loss", "spectral_radius"]
 
 
+def drawn(axes, label):
+    (line,) = [line for line in axes.lines if label in line.get_label()]
+    return line
+
+
+def test_the_end_is_no_point_of_the_curve_which_is_of_less_text():
+    (axes,) = PICTURES["loss"](a_run(), "rhyme").axes
+    assert drawn(axes, "start of the held-out text").get_xydata().tolist() == [
+        [5, 2.85],
+        [10, 2.85],
+    ]
+    end = drawn(axes, "all held-out text, 16 loops")
+    assert end.get_xydata().tolist() == [[10, 3.85]]
+    assert end.get_linestyle() == "None"
+
+
+def test_depth_shows_the_end_apart_from_what_was_measured_on_the_way():
+    way, end = PICTURES["depth"](a_run(), "rhyme").axes
+    assert [line.get_ydata()[-1] for line in way.lines] == [2.85, 2.85]
+    assert [line.get_ydata()[-1] for line in end.lines] == [3.85]
+    (only,) = PICTURES["depth"]([a_step(9), the_end(9)], "rhyme").axes
+    assert [line.get_ydata()[-1] for line in only.lines] == [3.85]
+
+
+def test_a_run_that_goes_on_has_no_end_yet():
+    lines = [*a_run()[:6], a_measurement(9)]
+    (axes,) = PICTURES["loss"](lines, "rhyme").axes
+    assert not [line for line in axes.lines if "all held-out" in line.get_label()]
+    way, last = PICTURES["depth"](lines, "rhyme").axes
+    assert (len(way.lines), len(last.lines)) == (2, 1)
+
+
+def test_the_size_of_the_state_is_drawn_once_a_step():
+    labels = [line.get_label() for line in PICTURES["state_rms"](a_run(), "rhyme").axes[0].lines]
+    assert labels == ["step 5", "step 10"]
+
+
 def test_a_finished_model_of_an_earlier_step_stands_at_its_step():
     lines = [a_step(step) for step in range(9)]
-    lines += [a_measurement(3), a_measurement(6), {**a_measurement(3), "final": True}]
-    figure = PICTURES["loss"](lines, "best")
-    held_out = next(line for line in figure.axes[0].lines if "held-out" in line.get_label())
-    assert list(held_out.get_xdata()) == [4, 4, 7]
+    lines += [a_measurement(3), a_measurement(6), the_end(3)]
+    (axes,) = PICTURES["loss"](lines, "best").axes
+    assert list(drawn(axes, "start of the held-out").get_xdata()) == [4, 7]
+    assert list(drawn(axes, "all held-out").get_xdata()) == [4]
 
 
 def test_losses_that_are_not_finite_leave_a_gap(tmp_path):
@@ -101,10 +143,32 @@ def test_a_run_without_steps_is_refused(tmp_path):
         plot_run([], tmp_path, "empty")
 
 
-def test_a_picture_that_cannot_be_written_is_refused(tmp_path):
+def test_a_picture_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     figure = depth_curve({1: 1.0}, "curve")
     with pytest.raises(InputError, match=r"must end in one of \.png"):
         save(figure, tmp_path / "a.bmp")
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="can be written to"):
         save(figure, tmp_path / "file" / "a.png")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(InputError, match=r"folder\.png' must be a file, and a folder of that name"):
+        check_picture(tmp_path / "folder.png")
+    (tmp_path / "old.png").write_bytes(b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda path, _: path.suffix != ".png")
+        with pytest.raises(InputError, match=r"old\.png' must be a file that can be written to"):
+            check_picture(tmp_path / "old.png")
+
+
+def test_a_picture_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
+    figure, path = depth_curve({1: 1.0}, "curve"), tmp_path / "old.png"
+    path.write_bytes(b"old")
+
+    def half(self, path, **_):
+        path.write_bytes(b"half")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", half)
+    with pytest.raises(InputError, match="must be writable: the disk is full"):
+        save(figure, path)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("old.png", b"old")]
