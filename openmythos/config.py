@@ -118,7 +118,8 @@ class MythosConfig:
     """How e enters each loop: `lti` A h + B e with A < 1; `free` a diagonal without that bound;
     `linear` one matrix on [h, e]; `add` h + e; `none` h alone."""
     h0: FirstState = "zeros"
-    """State before the first loop: zeros, normal noise (in training), or e."""
+    """State before the first loop: zeros, e, or normal noise in training. Noise is drawn by the
+    Trainer, which gives it to each call; a loop of your own passes h0, or begins with zeros."""
     core_output: CoreOutputKind = "linear"
     """Between core and coda: a matrix C, a norm, or nothing."""
     prelude_norm: bool = True
@@ -229,11 +230,14 @@ class MythosConfig:
             )
         if self.qk_bias and self.attention == "mla":
             raise ConfigError("qk_bias=True must go with attention='gqa': MLA has no such bias")
-        for name in ("norm_eps", "rope_base", "embedding_scale", "logit_scale", "balance_rate"):
+        for name in ("norm_eps", "embedding_scale", "logit_scale", "balance_rate"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
-        if self.out_init < 0:
-            raise ConfigError(f"out_init={self.out_init} must be 0 or more")
+        for name in ("out_init", "routed_scale"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more")
+        if self.rope_base < 1:
+            raise ConfigError(f"rope_base={self.rope_base} must be 1 or more")
 
     def _at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 from typecheck import unchecked
 
 import openmythos.config as kinds
@@ -28,8 +29,10 @@ from openmythos.model.halting import HALTING
 from openmythos.model.injection import INJECTION
 from openmythos.training.corpus import CorpusName
 from openmythos.training.depth import DEPTH
+from openmythos.training.run import Settings as RunSettings
 from openmythos.training.settings import TrainConfig
 from openmythos.training.start import start_run
+from openmythos.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")]
@@ -173,6 +176,42 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, prepared, monkeypatch)
             # As many lines before it as on the page, so that a traceback points there.
             code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
             exec(code, names)
+
+
+class PagesText:
+    """The text of a page's training loop, as a run reads it."""
+
+    bytes = tokens = 1
+
+    def __init__(self, text):
+        self.text = text
+
+    def batch(self, samples, length, *, seed):
+        return self.text(int(samples[0]) // 4)[samples % 4].numpy()
+
+
+def test_the_training_loop_of_a_page_takes_the_steps_of_the_trainer(tmp_path):
+    (block,) = [block for block in RUN if "train_gate" in block.text]
+    names = {}
+    exec(block.text, names)
+    model, steps = names["model"], names["steps"]
+    train = TrainConfig(steps=steps, batch_size=4, length=32, accumulation=2, threads=1)
+    settings = RunSettings(model=model.config, train=train, source={})
+    text = PagesText(names["text"])
+    trainer = Trainer(tmp_path, settings, None, text, None, device=torch.device("cpu"))
+    for _ in range(steps):
+        trainer.one_step()
+    mine = model.state_dict()
+    for name, tensor in trainer.model.state_dict().items():
+        assert name.startswith("core.gate.") or tensor.equal(mine[name]), name
+
+
+def test_training_in_several_processes_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert exit_code(main, ["train", "--corpus", "embedded", "--steps", "1"]) == 2
+    assert "WORLD_SIZE=2 must be 1: openmythos train is one process" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("words", TYPED)

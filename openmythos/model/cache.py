@@ -343,6 +343,12 @@ class Store:
             self.data[name] = torch.cat([data, more])
         self.slots = slots
 
+    def select(self, rows: Int[Tensor, " rows"]) -> Store:
+        """Return a store of these sequences."""
+        chosen = copy.copy(self)
+        chosen.data = {name: data.index_select(1, rows) for name, data in self.data.items()}
+        return chosen
+
     def collapse(self) -> None:
         """Keep the last slot alone."""
         self.data = {name: data[-1:].clone() for name, data in self.data.items()}
@@ -407,6 +413,31 @@ class Cache:
         memo[id(self)] = copied = object.__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
+
+    def select(self, rows: Sequence[int] | Int[Tensor, " rows"]) -> Cache:
+        """Return a cache of these sequences, in this order; this one stays as it is.
+
+        A row may stand more than once: a prompt that was read once goes on in several ways
+        (`cache.select([0] * n)`), and a beam search keeps its best.
+
+        Raises:
+            CacheError: there are no rows, or one is not from 0 to batch_size - 1.
+        """
+        numbers = []
+        for row in rows:
+            number = whole(row)
+            if number is None or not 0 <= number < self.batch_size:
+                raise CacheError(f"rows holds {row!r}, must be from 0 to {self.batch_size - 1}")
+            numbers.append(number)
+        if not numbers:
+            raise CacheError("rows holds nothing: at least one sequence must stay")
+        chosen = copy.copy(self)
+        at = torch.tensor(numbers, device=self.device)
+        chosen.outer = [store.select(at) for store in self.outer]
+        chosen.core = [store.select(at) for store in self.core]
+        chosen.lengths = [self.lengths[number] for number in numbers]
+        chosen.batch_size = len(numbers)
+        return chosen
 
     def rollback(self, count: int | Sequence[int]) -> None:
         """Forget the last `count` tokens of every sequence (or one count for each).

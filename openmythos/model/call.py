@@ -21,6 +21,16 @@ MOST = 1 << 31
 """More than any size or count."""
 
 
+def check_model(config: MythosConfig, seed: int) -> None:
+    """Raise `InputError` where `OpenMythos` cannot be made of these."""
+    if not isinstance(config, MythosConfig):
+        raise InputError(
+            f"config={config!r} must be a MythosConfig: a named one is MythosConfig.preset(name)"
+        )
+    if whole(seed) is None:
+        raise InputError(f"seed={seed!r} must be an integer")
+
+
 def check_call(
     model: OpenMythos,
     token_ids: Tensor,
@@ -40,30 +50,47 @@ def check_call(
     if cache is not None:
         _check_cache(model, cache, batch)
     past = 0 if cache is None else cache.length
-    if cache is None and sequence > config.max_length:
-        raise InputError(
-            f"sequence={sequence} must be at most max_length={config.max_length}: "
-            "shorten the text, or build the model with a larger max_length"
-        )
+    if cache is None:
+        _check_length(sequence, config)
     if past + sequence > config.max_length and mask is None:
         raise InputError(
             f"sequence={sequence} after {past} cached tokens must end by "
             f"max_length={config.max_length}: roll back, or build the model with a larger one"
         )
-    if mask is not None:
-        _check_shape("mask", mask, (batch, sequence))
-        if mask.dtype != torch.bool:
-            raise InputError(f"mask has dtype {mask.dtype}, must be torch.bool: True marks text")
-        if not bool(mask.any()):
-            raise InputError("mask marks no token at all: at least one must be True")
-    if positions is not None:
-        _check_shape("positions", positions, (batch, sequence))
-        if positions.dtype not in (torch.int64, torch.int32):
-            raise InputError(f"positions has dtype {positions.dtype}, must be torch.int64")
+    _check_places(mask, positions, batch, sequence)
     if h0 is not None:
         _check_shape("h0", h0, (batch, sequence, config.hidden_size))
+        _check_floating("h0", h0)
     if routing is not None:
         _check_routing(routing, config, batch, sequence)
+
+
+def check_decode(
+    h: Tensor, mask: Tensor | None, positions: Tensor | None, config: MythosConfig
+) -> None:
+    """Raise `InputError` where an argument of `OpenMythos.decode` does not fit."""
+    _check_tensors(h=h, mask=mask, positions=positions)
+    if h.ndim != 3:
+        raise InputError(
+            f"h has shape {tuple(h.shape)}, must be (batch, sequence, {config.hidden_size}): of "
+            "states after several loops decode one at a time"
+        )
+    check_width("h", h, config)
+    batch, sequence = h.shape[:2]
+    if not h.numel():
+        raise InputError(f"h has shape {tuple(h.shape)}, must hold at least one token")
+    _check_floating("h", h)
+    _check_length(sequence, config)
+    _check_places(mask, positions, batch, sequence)
+
+
+def check_width(name: str, states: Tensor, config: MythosConfig) -> None:
+    """Raise `InputError` unless the last axis of `states` is as wide as the model."""
+    if not states.ndim or states.shape[-1] != config.hidden_size:
+        raise InputError(
+            f"{name} has shape {tuple(states.shape)}, must end with hidden_size="
+            f"{config.hidden_size}"
+        )
 
 
 def check_token_ids(token_ids: Tensor, config: MythosConfig) -> None:
@@ -111,15 +138,23 @@ def check_loops(loops: int | Tensor, batch: int, sequence: int) -> None:
         raise InputError(f"loops={loops} must be below {MOST}")
 
 
-def check_states(wanted: bool | Collection[int]) -> None:
-    """Raise `InputError` unless `return_states` is a bool or holds loop counts."""
+def states_wanted(wanted: bool | Collection[int]) -> bool | frozenset[int]:
+    """Return `return_states` as a bool or as loop counts of Python's own.
+
+    Raises:
+        InputError: it is neither, or a count is below 1.
+    """
     if isinstance(wanted, bool):
-        return
-    if not isinstance(wanted, Collection):
+        return wanted
+    if not isinstance(wanted, Collection) or getattr(wanted, "ndim", 1) != 1:
         raise InputError(f"return_states={wanted!r} must be True, False, or hold loop counts")
+    counts = set()
     for count in wanted:
-        if not at_least(count, 1):
+        number = whole(count)
+        if number is None or number < 1:
             raise InputError(f"return_states holds {count!r}, must hold integers of 1 or more")
+        counts.add(number)
+    return frozenset(counts)
 
 
 def check_window(
@@ -179,6 +214,32 @@ def _check_tensors(**given: object) -> None:
     for name, value in given.items():
         if value is not None and not isinstance(value, Tensor):
             raise InputError(f"{name} is {type(value).__name__}, must be a torch.Tensor")
+
+
+def _check_length(sequence: int, config: MythosConfig) -> None:
+    if sequence > config.max_length:
+        raise InputError(
+            f"sequence={sequence} must be at most max_length={config.max_length}: "
+            "shorten the text, or build the model with a larger max_length"
+        )
+
+
+def _check_places(mask: Tensor | None, positions: Tensor | None, batch: int, sequence: int) -> None:
+    if mask is not None:
+        _check_shape("mask", mask, (batch, sequence))
+        if mask.dtype != torch.bool:
+            raise InputError(f"mask has dtype {mask.dtype}, must be torch.bool: True marks text")
+        if not bool(mask.any()):
+            raise InputError("mask marks no token at all: at least one must be True")
+    if positions is not None:
+        _check_shape("positions", positions, (batch, sequence))
+        if positions.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"positions has dtype {positions.dtype}, must be torch.int64")
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise InputError(f"{name} has dtype {tensor.dtype}, must be a floating one")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

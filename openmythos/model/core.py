@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openmythos.config import MythosConfig
+from openmythos.errors import InputError
 from openmythos.model.cache import Cache, Frozen, Keeper, Place, Span
 from openmythos.model.experts import Experts
 from openmythos.model.halting import Graves, LearnedExit, Memory, Rule, select
@@ -75,7 +76,8 @@ class Core(nn.Module):
         self.injection = INJECTION[config.injection](config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, in_core=True) for _ in range(config.core_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps) if config.loop_norm else None
-        self.gate = LearnedExit(config.hidden_size, config.gate_size)
+        # Trained after the model: meanwhile no loss reaches it, which DDP takes for a mistake.
+        self.gate = LearnedExit(config.hidden_size, config.gate_size).requires_grad_(False)
         self.act = LearnedExit(config.hidden_size) if config.learned_act else None
         self.checkpointing = False
         """Recompute each layer in the backward pass instead of keeping its activations."""
@@ -110,7 +112,7 @@ class Core(nn.Module):
             rule: halting rule; None runs every token to its budget.
             cache: kept keys and values of earlier calls.
             new_cache: makes a cache of one slot, for exits in a call that came without one.
-            h0: first state; default by `config.h0` (noise is drawn by the trainer).
+            h0: first state; default by `config.h0` (zeros for noise, which the Trainer draws).
             backprop_loops: loops with gradient, the last ones; None: all.
             routing: experts to take instead of the router's choice.
             return_states: keep the state after every loop, or after so many loops each.
@@ -187,27 +189,38 @@ class Core(nn.Module):
         notes: Notes,
     ) -> CoreOutput:
         """Every token takes the same number of loops, the last `window` with gradient."""
-        numbers, learns = torch.arange(loops, device=h.device), torch.is_grad_enabled()
         done = None
         if cache is not None and not notes.by_token and notes.given is None:
             done = run_loops(self, h, rows, loops, cache)
         if done is not None:
             h, every = done
+            numbers = torch.arange(loops, device=h.device)
             for loop, chosen in enumerate(every):
                 notes.count(chosen, numbers[loop], rows.span.real)
-        for loop in range(loops if done is None else 0):
-            slot = 0 if cache is None else cache.slot_of(loop)
-            stores = None if cache is None else cache.core
-            choices = notes.choices(loop, None)
-            with torch.set_grad_enabled(learns and loop >= loops - window):
-                h, chosen = self.one_loop(h, rows, numbers[loop], stores, slot, choices)
-            notes.count(chosen, numbers[loop], rows.span.real)
-            notes.route(chosen, None)
-            notes.keep_state(loop + 1, h)
+        else:
+            start = max(loops - window, 0)
+            with torch.no_grad():
+                h = self._in_step(h, rows, 0, start, cache, notes)
+            h = self._in_step(h, rows, start, loops, cache, notes)
         if cache is not None and cache.slot_of(loops - 1) + 1 < cache.slots:
             cache.leave(rows.span, rows.span.all_rows(), loops - 1)
         taken = torch.full(h.shape[:2], loops, device=h.device)
         return CoreOutput(h, taken)
+
+    def _in_step(
+        self, h: Tensor, rows: Rows, first: int, end: int, cache: Cache | None, notes: Notes
+    ) -> Tensor:
+        """Run every token's loops `first` to `end`."""
+        numbers = torch.arange(end, device=h.device)
+        for loop in range(first, end):
+            slot = 0 if cache is None else cache.slot_of(loop)
+            stores = None if cache is None else cache.core
+            choices = notes.choices(loop, None)
+            h, chosen = self.one_loop(h, rows, numbers[loop], stores, slot, choices)
+            notes.count(chosen, numbers[loop], rows.span.real)
+            notes.route(chosen, None)
+            notes.keep_state(loop + 1, h)
+        return h
 
     def _by_sequence(
         self, h: Tensor, rows: Rows, loops: Tensor, window: int, notes: Notes
@@ -418,9 +431,27 @@ class Core(nn.Module):
         parts = [layer.feed_forward for layer in self.layers]
         return [part for part in parts if isinstance(part, Experts)]
 
-    def rebalance(self, loads: Int[Tensor, "loops layers experts"]) -> None:
-        """Move every router's bias by one optimizer step's loads, all loops together."""
-        for layer, counts in zip(self.experts_layers(), loads.sum(0), strict=True):
+    def rebalance(self, loads: Int[Tensor, "loops layers experts"] | None) -> None:
+        """Move every router's bias by one optimizer step's loads, all loops together.
+
+        Args:
+            loads: `out.loads` of the step's whole batch; None of a dense core. Where the batch is
+                computed in parts, or by several processes, whose loops may differ, the sum of
+                their `loads.sum(0, keepdim=True)`.
+
+        Raises:
+            InputError: they are not this core's.
+        """
+        layers = self.experts_layers()
+        if not layers and loads is not None:
+            raise InputError("loads were given to a core without experts: leave them None")
+        if not layers:
+            return
+        wanted = (len(layers), self.config.experts)
+        if not isinstance(loads, Tensor) or tuple(loads.shape[1:]) != wanted:
+            shape = tuple(loads.shape) if isinstance(loads, Tensor) else None
+            raise InputError(f"loads has shape {shape}, must be (loops, *{wanted}), as out.loads")
+        for layer, counts in zip(layers, loads.sum(0), strict=True):
             layer.router.rebalance(counts)
 
     def flops(self, keys: int, *, decoding: bool = False) -> int:

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openmythos.model.adapters import LoopLinear
-from openmythos.model.remade import remade
+from openmythos.model.remade import keeps_less, remade
 
 
 def swiglu(x: Float[Tensor, "*rows double"]) -> Float[Tensor, "*rows single"]:
     """`silu(gate) * up`, the gate being the first half of the channels (arXiv 2002.05202)."""
-    learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if learns and x.requires_grad:
+    if keeps_less() and x.requires_grad:
         result: Tensor = _SwiGLU.apply(x)  # type: ignore[no-untyped-call]
         return result
     gate, up = x.chunk(2, dim=-1)
@@ -36,7 +35,11 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
-        to_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        if torch.is_grad_enabled():  # for a second derivative, which silu_backward has not
+            share = gate.sigmoid()
+            to_gate = grad * up * share * (1 + gate * (1 - share))
+        else:
+            to_gate = torch.ops.aten.silu_backward(grad * up, gate)
         return torch.cat([to_gate, grad * F.silu(gate)], dim=-1)
 
 

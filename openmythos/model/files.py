@@ -30,12 +30,12 @@ from openmythos.model.quantised import (
     quantise,
     stays_wide_in_memory,
 )
+from openmythos.model.tied import EMBED, HEAD
 
 if TYPE_CHECKING:
     from openmythos.model.transformer import OpenMythos
 
 WEIGHTS_FILE = "model.safetensors"
-TIED = "head.weight"  # the same tensor as the embedding where config.tie_head
 WEIGHTS = "weights"  # the metadata's key
 SCALE = ".scale"
 
@@ -59,8 +59,8 @@ def save_model(
 
     Raises:
         InputError: there are no such `weights`.
-        CheckpointError: a file cannot be written, a weight is NaN or infinite, or cannot be int8;
-            the old files are untouched.
+        CheckpointError: a file cannot be written, a weight is NaN or infinite, or cannot be int8,
+            or a tied head has become a matrix of its own; the old files are untouched.
     """
     if weights is not None and weights not in get_args(WeightsKind):
         raise InputError(f"weights={weights!r} must be one of {', '.join(get_args(WeightsKind))}")
@@ -234,10 +234,19 @@ def _with_scale(name: str, numbers: Tensor, scale: Tensor | None, path: Path) ->
 
 
 def storable(model: OpenMythos) -> dict[str, Tensor]:
-    """The tensors of a model by name, a tied head left out."""
+    """The tensors of a model by name, a tied head left out.
+
+    Raises:
+        CheckpointError: the head ought to be tied and is another matrix, which would be lost.
+    """
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_head:
-        del tensors[TIED]
+        if model.head.weight is not model.embed.weight:
+            raise CheckpointError(
+                f"{HEAD} must be {EMBED} itself, as tie_head=True says: set "
+                "model.head.weight = model.embed.weight, or build the model with tie_head=False"
+            )
+        del tensors[HEAD]
     return tensors
 
 
@@ -247,10 +256,9 @@ def fill(model: OpenMythos, tensors: dict[str, Tensor], source: str) -> None:
     Raises:
         CheckpointError: names or shapes are not the model's; nothing was changed.
     """
-    tied = model.config.tie_head
-    if tied and "embed.weight" in tensors:
-        tensors = {**tensors, TIED: tensors["embed.weight"]}
     wanted = model.state_dict()
+    if model.config.tie_head:  # the model takes its embedding for it
+        wanted, tensors = ({n: t for n, t in x.items() if n != HEAD} for x in (wanted, tensors))
     for name in sorted(set(wanted) ^ set(tensors)):
         what = "lacks" if name in wanted else "has the unknown"
         raise CheckpointError(f"{source} {what} tensor {name!r}: it is of another config")
@@ -266,5 +274,3 @@ def fill(model: OpenMythos, tensors: dict[str, Tensor], source: str) -> None:
     # Cloned, because a file's tensors lie anywhere in it, and a product's rounding depends on how
     # its operands are aligned.
     model.load_state_dict({name: t.clone() for name, t in tensors.items()}, assign=True)
-    if tied:
-        model.head.weight = model.embed.weight

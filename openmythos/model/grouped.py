@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from openmythos.model.remade import transformed
 from openmythos.model.wide import autocast_dtype
 
 
@@ -118,6 +119,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
 grouped_mm.register_autograd(_backward, setup_context=_remember)
 
 
+def _backward_outer(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    """What a second derivative asks of the weights' first."""
+    x, y, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_x = grad_y = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grouped_mm(y, grad.transpose(1, 2), ends)
+    if ctx.needs_input_grad[1]:
+        grad_y = grouped_mm(x, grad, ends)
+    return grad_x, grad_y, None
+
+
+grouped_outer.register_autograd(_backward_outer, setup_context=_remember)
+
+
 @torch.library.custom_op("openmythos::gathered_mm", mutates_args=())
 def gathered_mm(x: Tensor, token: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """`grouped_mm` of the rows `x[token]`, which the backward pass gathers again.
@@ -161,6 +177,14 @@ def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor, token: Tensor | Non
     dtype = autocast_dtype(x.device)
     if dtype is not None:
         x, weights = x.to(dtype), weights.to(dtype)
+    if transformed():  # torch.func takes no custom operator that has a backward pass
+        return _group_by_group(x if token is None else x.index_select(0, token), weights, ends)
     if token is None:
         return grouped_mm(x, weights, ends)
     return gathered_mm(x, token, weights, ends)
+
+
+def _group_by_group(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_mm` in torch's own operations."""
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([rows @ w for rows, w in zip(x.split(counts), weights, strict=True)])

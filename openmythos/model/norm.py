@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from openmythos.model.remade import keeps_less
+
 
 def inverse_rms(x: Float[Tensor, "*rows width"], eps: float) -> Float[Tensor, "*rows 1"]:
     """Return 1 / sqrt(mean(x^2) + eps) over the last axis; `x` is fp32 or wider.
@@ -34,9 +36,7 @@ def rms_norm(
     """
     x = x.float() if x.itemsize < 4 else x
     weight = weight.to(x.dtype)
-    # A compiler decides by itself what to keep.
-    learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if learns and (x.requires_grad or weight.requires_grad):
+    if keeps_less() and (x.requires_grad or weight.requires_grad):
         result: Tensor = _Normalise.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return result
     return x * inverse_rms(x, eps) * weight

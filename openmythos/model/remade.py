@@ -12,18 +12,32 @@ from torch import Tensor
 Make = Callable[[], Tensor]
 
 
+def keeps_less() -> bool:
+    """Whether autograd keeps values that we may choose.
+
+    It keeps none without gradient, and lets nobody choose under a compiler or a transform.
+    """
+    learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return learns and not transformed()
+
+
+def transformed() -> bool:
+    """Whether one of `torch.func`'s transforms is at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def remade(value: Tensor, make: Make) -> AbstractContextManager[Make]:
     """Inside, what autograd keeps of `value` for the backward pass is `make`, not its numbers.
 
     For values that are cheap to make from others that are kept anyway, as an activation is from
     its input. `make` runs once in the backward pass, without gradient, and must give the same
-    bits. Nothing changes without gradient, under a compiler, which decides by itself what to
-    keep, and where saved tensors have hooks already: activation checkpointing keeps neither.
+    bits. Nothing changes where `keeps_less` says no, and where saved tensors have hooks already:
+    activation checkpointing keeps neither.
 
     Returns:
         A context that gives a call which makes the value, for values made of this one.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not keeps_less():
         return nullcontext(make)
     wanted = value.requires_grad and value.is_contiguous() and not _hooked()
     return _inside(_Remade(value, make)) if wanted else nullcontext(make)

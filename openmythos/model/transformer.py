@@ -18,7 +18,14 @@ from openmythos.config import CachePolicy, HaltingKind, MythosConfig, RopePairin
 from openmythos.errors import InputError
 from openmythos.model.attention import ATTENTION
 from openmythos.model.cache import Cache, Place, Span
-from openmythos.model.call import check_call, check_states, check_window
+from openmythos.model.call import (
+    check_call,
+    check_decode,
+    check_model,
+    check_width,
+    check_window,
+    states_wanted,
+)
 from openmythos.model.core import Core
 from openmythos.model.halting import DEFAULT_THRESHOLD, Rule, make_rule
 from openmythos.model.injection import START
@@ -28,6 +35,7 @@ from openmythos.model.native.whole import plan_of
 from openmythos.model.norm import RMSNorm
 from openmythos.model.notes import CoreOutput, Notes
 from openmythos.model.rope import Rope, rope_rows, rope_table
+from openmythos.model.tied import tie, tie_again
 from openmythos.numbers import whole
 
 
@@ -59,10 +67,14 @@ class OpenMythos(nn.Module):
     Args:
         config: the shape.
         seed: of the initialisation, which depends on it and on each tensor's name alone.
+
+    Raises:
+        InputError: `config` is no config, or `seed` no integer.
     """
 
     def __init__(self, config: MythosConfig, seed: int = 0) -> None:
         super().__init__()
+        check_model(config, seed)
         self.config = config
         width, eps = config.hidden_size, config.norm_eps
         self.embed = nn.Embedding(config.vocab_size, width)
@@ -78,14 +90,14 @@ class OpenMythos(nn.Module):
         self.norm = RMSNorm(width, eps) if config.final_norm else None
         self.head = FewRowsLinear(width, config.vocab_size, bias=False)
         if config.tie_head:
-            self.head.weight = self.embed.weight
+            tie(self)
         self.identity = object()  # caches know whose they are
         self.reset_parameters(seed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OpenMythos:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.config.tie_head:  # a cast int8 matrix is a new one in each of its places
-            self.head.weight = self.embed.weight
+            tie_again(self)
         return self
 
     def forward(
@@ -131,10 +143,10 @@ class OpenMythos(nn.Module):
         number = whole(loops)
         loops = loops if number is None else number
         check_call(self, token_ids, loops, cache, mask, positions, h0, routing)
-        check_states(return_states)
-        check_window(backprop_loops, loops, halting, bool(return_states) or return_routing)
+        wanted = states_wanted(return_states)
+        noted = bool(wanted) or return_routing
+        check_window(backprop_loops, loops, halting, noted)
         rule = self._rule(halting, threshold)
-        noted = bool(return_states) or return_routing
         plain = all(given is None for given in (mask, positions, h0, routing, rule)) and not noted
         if cache is not None and isinstance(loops, int) and plain:
             done = self._in_one_call(token_ids, loops, cache)
@@ -157,7 +169,7 @@ class OpenMythos(nn.Module):
                 h0=h0,
                 backprop_loops=backprop_loops,
                 routing=routing,
-                return_states=return_states,
+                return_states=wanted,
                 return_routing=return_routing,
             )
             logits = self.readout(self.after_core(core.h, rope, places))
@@ -242,14 +254,30 @@ class OpenMythos(nn.Module):
     ) -> Float[Tensor, "batch sequence vocab"]:
         """Compute logits from states of the core, as `return_states` gives them: coda and head.
 
-        One pass of the core thus serves every depth, and a gate learns from all of them.
+        One pass of the core thus serves every depth, and a gate learns from all of them. With
+        `halting="act"` a call's logits are those of the weighted state, which `return_states` does
+        not give: there `decode(out.states[-1])` is not `out.logits`.
+
+        Args:
+            h: one state for each token, of any floating dtype.
+            mask: as in `forward`.
+            positions: as in `forward`.
+
+        Raises:
+            InputError: they do not fit.
         """
+        check_decode(h, mask, positions, self.config)
         span = Span.fresh(h.shape[0], h.shape[1], mask, h.device)
         places = iter([Place(span)] * len(self.coda))
         return self.readout(self.after_core(h, self._rope(span, positions), places))
 
     def readout(self, y: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
-        """Norm and head: logits of a state, without the coda."""
+        """Norm and head: logits of a state, without the coda.
+
+        Raises:
+            InputError: `y` is not as wide as the model.
+        """
+        check_width("y", y, self.config)
         done = run_readout(self, y)
         if done is not None:
             return done
@@ -365,7 +393,7 @@ class OpenMythos(nn.Module):
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
             self._initialise(name, parameter, generator)
         if self.config.tie_head:
-            self.head.weight = self.embed.weight  # `to_empty` unties them
+            tie_again(self)  # `to_empty` unties them
         for name, buffer in self.named_buffers():
             if not buffer.is_meta:
                 buffer.fill_(DEFAULT_THRESHOLD if name.endswith("threshold") else 0)

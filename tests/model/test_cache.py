@@ -1,11 +1,14 @@
 """A cache changes when work is done, never what comes out."""
 
 import copy
+from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
+from openmythos.config import CachePolicy
 from openmythos.errors import CacheError
 from openmythos.model.attention import ATTENTION
 from tests.tiny import SIZES, in_parts, some_ids, some_loops, tiny
@@ -192,6 +195,55 @@ def test_a_cached_call_records_no_gradient_and_gives_the_same_logits(attention):
     assert not out.logits.requires_grad
     assert not any(x.requires_grad for store in cache.core for x in store.data.values())
     assert_close(out.logits, model(token_ids, 3).logits.detach(), **EXACT)
+
+
+@pytest.mark.parametrize("policy", get_args(CachePolicy))
+@pytest.mark.parametrize("lengths", [(4, 4), (4, 2)])
+def test_a_chosen_row_goes_on_as_the_prompt_read_again(attention, policy, lengths):
+    model, token_ids, rows = small(attention), some_ids(2, 4), [1, 0, 1]
+    following = some_ids(3, 3, seed=1)
+    mask = torch.arange(4) < torch.tensor(lengths).unsqueeze(1)
+    cache = model.new_cache(batch_size=2, max_length=8, policy=policy)
+    model(token_ids, some_loops(2, 4), mask=mask, cache=cache)
+    entries, before = copy.deepcopy(cache), cache.nbytes
+    forked = cache.select(rows)
+    assert forked.lengths == [lengths[row] for row in rows]
+    assert forked.nbytes * 2 == before * 3
+    again = model.new_cache(batch_size=3, max_length=8, policy=policy)
+    model(token_ids[rows], some_loops(2, 4)[rows], mask=mask[rows], cache=again)
+    for token in following.split(1, dim=1):
+        expected = model(token, 3, cache=again).logits
+        assert_close(model(token, 3, cache=forked).logits, expected, **EXACT)
+    # The cache that they come from has not moved.
+    assert cache.lengths == list(lengths)
+    for one, other in zip(
+        [*cache.outer, *cache.core], [*entries.outer, *entries.core], strict=True
+    ):
+        assert_close(one.data, other.data, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", [list, tuple, np.array, torch.tensor])
+def test_rows_of_a_cache_may_come_in_every_form(attention, form):
+    model = small(attention)
+    cache = model.new_cache(batch_size=3, max_length=8)
+    model(some_ids(3, 4), 2, mask=torch.arange(4) < torch.tensor([[3], [1], [2]]), cache=cache)
+    assert cache.select(form([2, 0])).lengths == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([], "rows holds nothing: at least one sequence must stay"),
+        ([0, 2], "rows holds 2, must be from 0 to 1"),
+        ([-1], "rows holds -1, must be from 0 to 1"),
+        ([0.0], "rows holds 0.0, must be from 0 to 1"),
+        ([True, False], "rows holds True, must be from 0 to 1"),
+    ],
+    ids=str,
+)
+def test_rows_that_a_cache_has_not_are_refused(attention, rows, sentence):
+    with pytest.raises(CacheError, match=sentence):
+        small(attention).new_cache(batch_size=2, max_length=8).select(rows)
 
 
 def test_a_copied_cache_goes_its_own_way_with_the_same_model(attention):

@@ -9,6 +9,7 @@ from typecheck import unchecked
 
 from openmythos.config import MythosConfig
 from openmythos.errors import CacheError, ConfigError, InputError
+from openmythos.model.transformer import OpenMythos
 from tests.tiny import some_ids, tiny
 
 IDS = some_ids(2, 4)
@@ -59,6 +60,10 @@ BAD_CALLS = {
     "h0 of another width": (
         lambda m: m(IDS, h0=torch.zeros(2, 4, 7)),
         "h0 has shape (2, 4, 7), must be (2, 4, 24)",
+    ),
+    "h0 of integers": (
+        lambda m: m(IDS, h0=torch.zeros(2, 4, 24, dtype=torch.int64)),
+        "h0 has dtype torch.int64, must be a floating one",
     ),
     "routing of another shape": (
         lambda m: m(IDS, routing=torch.zeros(1, 2, 2, 4, 3, dtype=torch.int64)),
@@ -127,6 +132,50 @@ BAD_CALLS = {
     "states for a number": (
         lambda m: m(IDS, return_states=5),
         "return_states=5 must be True, False, or hold loop counts",
+    ),
+    "states for a grid": (
+        lambda m: m(IDS, return_states=np.ones((1, 2), dtype=np.int64)),
+        "return_states=array([[1, 1]]) must be True, False, or hold loop counts",
+    ),
+    "states of half loops": (
+        lambda m: m(IDS, return_states=torch.tensor([1.5])),
+        "return_states holds tensor(1.5000), must hold integers of 1 or more",
+    ),
+    "decode ids": (
+        lambda m: m.decode(IDS),
+        "h has shape (2, 4), must be (batch, sequence, 24): of states after several loops decode",
+    ),
+    "decode all loops": (
+        lambda m: m.decode(torch.ones(3, 2, 4, 24)),
+        "h has shape (3, 2, 4, 24), must be (batch, sequence, 24)",
+    ),
+    "decode another width": (
+        lambda m: m.decode(torch.ones(2, 4, 25)),
+        "h has shape (2, 4, 25), must end with hidden_size=24",
+    ),
+    "decode nothing": (
+        lambda m: m.decode(torch.ones(2, 0, 24)),
+        "h has shape (2, 0, 24), must hold at least one token",
+    ),
+    "decode integers": (
+        lambda m: m.decode(torch.ones(2, 4, 24).long()),
+        "h has dtype torch.int64, must be a floating one",
+    ),
+    "decode too much": (
+        lambda m: m.decode(torch.ones(1, 65, 24)),
+        "sequence=65 must be at most max_length=64",
+    ),
+    "decode with a mask of another shape": (
+        lambda m: m.decode(torch.ones(2, 4, 24), mask=torch.ones(2, 3, dtype=torch.bool)),
+        "mask has shape (2, 3), must be (2, 4)",
+    ),
+    "decode with real positions": (
+        lambda m: m.decode(torch.ones(2, 4, 24), positions=torch.ones(2, 4)),
+        "positions has dtype torch.float32, must be torch.int64",
+    ),
+    "read out another width": (
+        lambda m: m.readout(torch.ones(3, 20)),
+        "y has shape (3, 20), must end with hidden_size=24",
     ),
     "cache beyond all memory": (
         lambda m: m.new_cache(1, loops=2**30),
@@ -225,6 +274,8 @@ BAD_CONFIGS = {
     "no core": ({"core_layers": 0}, "core_layers=0 must be 1 or more"),
     "negative prelude": ({"prelude_layers": -1}, "prelude_layers=-1 must be 0 or more"),
     "eps 0": ({"norm_eps": 0.0}, "norm_eps=0.0 must be above 0"),
+    "negative experts": ({"routed_scale": -1.0}, "routed_scale=-1.0 must be 0 or more"),
+    "frequencies that rise": ({"rope_base": 0.5}, "rope_base=0.5 must be 1 or more"),
     "bias of mla": (
         {"attention": "mla", "qk_bias": True},
         "qk_bias=True must go with attention='gqa'",
@@ -244,6 +295,31 @@ def test_an_unknown_preset_or_field_is_refused_with_those_there_are():
         MythosConfig.preset("2b")
     with pytest.raises(ConfigError, match="n_heads=4 is not a field: vocab_size, hidden_size"):
         MythosConfig().replace(n_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("config", "seed", "sentence"),
+    [
+        ("nano", 0, "config='nano' must be a MythosConfig: a named one is MythosConfig.preset"),
+        (MythosConfig(), "a", "seed='a' must be an integer"),
+        (MythosConfig(), 1.5, "seed=1.5 must be an integer"),
+    ],
+    ids=["a name", "a letter", "a fraction"],
+)
+def test_a_model_is_made_of_a_config_and_a_whole_seed(config, seed, sentence):
+    with unchecked(), pytest.raises(InputError, match=re.escape(sentence)):
+        OpenMythos(config, seed=seed)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [(3, 1), {1, 3}, np.array([1, 3]), torch.tensor([3, 1])],
+    ids=lambda x: type(x).__name__,
+)
+def test_wanted_loop_counts_are_taken_in_every_form(counts):
+    model, token_ids = tiny(), some_ids()
+    every = model(token_ids, 4, return_states=True).states
+    assert model(token_ids, 4, return_states=counts).states.equal(every[[0, 2]])
 
 
 @pytest.mark.parametrize("three", [np.int64(3), torch.tensor(3)], ids=["numpy", "tensor"])

@@ -126,6 +126,29 @@ def test_loops_per_token_that_are_all_alike_are_one_number_of_loops(attention):
     assert_close(gradients(model, loss_of(per_token)), gradients(model, loss_of(one)), **EXACT)
 
 
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_every_parameter_that_asks_for_a_gradient_gets_one(attention):
+    # The gate asks for none before `train_gate`; a loop over processes waits for all that ask.
+    model = tiny(attention=attention, lora_rank=2, router_loops=3, q_latent=14, qk_bias=False)
+    loss_of(model(some_ids(2, 4), 4, backprop_loops=2)).backward()
+    asking = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == asking
+    assert not any(name.startswith("core.gate.") for name in asking)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler tells what it does not follow
+def test_a_compiled_core_runs_any_number_of_loops():
+    model = tiny(core_layers=1, prelude_layers=0, coda_layers=0, experts=0).train()
+    token_ids, depths = some_ids(1, 4), [(3, 2), (2, 2)]
+    plain = [model(token_ids, loops, backprop_loops=window).logits for loops, window in depths]
+    model.core.compile(backend="eager")
+    for expected, (loops, window) in zip(plain, depths, strict=True):
+        logits = model(token_ids, loops, backprop_loops=window).logits
+        assert logits.equal(expected)
+        assert logits.requires_grad
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("loops", ["all", "window", "by sequence", "by token", "rule"])
 def test_recomputing_activations_changes_neither_gradients_nor_loads(loops):
     model, token_ids = tiny(lora_rank=2, dtype=torch.float64).train(), some_ids(2, 4)
@@ -242,8 +265,10 @@ def test_loads_of_each_loop_sum_to_the_experts_its_tokens_chose(loops, gradient)
         assert loads.sum(-1).tolist() == [3 * int((out.loops > loop).sum())] * 2
 
 
-def test_a_dense_core_has_no_loads():
-    assert tiny(experts=0)(some_ids()).loads is None
+def test_a_dense_core_has_no_loads_and_nothing_to_balance():
+    model = tiny(experts=0)
+    assert model(some_ids()).loads is None
+    model.core.rebalance(None)
 
 
 @pytest.mark.parametrize("attention", ATTENTION)

@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from openmythos.config import MythosConfig
+from openmythos.errors import InputError
 from openmythos.model import experts as module
 from openmythos.model.experts import Experts, Router
 from openmythos.model.grouped import _rounded, grouped_mm
@@ -161,6 +162,32 @@ def test_rebalancing_counts_all_loops_together_layer_by_layer():
     model.core.rebalance(loads)
     balance = [layer.router.balance.tolist() for layer in model.core.experts_layers()]
     assert balance == [[-1, 1, -1, 1, 1], [-1, 0, 0, 1, 1]]
+
+
+def test_loads_of_parts_that_differ_in_depth_add_up_to_those_of_the_whole():
+    whole, parted = tiny(), tiny()
+    token_ids, depths = some_ids(4, 5), torch.tensor([2, 5, 1, 1])
+    whole.core.rebalance(whole(token_ids, depths).loads)
+    parts = zip(token_ids.split(2), depths.split(2), strict=True)
+    loads = [parted(ids, loops).loads.sum(0, keepdim=True) for ids, loops in parts]
+    parted.core.rebalance(sum(loads))
+    assert_close(dict(whole.named_buffers()), dict(parted.named_buffers()))
+    assert any(layer.router.balance.any() for layer in whole.core.experts_layers())
+
+
+NO_LOADS = {
+    "none": (None, {}, r"loads has shape None, must be \(loops, \*\(2, 5\)\), as out.loads"),
+    "no loops": (torch.ones(2, 5), {}, r"loads has shape \(2, 5\), must be \(loops"),
+    "other experts": (torch.ones(3, 2, 4), {}, r"loads has shape \(3, 2, 4\), must be \(loops"),
+    "of a dense core": (torch.ones(3, 2, 5), {"experts": 0}, "a core without experts: leave them"),
+}
+
+
+@pytest.mark.parametrize("case", NO_LOADS)
+def test_loads_that_are_not_the_cores_are_refused(case):
+    loads, changes, sentence = NO_LOADS[case]
+    with pytest.raises(InputError, match=sentence):
+        tiny(**changes).core.rebalance(loads)
 
 
 def test_the_bias_survives_a_cast_to_bf16():

@@ -15,8 +15,13 @@ from openmythos.model.halting import HALTING, LearnedExit, make_rule
 from tests.reference import RULES, Reference
 from tests.tiny import in_parts, some_ids, some_loops, tiny
 
-# Chosen so that tokens of these tiny models leave at different loops.
-THRESHOLDS = {"gate": 0.5, "delta": 0.6, "kl": 0.05, "act": 0.9}
+# A loose one, one at which tokens of these tiny models leave at different loops, and a strict one.
+THRESHOLDS = {
+    "gate": (0.2, 0.5, 0.9),
+    "delta": (5.0, 0.6, 0.05),
+    "kl": (5.0, 0.05, 0.005),
+    "act": (0.2, 0.9, 0.99),
+}
 BUDGET = 7
 
 
@@ -30,7 +35,7 @@ def model_for(rule, **changes):
 
 
 def how(rule):
-    return {"halting": rule, "threshold": THRESHOLDS[rule]}
+    return {"halting": rule, "threshold": THRESHOLDS[rule][1]}
 
 
 def reference(model, rule, token_ids, loops=BUDGET):
@@ -42,12 +47,12 @@ def reference(model, rule, token_ids, loops=BUDGET):
 
 
 def partial_rule(rule):
-    return partial(RULES[rule], threshold=THRESHOLDS[rule])
+    return partial(RULES[rule], threshold=THRESHOLDS[rule][1])
 
 
-def test_the_table_has_a_class_for_every_name_of_the_config():
+def test_every_rule_of_the_table_has_a_name_a_plain_version_and_thresholds():
     assert tuple(HALTING) == get_args(HaltingKind)
-    assert set(RULES) == set(HALTING) - {"none"}
+    assert set(RULES) == set(THRESHOLDS) == set(HALTING) - {"none"}
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
@@ -295,9 +300,9 @@ def test_hidden_units_tell_what_no_linear_exit_can():
 @pytest.mark.parametrize("rule", RULES)
 def test_no_threshold_makes_tokens_leave_after_more_loops_than_a_stricter_one(rule):
     # A gate that demands more certainty, or a state that must be quieter, stays longer.
-    model, token_ids = model_for(rule), some_ids(2, 6)
-    stricter = {"gate": (0.2, 0.5, 0.9), "act": (0.2, 0.5, 0.9)}.get(rule, (5.0, 0.5, 0.05))
+    model, token_ids = model_for(rule), some_ids(12, 1)
     with torch.no_grad():
-        outs = [model(token_ids[:, :1], BUDGET, halting=rule, threshold=t) for t in stricter]
+        outs = [model(token_ids, BUDGET, halting=rule, threshold=t) for t in THRESHOLDS[rule]]
     loops = np.stack([out.loops.numpy() for out in outs])
     assert (np.diff(loops, axis=0) >= 0).all()
+    assert loops[0].sum() < loops[-1].sum()

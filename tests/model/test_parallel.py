@@ -1,5 +1,6 @@
 """Two processes that run different numbers of loops: nothing hangs, and gradients add up."""
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -38,12 +39,19 @@ def loss(network, rank, window):
 
 
 def work(rank, folder):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     torch.set_num_threads(1)
     meet = f"file://{folder}/ranks"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
+    shard(rank, folder)
+    replicate(rank, folder)
+    dist.barrier()  # gloo aborts where the other end has gone before
+    dist.destroy_process_group()
+
+
+def shard(rank, folder):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     network = model()
     mesh = init_device_mesh("cpu", (2,))
     # The whole loop is one unit: a rank gathers once, however often it loops.
@@ -59,18 +67,41 @@ def work(rank, folder):
         }
         if rank == 0:
             torch.save(gradients, f"{folder}/{window}.pt")
-    dist.barrier()  # gloo aborts where the other end has gone before
-    dist.destroy_process_group()
 
 
-def test_ranks_with_other_depths_do_not_hang_and_their_gradients_add_up(tmp_path):
-    mp.spawn(work, args=(str(tmp_path),), nprocs=2)
-    for window in (None, 2):
-        alone = model()
-        for rank in (0, 1):
-            loss(alone, rank, window).backward()
-        together = torch.load(tmp_path / f"{window}.pt", weights_only=True)
-        expected = {n: p.grad for n, p in alone.named_parameters() if p.grad is not None}
-        assert set(together) == set(expected)
-        for name, gradient in expected.items():
-            assert_close(together[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+def replicate(rank, folder):
+    """An ordinary loop, each rank with the whole model."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    network = DistributedDataParallel(model())
+    for window in (None, 2):  # a parameter that the first loss had missed would stop the second
+        network.zero_grad()
+        loss(network, rank, window).backward()
+    if rank == 0:
+        named = network.module.named_parameters()
+        gradients = {name: p.grad * 2 for name, p in named if p.grad is not None}
+        torch.save(gradients, f"{folder}/copies.pt")
+
+
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory):
+    """What two ranks left behind."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(work, args=(str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "window"),
+    [("None", None), ("2", 2), ("copies", 2)],
+    ids=["sharded", "sharded, a window", "copies"],
+)
+def test_ranks_with_other_depths_do_not_hang_and_their_gradients_add_up(worked, file, window):
+    alone = model()
+    for rank in (0, 1):
+        loss(alone, rank, window).backward()
+    together = torch.load(worked / f"{file}.pt", weights_only=True)
+    expected = {n: p.grad for n, p in alone.named_parameters() if p.grad is not None}
+    assert set(together) == set(expected)
+    for name, gradient in expected.items():
+        assert_close(together[name], gradient, atol=1e-6, rtol=1e-4, msg=name)

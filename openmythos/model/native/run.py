@@ -33,6 +33,7 @@ from openmythos.model.native.structures import (
     OuterStructure,
 )
 from openmythos.model.quantised import Int8Weight
+from openmythos.model.remade import transformed
 from openmythos.model.rope import Rope
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def may_run() -> bool:
         return False
     if torch._C._len_torch_dispatch_stack():  # somebody watches torch's operations
         return False
-    if torch._C._is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._is_tracing() or transformed():
         return False
     return not torch.is_autocast_enabled("cpu") and library() is not None
 
