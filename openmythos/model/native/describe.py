@@ -7,7 +7,6 @@ native code does not know, is left to torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -27,6 +26,7 @@ from openmythos.model.native.structures import (
     OuterStructure,
     Stack,
 )
+from openmythos.model.native.watch import Watch, hooks_of
 from openmythos.model.norm import RMSNorm
 from openmythos.model.quantised import Int8Weight
 
@@ -47,37 +47,13 @@ KNOWN = (
 INJECTIONS = ("lti", "free", "add", "none")
 """Kinds that the native code does."""
 
-Part = tuple[dict[str, Any], str, object]
-"""A table of a module, a name in it, and what it held."""
 
-Seen = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
-"""How a tensor lay: its address, sizes and strides, and what its numbers were."""
-
-
-@dataclass(frozen=True)
-class Described:
+class Described(NamedTuple):
     """What was found, which stands until something changes."""
 
     structure: Any
     """None: the native code cannot take it."""
-    parts: list[Part]
-    tensors: list[Tensor]
-    """The numbers among them."""
-    seen: list[Seen]
-    """How each lay."""
-    hooks: list[dict[int, Any]]
-    """Each module's table of them."""
-    fields: list[tuple[dict[str, Any], int]]
-    """Of each module that it rests on, and how many there were."""
-    hooked: bool
-
-    def stands(self) -> bool:
-        """Whether nothing was moved, replaced, added or hooked since."""
-        if any(held.get(name) is not part for held, name, part in self.parts):
-            return False
-        if any(len(own) != count for own, count in self.fields):
-            return False
-        return any(self.hooks) == self.hooked and _seen(self.tensors) == self.seen
+    watch: Watch
 
 
 _described: WeakKeyDictionary[nn.Module, Described] = WeakKeyDictionary()
@@ -86,7 +62,7 @@ _described: WeakKeyDictionary[nn.Module, Described] = WeakKeyDictionary()
 def structure_of(layer: Layer) -> LayerStructure | None:
     """Return the layer for the native code, None where it cannot take it."""
     found = _described.get(layer)
-    if found is None or not found.stands():
+    if found is None or not found.watch.stands():
         inner = list(layer.modules())[1:]  # the layer itself has been entered already
         found = _described[layer] = _describe([layer, *inner], inner, lambda: _structure(layer))
     made: LayerStructure | None = found.structure
@@ -107,7 +83,7 @@ class Outside(NamedTuple):
 def outside_of(model: OpenMythos) -> Outside | None:
     """Return what stands around a model's core, None where the native code cannot take it."""
     found = _described.get(model)
-    if found is None or not found.stands():
+    if found is None or not found.watch.stands():
         own = (model.embed, model.prelude_norm, model.core_output, model.norm, model.head)
         modules = [part for part in own if part is not None]
         around = [model, model.core, *model.core.injection.modules()]
@@ -149,10 +125,17 @@ def _own_class(kind: type) -> bool:
     return all(getattr(kind, name) is getattr(OpenMythos, name) for name in names)
 
 
+def watch_of(model: OpenMythos) -> Watch:
+    """Look at all of a model that its native calls rest on: all but the learned exits."""
+    exits = {part for gate in model.core.learned_exits().values() for part in gate.modules()}
+    modules = [module for module in model.modules() if module not in exits]
+    return Watch(modules, modules[1:])  # the model itself has been entered already
+
+
 def altered(modules: Iterable[nn.Module | None]) -> bool:
     """Whether anybody watches these modules' calls, or gave one a function of its own."""
     there = [module for module in modules if module is not None]
-    return any(_hooks(there)) or any(_patched(module) for module in there)
+    return any(hooks_of(there)) or any(_patched(module) for module in there)
 
 
 def _patched(module: nn.Module) -> bool:
@@ -165,12 +148,6 @@ def _functions(kind: type) -> frozenset[str]:
     return frozenset(name for name in dir(kind) if callable(getattr(kind, name)))
 
 
-def _hooks(modules: Sequence[nn.Module]) -> list[dict[int, Any]]:
-    return [
-        table for module in modules for table in (module._forward_hooks, module._forward_pre_hooks)
-    ]
-
-
 class _Cannot(Exception):  # noqa: N818 - not an error, only the end of a description
     """The native code has no form for this."""
 
@@ -178,38 +155,21 @@ class _Cannot(Exception):  # noqa: N818 - not an error, only the end of a descri
 def _describe(
     watched: Sequence[nn.Module], inner: Sequence[nn.Module], make: Callable[[], Any]
 ) -> Described:
-    """Make a description, and remember what of the watched modules it rests on."""
-    parts: list[Part] = []
-    for module in watched:
-        for held in (module._modules, module._parameters, module._buffers):
-            parts += [(held, name, part) for name, part in held.items()]
-        plain = vars(module)  # a norm's eps, how many experts a router chooses
-        parts += [(plain, n, part) for n, part in plain.items() if n[0] != "_" and n != "training"]
-    tensors = [part for _, _, part in parts if isinstance(part, Tensor)]
-    int8 = [x for x in tensors if isinstance(x, Int8Weight)]
-    inside = [(x, name) for x in int8 for name in ("numbers", "scale")]
-    parts += [(vars(x), name, getattr(x, name)) for x, name in inside]
-    tensors = [x for x in tensors if not isinstance(x, Int8Weight)]
-    tensors += [getattr(x, name) for x, name in inside]
-    structure, hooks = None, _hooks(inner)
-    as_made = not any(hooks) and not any(map(_patched, watched))
+    """Make a description, which rests on the watched modules and on the calls of the inner ones."""
+    structure, watch = None, Watch(watched, inner)
+    as_made = not watch.hooked and not any(map(_patched, watched))
     if as_made and all(map(_known, inner)):
         try:
             structure = make()
         except _Cannot:
             structure = None
-    fields = [(vars(module), len(vars(module))) for module in watched]
-    return Described(structure, parts, tensors, _seen(tensors), hooks, fields, any(hooks))
+    return Described(structure, watch)
 
 
 def _known(module: nn.Module) -> bool:
     from openmythos.model.native.run import FewRowsLinear
 
     return type(module) in (*KNOWN, nn.Embedding, FewRowsLinear)
-
-
-def _seen(tensors: list[Tensor]) -> list[Seen]:
-    return [(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors]
 
 
 def _structure(layer: Layer) -> LayerStructure:

@@ -23,6 +23,7 @@ from openmythos.model.native.describe import (
     own_core,
     own_model,
     structure_of,
+    watch_of,
 )
 from openmythos.model.native.exits import Exits
 from openmythos.model.native.run import Layers, alike, at, choices, keeps, plain, room
@@ -48,7 +49,7 @@ class Paged:
         outside: Outside,
         structures: list[LayerStructure],
     ) -> None:
-        self._model, self._outside, self._structures = model, outside, structures
+        self._model, self._watch = model, watch_of(model)
         self._dtype = model.embed.weight.dtype
         first, lanes = len(model.prelude), len(pages)
         last = first + lanes
@@ -64,13 +65,7 @@ class Paged:
 
     def stands(self) -> bool:
         """Whether the model is as it was."""
-        model = self._model
-        if outside_of(model) is not self._outside:
-            return False
-        layers = _layers(model)
-        if altered(layers) or not own_core(model.core) or not own_model(model):
-            return False
-        return all(structure_of(x) is y for x, y in zip(layers, self._structures, strict=True))
+        return self._watch.stands()
 
     def before(
         self, token_ids: Int[Tensor, " rows"], rope: Rope, places: Sequence[Entries]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from openmythos.model.native.describe import (
     own_core,
     own_model,
     structure_of,
+    watch_of,
 )
 from openmythos.model.native.run import (
     Layers,
@@ -64,6 +65,7 @@ class Plan:
     ) -> None:
         """`drive` is the map from the prelude's output to what enters each loop, where one is."""
         config, rows = model.config, cache.batch_size * sequence
+        self.model, self.watch = ref(model), watch_of(model)
         self.sequence, self.outside, self.structures = sequence, outside, structures
         self.addresses = _addresses(cache)
         first, last = len(model.prelude), len(model.prelude) + len(model.core.layers)
@@ -130,12 +132,9 @@ class Plan:
 
     def stands(self, model: OpenMythos, cache: Cache, sequence: int) -> bool:
         """Whether model and cache are still as they were."""
-        if sequence != self.sequence or outside_of(model) is not self.outside:
+        if sequence != self.sequence or self.model() is not model:
             return False
-        if _addresses(cache) != self.addresses:
-            return False
-        layers = _layers(model)
-        return all(structure_of(x) is y for x, y in zip(layers, self.structures, strict=True))
+        return _addresses(cache) == self.addresses and self.watch.stands()
 
     def run(
         self, token_ids: Int[Tensor, "batch sequence"], loops: int, start: int, rope: Rope
@@ -176,10 +175,6 @@ def plan_of(model: OpenMythos, cache: Cache, token_ids: Tensor, loops: int) -> P
     """
     if len(set(cache.lengths)) > 1 or loops < cache.slots or not takes_rows(token_ids, 1):
         return None
-    if model.config.injection == "linear" or altered([*_layers(model), model.core]):
-        return None
-    if not own_core(model.core) or not own_model(model):
-        return None
     sequence, found = token_ids.shape[1], _plans.get(cache)
     if found is None or not found.stands(model, cache, sequence):
         found = _made(model, cache, sequence)
@@ -190,6 +185,10 @@ def plan_of(model: OpenMythos, cache: Cache, token_ids: Tensor, loops: int) -> P
 
 
 def _made(model: OpenMythos, cache: Cache, sequence: int) -> Plan | None:
+    if model.config.injection == "linear" or altered([*_layers(model), model.core]):
+        return None
+    if not own_core(model.core) or not own_model(model):
+        return None
     outside = outside_of(model)
     structures = [structure_of(layer) for layer in _layers(model)]
     known = [part for part in structures if part is not None]
