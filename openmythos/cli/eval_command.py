@@ -123,13 +123,12 @@ def _run_tasks(settings: Settings) -> None:
 
 def _run_text(settings: Settings, model: Path) -> None:
     from openmythos.inference.language_model import load
-    from openmythos.inference.shipped import find_model
-    from openmythos.training.evaluate import Reading, trained_length
+    from openmythos.training.evaluate import Reading
 
     texts = _texts(settings)
     lm = load(model)
     reading = Reading.usual(
-        trained_length(find_model(model)),
+        lm.trained_length,
         lm.model.config.max_length,
         length=settings.length,
         stride=settings.stride,

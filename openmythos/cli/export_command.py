@@ -69,23 +69,19 @@ class Settings:
 def run(settings: Settings) -> None:
     """Measure, write, measure again, print."""
     from openmythos.inference.language_model import load
-    from openmythos.inference.shipped import find_model
-    from openmythos.training.evaluate import Reading, keep_trained_length, trained_length
+    from openmythos.training.evaluate import Reading
 
     _check(settings)
     documents = _documents(settings)
     lm = load(settings.model)
-    trained = trained_length(find_model(settings.model))
     reading = Reading.usual(
-        trained,
+        lm.trained_length,
         lm.model.config.max_length,
         length=settings.length,
         max_tokens=settings.max_tokens,
     )
     bits_before = None if documents is None else _bits(lm, documents, settings.loops, reading)
     lm.save(settings.folder, settings.weights)
-    if trained is not None:
-        keep_trained_length(settings.folder, trained)
     written = load(settings.folder)
     report: dict[str, Any] = {
         "model": str(settings.model),
