@@ -198,6 +198,8 @@ def conclude(results: dict[str, Result]) -> Section:
         if runs := _runs(results, name):
             sentences += _sentences(name, runs)
             expectations += _expectations(name, runs)
+    if runs := _runs(results, "core-1-fixed"):
+        sentences += _sentences("core-1-fixed", runs)
     tables = [
         table(["model", "parameters", "seeds", *(f"{h} hops" for h in HOPS), "paths agree"], rows)
     ]
@@ -275,7 +277,8 @@ def _sentences(name: str, runs: list[Result]) -> list[str]:
     def rights(hops: int) -> list[float]:
         return [_by_hops(run, "fresh", hops)["right"] for run in runs]
 
-    layers = {"core-1": "one layer", "core-3": "three layers"}[name]
+    fixed = f"one layer that always ran {LOOPED['core-1-fixed'].loops[0]} loops in training"
+    layers = {"core-1": "one layer", "core-3": "three layers", "core-1-fixed": fixed}[name]
     solved = [hops for hops in HOPS if min(rights(hops)) >= SOLVED]
     if not solved:
         return [f"The core of {layers} does not solve {TRAINED_HOPS} hops at 0.99 in this run."]

@@ -38,6 +38,9 @@ def test_a_model_that_solves_all_meets_what_was_wanted():
     section = conclude({"core-1/seed-0": result(), "core-1/seed-1": result()})
     assert "chains of 100 hops with 1.000 right or more" in section.sentences[0]
     assert "2 seeds" in section.sentences[0]
+    fixed = conclude({"core-1-fixed/seed-0": result()})
+    assert "a core of one layer that always ran 20 loops in training (1 seed)" in fixed.sentences[0]
+    assert not fixed.expectations
     assert all(expected.met for expected in section.expectations)
 
 
