@@ -190,8 +190,6 @@ def _training(config: MythosConfig, machine: Machine, device: torch.device) -> T
     length = min(256, config.max_length)
     batch, loops = max(1, TRAINING_TOKENS // length), config.mean_loops
     model = OpenMythos(config).to(device)
-    for parameter in model.core.gate.parameters():
-        parameter.requires_grad_(False)
     optimizers = build_optimizers(
         model.named_parameters(), OptimizerConfig(), fused_splits=model.fused_splits()
     )
