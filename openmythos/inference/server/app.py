@@ -122,6 +122,7 @@ class Fresh(StaticFiles):
         return response
 
 
+@router.head("/health", include_in_schema=False)  # as load balancers ask
 @router.get(
     "/health",
     response_model=Health,

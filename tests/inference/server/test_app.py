@@ -127,6 +127,7 @@ def test_health_and_metrics_are_described_as_they_are():
             body = paths["/health"]["get"]["responses"][status]["content"]["application/json"]
             assert body["schema"] == {"$ref": "#/components/schemas/Health"}
         Health.model_validate(client.get("/health").json())
+        assert client.head("/health").status_code == client.get("/health").status_code
         assert set(paths["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
 
 
