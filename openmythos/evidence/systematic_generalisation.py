@@ -370,10 +370,10 @@ it."""
 IDEAS = """\
 A loop of `looped` hands on to the next the expected embedding of its answer at each place, one of a
 `looped-state` or `state-` row its state, of `state-and-answer` their sum; a layer of
-`plain-8-answers` hands on its answer too. Stairs, which all have but no-stairs and the plain ones
-that are not named so or after answers: the answer after n hops is asked for only where at least n
-loops or layers run, so that a fact must be known after one. Waits: no-ops stand before or behind
-the relation of single facts, which no other fact joins."""
+`plain-8-answers` hands on its answer too. Stairs, in all looped rows but no-stairs, and in
+plain-8-stairs and plain-8-answers: the answer after n hops is asked for only where at least n loops
+or layers run, so that a fact must be known after one. Waits: no-ops stand before or behind the
+relation of single facts, which no other fact joins."""
 
 
 def _notes(run: Result | None) -> list[str]:
