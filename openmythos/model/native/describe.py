@@ -93,6 +93,25 @@ def outside_of(model: OpenMythos) -> Outside | None:
     return made
 
 
+def parts_of(model: OpenMythos) -> tuple[Outside, list[LayerStructure]] | None:
+    """Return a whole model, its layers in their order; None where not all of it can be taken."""
+    layers: list[Layer] = [*model.prelude, *model.core.layers, *model.coda]
+    if altered(layers) or not own_core(model.core) or not own_model(model):
+        return None
+    outside, found = outside_of(model), [structure_of(layer) for layer in layers]
+    structures = [part for part in found if part is not None]
+    first = len(model.prelude)
+    if outside is None or len(structures) < len(found):
+        return None
+    core = structures[first : first + len(model.core.layers)]
+    return (outside, structures) if alike(core) else None
+
+
+def alike(structures: Sequence[LayerStructure]) -> bool:
+    """Whether a core's layers can share a call: of one kind, with as many experts chosen."""
+    return len({(part.kind, part.chosen) for part in structures}) == 1
+
+
 def own_core(core: Core) -> bool:
     """Whether a core is what its config says: of our classes, and nobody watches its parts."""
     from openmythos.model.core import Core

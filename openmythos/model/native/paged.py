@@ -18,20 +18,15 @@ from openmythos.model.cache import Entries
 from openmythos.model.native.build import library
 from openmythos.model.native.describe import (
     Outside,
-    altered,
-    outside_of,
-    own_core,
-    own_model,
-    structure_of,
+    parts_of,
     watch_of,
 )
 from openmythos.model.native.exits import Exits
-from openmythos.model.native.run import Layers, alike, at, choices, keeps, plain, room
+from openmythos.model.native.run import Layers, at, choices, keeps, plain, room
 from openmythos.model.native.structures import LayerStructure, Map, OuterStructure
 from openmythos.model.rope import Rope
 
 if TYPE_CHECKING:
-    from openmythos.model.layer import Layer
     from openmythos.model.transformer import OpenMythos
 
 
@@ -142,23 +137,17 @@ def paged(model: OpenMythos, pages: Sequence[dict[str, Tensor]]) -> Paged | None
     outer ones: of these, number n has the pages of layer n mod `core_layers`, in slot
     n // `core_layers`.
     """
-    if library() is None or model.config.injection == "linear":
+    parts = None if library() is None else parts_of(model)
+    if parts is None:
         return None
-    layers, outside = _layers(model), outside_of(model)
-    structures = [structure_of(layer) for layer in layers]
-    known = [part for part in structures if part is not None]
-    if outside is None or len(known) < len(structures):
-        return None
+    outside, structures = parts
     maps = [getattr(model.core.injection, "weight", None)]
     maps += [None if model.core.norm is None else model.core.norm.weight]
-    if not all(plain(part) for part in maps) or not all(keeps(part, pages[0]) for part in known):
+    if not all(plain(part) for part in maps) or not all(
+        keeps(part, pages[0]) for part in structures
+    ):
         return None
-    first = len(model.prelude)
-    if not alike(known[first : first + len(model.core.layers)]):
-        return None
-    if altered(layers) or not own_core(model.core) or not own_model(model):
-        return None
-    return Paged(model, pages, outside, known)
+    return Paged(model, pages, outside, structures)
 
 
 def _by_slot(
@@ -175,7 +164,3 @@ def _by_slot(
     for _, _, outer in made[:-1]:  # and behind them
         outer.last_norm = None
     return made
-
-
-def _layers(model: OpenMythos) -> list[Layer]:
-    return [*model.prelude, *model.core.layers, *model.coda]

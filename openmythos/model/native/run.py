@@ -21,7 +21,14 @@ from torch.nn import functional as F
 
 from openmythos.model.cache import Cache, Entries, Place, Span
 from openmythos.model.native.build import library
-from openmythos.model.native.describe import LANES, altered, outside_of, own_core, structure_of
+from openmythos.model.native.describe import (
+    LANES,
+    alike,
+    altered,
+    outside_of,
+    own_core,
+    structure_of,
+)
 from openmythos.model.native.exits import Exits
 from openmythos.model.native.structures import (
     KINDS,
@@ -416,11 +423,6 @@ def plain(numbers: Tensor | None) -> bool:
 def keeps(structure: LayerStructure, store: dict[str, Tensor]) -> bool:
     """Whether entries of a cache are the kind of numbers that a layer keeps."""
     return KINDS.get(next(iter(store.values())).dtype) == structure.kind
-
-
-def alike(structures: Sequence[LayerStructure]) -> bool:
-    """Whether a core's layers can share a call: of one kind, with as many experts chosen."""
-    return len({(part.kind, part.chosen) for part in structures}) == 1
 
 
 def _fresh(h: Tensor) -> Tensor:

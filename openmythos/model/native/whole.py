@@ -20,15 +20,11 @@ from openmythos.model.native.build import library
 from openmythos.model.native.describe import (
     Outside,
     altered,
-    outside_of,
-    own_core,
-    own_model,
-    structure_of,
+    parts_of,
     watch_of,
 )
 from openmythos.model.native.run import (
     Layers,
-    alike,
     matrix_structure,
     numbers_read,
     plain,
@@ -47,7 +43,6 @@ from openmythos.model.native.structures import (
 from openmythos.model.rope import Rope
 
 if TYPE_CHECKING:
-    from openmythos.model.layer import Layer
     from openmythos.model.transformer import OpenMythos
 
 
@@ -185,34 +180,21 @@ def plan_of(model: OpenMythos, cache: Cache, token_ids: Tensor, loops: int) -> P
 
 
 def _made(model: OpenMythos, cache: Cache, sequence: int) -> Plan | None:
-    if model.config.injection == "linear" or altered([*_layers(model), model.core]):
+    parts = None if altered([model.core]) else parts_of(model)
+    if parts is None:
         return None
-    if not own_core(model.core) or not own_model(model):
-        return None
-    outside = outside_of(model)
-    structures = [structure_of(layer) for layer in _layers(model)]
-    known = [part for part in structures if part is not None]
+    outside, structures = parts
     norm = None if model.core.norm is None else model.core.norm.weight
     raw = [part for part in model.core.injection.parameters() if part.ndim == 1]
     if any(part.dtype != torch.float32 or not part.is_contiguous() for part in raw):
         return None
-    if outside is None or len(known) < len(structures) or not plain(norm):
-        return None
-    first = len(model.prelude)
-    if not alike(known[first : first + len(model.core.layers)]):
-        return None
-    kinds = {KINDS.get(cache.dtype)}
-    if kinds != {part.kind for part in known}:
+    if not plain(norm) or {KINDS.get(cache.dtype)} != {part.kind for part in structures}:
         return None
     weight = getattr(model.core.injection, "weight", None)
     drive = None if weight is None else matrix_structure(weight)
     if weight is not None and drive is None:
         return None
-    return Plan(model, cache, sequence, outside, known, drive)
-
-
-def _layers(model: OpenMythos) -> list[Layer]:
-    return [*model.prelude, *model.core.layers, *model.coda]
+    return Plan(model, cache, sequence, outside, structures, drive)
 
 
 def _addresses(cache: Cache) -> list[int]:
