@@ -1,6 +1,7 @@
 """On a GPU the model computes what it computes on the CPU; skipped where there is none."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from tiny import some_ids, some_loops, tiny
 from torch.testing import assert_close
 
 from openmythos import MythosConfig, Tokenizer
-from openmythos.evidence.fit import Batch, FitConfig, fit
+from openmythos.evidence import recorded
+from openmythos.evidence.fit import Batch, FitConfig, _loss, fit
 from openmythos.inference.engine import Engine, EngineSettings
 from openmythos.inference.generate import generate
 from openmythos.inference.language_model import LanguageModel
@@ -124,6 +126,22 @@ def test_a_claims_training_learns_and_stays_on_the_gpu(tmp_path):
     fit(model, batch, config, tmp_path, report=lambda _step, _level, loss: losses.append(loss))
     assert model.embed.weight.device.type == GPU.type
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("most", [16, 1], ids=["each size recorded", "one recorded"])
+def test_recorded_passes_train_as_those_that_are_not(tmp_path, monkeypatch, most):
+    def batch(step, _level):
+        token_ids = some_ids(4, 8 + step % 2)
+        return Batch(token_ids[:, :-1], token_ids[:, 1:], 1 + step % 3)
+
+    monkeypatch.setattr(recorded, "MOST", most)
+    trained = {}
+    for name, loss in {"recorded": None, "not": partial(_loss, window=None)}.items():
+        model = tiny(experts=0, lora_rank=2, lora_loops=3)
+        fit(model, batch, FitConfig(steps=12), tmp_path / name, loss=loss)
+        trained[name] = dict(model.named_parameters())
+    for name, parameter in trained["not"].items():
+        assert_close(trained["recorded"][name], parameter, rtol=1e-3, atol=1e-4)
 
 
 def test_generating_and_the_engine_write_the_same():

@@ -27,12 +27,13 @@ from torch.nn import functional as F
 
 from openmythos.config import MythosConfig
 from openmythos.errors import ConfigError
+from openmythos.evidence.recorded import RecordedPasses
 from openmythos.model.files import fill, storable
 from openmythos.model.transformer import OpenMythos
 from openmythos.training import checkpoint
 from openmythos.training.compiled import compiled_layers, compiling_pays
 from openmythos.training.machine import default_device
-from openmythos.training.optimizer import build_optimizers
+from openmythos.training.optimizer import Optimizers, build_optimizers
 from openmythos.training.settings import OptimizerConfig, schedule
 
 IGNORE = -100
@@ -117,7 +118,6 @@ def fit(
         ConfigError: the folder was made with other settings.
     """
     torch.set_flush_denormal(True)
-    loss = loss or partial(_loss, window=config.backprop_loops)
     device = default_device()
     products = _tensor_cores if device.type == "cuda" else nullcontext
     model.to(device)
@@ -145,15 +145,14 @@ def fit(
         course.level, course.mean = found.state["level"], found.state["mean"]
         losses = list(found.state.get("losses", []))
     started = time.perf_counter() - seconds
+    gradients = _gradients(model, config, optimizers, loss, watched=watch is not None)
     if step < config.steps:
         layers = _layers(model, config, batch(0, config.levels - 1))
     model.train()
     while step < config.steps:
         optimizers.set_lr(schedule(step, config.steps, config.optimizer))
-        optimizers.zero_grad()
         with layers(), products():
-            nats, loads = loss(model, batch(step, course.level).to(device))
-            nats.backward()
+            nats, loads = gradients(batch(step, course.level))
         norm = optimizers.step()
         if loads is not None:
             model.core.rebalance(loads)
@@ -173,6 +172,39 @@ def fit(
             checkpoint.save(folder, step, tensors, state, keep=1)
     model.eval()
     return time.perf_counter() - started, course.level
+
+
+def _gradients(
+    model: OpenMythos,
+    config: FitConfig,
+    optimizers: Optimizers,
+    loss: Loss | None,
+    *,
+    watched: bool,
+) -> Callable[[Batch], tuple[Tensor, Tensor | None]]:
+    """Return what computes a batch's loss, the gradients and the experts' loads.
+
+    `watched` trainings may have hooks, which a recorded pass would not call.
+    """
+    device, window = model.embed.weight.device, config.backprop_loops
+    chosen = loss or partial(_loss, window=window)
+
+    def computed(batch: Batch) -> tuple[Tensor, Tensor | None]:
+        optimizers.zero_grad()
+        nats, loads = chosen(model, batch.to(device))
+        nats.backward()
+        return nats, loads
+
+    if loss is not None or watched or device.type != "cuda" or model.config.experts:
+        return computed
+    recorded = RecordedPasses(model, partial(_mean_loss, model, window))
+
+    def replayed(batch: Batch) -> tuple[Tensor, Tensor | None]:
+        if not isinstance(batch.loops, int):
+            return computed(batch)
+        return recorded(batch.token_ids, batch.targets, batch.loops), None
+
+    return replayed
 
 
 def _with_defaults(asked: dict[str, Any]) -> dict[str, Any]:
@@ -228,7 +260,15 @@ def _loss(
 ) -> tuple[Float[Tensor, ""], Tensor | None]:
     """Mean loss in nats of the places that are asked about, and the experts' loads."""
     out = model(batch.token_ids, batch.loops, backprop_loops=window)
-    loss = F.cross_entropy(
-        out.logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE
-    )
-    return loss, out.loads
+    return _mean_of(out.logits, batch.targets), out.loads
+
+
+def _mean_loss(
+    model: OpenMythos, window: int | None, token_ids: Tensor, targets: Tensor, loops: int
+) -> Float[Tensor, ""]:
+    """As `_loss`, of a dense model."""
+    return _mean_of(model(token_ids, loops, backprop_loops=window).logits, targets)
+
+
+def _mean_of(logits: Tensor, targets: Tensor) -> Float[Tensor, ""]:
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)

@@ -79,7 +79,7 @@ class LanedCore(Core):
         cache: Cache | None,
         notes: Notes,
     ) -> CoreOutput:
-        if cache is not None or notes.by_token:
+        if cache is not None:
             raise NotImplementedError(WHOLE)
         numbers, learns = torch.arange(loops, device=h.device), torch.is_grad_enabled()
         state, carries, mixing = (
@@ -97,6 +97,8 @@ class LanedCore(Core):
                     y, _ = layer(y, rows.rope, numbers[loop], place, None)
                 mixed = torch.einsum("ij,j...->i...", mixing, carried)
                 state = mixed + torch.einsum("i,...->i...", self.write_scale, y - u)
+                if notes.want_states:
+                    notes.keep_state(loop + 1, weighted(self.out_scale, state))
         taken = torch.full(h.shape[:2], loops, device=h.device)
         return CoreOutput(weighted(self.out_scale, state), taken)
 

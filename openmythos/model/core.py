@@ -130,7 +130,10 @@ class Core(nn.Module):
             want_routing=return_routing,
             given=None if routing is None else _carried_on(routing),
         )
-        budget = loops.long() if isinstance(loops, Tensor) else torch.tensor(loops, device=e.device)
+        if isinstance(loops, Tensor):
+            budget = loops.long()
+        else:  # filled where it lies: a copy from the host could not be recorded
+            budget = torch.full((), loops, device=e.device)
         if rule is None and isinstance(loops, int):
             window = loops if backprop_loops is None else backprop_loops
             output = self._together(h, rows, loops, window, cache, notes)

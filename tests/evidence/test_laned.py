@@ -72,6 +72,17 @@ def test_at_the_start_a_model_is_nearly_the_one_without_lanes():
     assert 0 < float(apart.max()) < 0.01
 
 
+@pytest.mark.parametrize("wanted", [True, [1, 3]], ids=["every loop", "two of them"])
+def test_states_are_kept_as_of_a_call_that_ends_there(wanted):
+    model = shaken(2)
+    token_ids = torch.arange(6).view(1, 6)
+    with torch.no_grad():
+        kept = model(token_ids, 4, return_states=wanted).states
+        loops = [1, 2, 3, 4] if wanted is True else wanted
+        for state, count in zip(kept, loops, strict=True):
+            assert_close(model.decode(state), model(token_ids, count).logits)
+
+
 def test_every_lane_learns_and_the_linear_part_stays_below_one():
     model = Laned(CONFIG, 3)
     model(torch.arange(8).view(1, 8), 3).logits.square().sum().backward()
