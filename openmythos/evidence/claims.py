@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -53,8 +53,15 @@ class Reproduction:
     """A folder of figures and pages, as `out`, whose results count as done."""
     work: Path = Path("runs/evidence")
     """Where trainings keep checkpoints and results."""
-    out: Path = Path("runs/evidence")
-    """Where figures and pages go."""
+    out: Path | None = None
+    """Where figures and pages go. Default: `work`; of a quick form, `quick` in it."""
+
+    @property
+    def pages(self) -> Path:
+        """Where figures and pages go."""
+        if self.out is not None:
+            return self.out
+        return self.work / "quick" if self.quick else self.work
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,8 @@ def reproduce(name: str, how: Reproduction, say: Callable[[str], None]) -> Writt
     from openmythos.training.figures import save
 
     module = claim(name)
+    if how.quick and how.seeds is not None:
+        raise InputError(f"seeds={how.seeds} must be left out of a quick form, which has one")
     seeds = module.SEEDS if how.seeds is None else how.seeds
     if seeds < 1:
         raise InputError(f"seeds={seeds} must be 1 or more")
@@ -105,6 +114,7 @@ def reproduce(name: str, how: Reproduction, say: Callable[[str], None]) -> Writt
     if not chosen:
         names = ", ".join(cell.name for cell in cells)
         raise InputError(f"only={how.only!r} must begin one of {names}")
+    _keep_others(how, name, {cell.name for cell in cells})
     work = how.work / ("quick" if how.quick else "full") / name
     if how.published is not None:
         taken = take_results(read_claim(how.published, name)["results"], cells, work)
@@ -116,10 +126,24 @@ def reproduce(name: str, how: Reproduction, say: Callable[[str], None]) -> Writt
     section = with_devices(module.conclude(results), results)
     section = with_missing(section, list(found), missing)
     content = {"claim": name, "command": command(name, how), "results": results}
-    picture = save(module.draw_figure(results), how.out / "evidence" / f"{name}.png")
-    files = [write_claim(how.out, name, content, section), picture]
-    files += write_pages(how.out, list(CLAIMS))
+    picture = save(module.draw_figure(results), how.pages / "evidence" / f"{name}.png")
+    files = [write_claim(how.pages, name, content, section), picture]
+    files += write_pages(how.pages, list(CLAIMS))
     return Written(section, files, missing)
+
+
+def _keep_others(how: Reproduction, name: str, cells: Collection[str]) -> None:
+    """Raise `InputError` where figures would be written over that hold results of other cells."""
+    from openmythos.evidence.report import figures, read_claim
+
+    if not figures(how.pages, name).is_file():
+        return
+    others = sorted(set(read_claim(how.pages, name)["results"]) - set(cells))
+    if others:
+        raise InputError(
+            f"out={str(how.pages)!r} must not hold results that would be lost, but has "
+            f"{', '.join(others)}: ask for as many seeds, or for another folder"
+        )
 
 
 def command(name: str, how: Reproduction) -> str:

@@ -2,7 +2,10 @@
 
 Looped models learn chains of up to 20 hops and are asked for 20 to 100, at many depths. How many
 loops a length needs is read off validation chains (the fewest with 0.995 right, every number tried)
-and reported on fresh ones, so that no depth is chosen on the chains it is scored on.
+and reported on fresh ones, so that no depth is chosen on the chains it is scored on. Nor was the
+rule: its margin was set after a first rule had been seen to miss on fresh chains (the fewest loops
+with 0.99 right on 128), so the core of one layer was trained and scored anew, on chains that
+nothing was set on.
 
 Controls that could refute it: chains among as many no-ops at random places, whose length and
 positions say nothing about their hops; plain transformers with the same supervision at two
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from openmythos.evidence.cells import Cell, Result, Say
 from openmythos.evidence.hop_training import (
+    AFTERWARDS,
     FRESH,
     LOOPS,
     REASONER,
@@ -57,6 +61,9 @@ DRAWN, CHOICE = 128, 512
 """Validation chains that a curve over loops is drawn from, and those that the loops are chosen
 on."""
 
+SCORED_ON = {"core-1": AFTERWARDS}
+"""Stream of the fresh chains of a row; where it is not named here, `FRESH`."""
+
 LOOPED = {
     "core-1": REASONER,
     "core-3": dataclasses.replace(
@@ -90,20 +97,25 @@ def cells(*, quick: bool, seeds: int) -> list[Cell]:
 
 def _cell(name: str, training: HopTraining, seed: int) -> Cell:
     training = dataclasses.replace(training, seed=seed)
+    stream = SCORED_ON.get(name, FRESH)
 
     def run(folder: Path, say: Say) -> Result:
         model, took = training.train(folder, say)
         say("measuring")
-        measured = _plain(model, training) if training.plain_layers else _looped(model, training)
-        return took | measured
+        if training.plain_layers:
+            return took | _plain(model, training)
+        return took | _looped(model, training, stream)
 
     settings = training.as_json()
     if not training.plain_layers:
-        settings |= {"chosen_on": CHOICE, "chosen_at": ENOUGH}
+        settings |= {"chosen_on": CHOICE, "chosen_at": ENOUGH, "hops": list(HOPS)}
+        settings |= {"drawn": DRAWN, "near": NEAR, "measured": list(LOOPS)}
+    if stream != FRESH:
+        settings["scored_on"] = stream
     return Cell(f"{name}/seed-{seed}", settings, run)
 
 
-def _looped(model: OpenMythos, training: HopTraining) -> Result:
+def _looped(model: OpenMythos, training: HopTraining, stream: int) -> Result:
     """Accuracy over loops on validation chains; on fresh ones, at the loops these ask for."""
     curves: dict[int, dict[int, float]] = {}
     choice: dict[int, dict[int, float]] = {}
@@ -117,12 +129,12 @@ def _looped(model: OpenMythos, training: HopTraining) -> Result:
         choice[hops] = tried
         needed[hops] = next((n for n, right in tried.items() if right >= ENOUGH), None)
         depth = needed[hops] or _best(tried or curves[hops])
-        right = measure(model, FRESH, hops, (depth, 2 * depth), seed=seed, count=512)
+        right = measure(model, stream, hops, (depth, 2 * depth), seed=seed, count=512)
         fresh[hops] = {"loops": depth, "right": right[depth], "right_at_twice": right[2 * depth]}
     no_ops = {}
     for hops in HOPS[:4]:
         depth = int(fresh[hops]["loops"])
-        no_ops[hops] = measure(model, FRESH, hops, (depth,), seed=seed, no_ops=True)[depth]
+        no_ops[hops] = measure(model, stream, hops, (depth,), seed=seed, no_ops=True)[depth]
     depth = int(fresh[TRAINED_HOPS]["loops"])
     return {
         "curves": curves,
@@ -204,6 +216,8 @@ def conclude(results: dict[str, Result]) -> Section:
         table(["model", "parameters", "seeds", *(f"{h} hops" for h in HOPS), "paths agree"], rows)
     ]
     strewn = [_no_ops_row(name, runs) for name in LOOPED if (runs := _runs(results, name))]
+    if runs := _runs(results, "core-1"):
+        sentences.append(_no_ops_sentence(runs))
     if strewn:
         tables.append(table(["among no-ops", *(f"{hops} hops" for hops in HOPS[:4])], strewn))
     plain = [_plain_row(name, run) for name in PLAIN for run in _runs(results, name)]
@@ -224,11 +238,28 @@ Attention sees relative positions only (rotary), so a longer chain has no positi
 lacked; training packs chains into sequences of 128 tokens, so that they start anywhere. Among
 no-ops, at the same loops, a chain has twice as many places, and its length is no clue."""
 
-NOTES = (CELLS, POSITIONS, f"Chance is {1 / TASK.entities:.3f}.")
+RULE = """\
+A first rule for the loops (0.99 right on 128 chains) missed three of the wishes on fresh chains;
+the one here was set then. Therefore `core-1` was trained and scored once more, on fresh chains
+that nothing was set on; `core-3`, which had missed two of the three (20 hops, and the ratio of
+loops), has not been, and stands on the chains that it had missed on."""
+
+NOTES = (CELLS, POSITIONS, RULE, f"Chance is {1 / TASK.entities:.3f}.")
 
 
 def _no_ops_row(name: str, runs: list[Result]) -> list[str]:
     return [name, *(spread([_by_hops(run, "with_no_ops", h) for run in runs]) for h in HOPS[:4])]
+
+
+def _no_ops_sentence(runs: list[Result]) -> str:
+    """Say what is left where a chain's length is no clue."""
+    shares = {hops: min(_by_hops(run, "with_no_ops", hops) for run in runs) for hops in HOPS[:4]}
+    said = ", ".join(f"{share:.3f} of {hops}" for hops, share in shares.items())
+    return (
+        "Among as many no-ops at random places, where the length of a chain is no clue, and with "
+        f"the loops of chains without them, the core of one layer answers {said} hops in the worst "
+        "seed."
+    )
 
 
 def _plain_sentence(results: dict[str, Result]) -> str:
@@ -243,6 +274,18 @@ def _plain_sentence(results: dict[str, Result]) -> str:
     return (
         f"Plain transformers ({', '.join(tried)}){than} answer chains of up to {best} hops at 0.95 "
         f"or more, and of half as long again as each one's own best {beyond:.3f} or less."
+        + _untaught(tried)
+    )
+
+
+def _untaught(plain: dict[str, Result]) -> str:
+    """Say where plain transformers are not even asked for more than training had."""
+    if max(run["beyond"] for run in plain.values()) > TRAINED_HOPS:
+        return ""
+    trained = max(_by_hops(run, "right", TRAINED_HOPS) for run in plain.values())
+    return (
+        f" That still is within training: of its {TRAINED_HOPS} hops they answer {trained:.3f} or "
+        "less, so that they never reach the depth from which to go on."
     )
 
 

@@ -31,6 +31,7 @@ from openmythos.errors import CheckpointError
 from openmythos.evidence.cells import Say
 from openmythos.evidence.fact_models import HandsOn, StepByStep
 from openmythos.evidence.fit import IGNORE, Batch, FitConfig, fit
+from openmythos.evidence.text_training import trained_parameters
 from openmythos.files import write_atomically
 from openmythos.model.transformer import OpenMythos
 from openmythos.tasks.facts import FactTask, Kind, Pairs
@@ -215,7 +216,7 @@ class FactTraining:
         fitted = self.fit_config(self.steps, self.adam_lr)
         seconds, _ = fit(model, lambda step, _: self.batch(step), fitted, folder, report=report)
         return model, {
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": trained_parameters(model.config),
             "flops": self.training_flops(model),
             "training_seconds": seconds,
             "course": course,
@@ -247,8 +248,12 @@ class FactTraining:
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as a cell keeps them."""
-        fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        return fields
+        fields: dict[str, Any] = dataclasses.asdict(self)
+        fields["optimizer"] = dataclasses.asdict(
+            self.fit_config(self.steps, self.adam_lr).optimizer
+        )
+        kept: dict[str, Any] = json.loads(json.dumps(fields))
+        return kept
 
 
 Kinds = tuple[Kind, ...]

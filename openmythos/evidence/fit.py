@@ -93,6 +93,7 @@ def fit(
     report: Report | None = None,
     watch: Watch | None = None,
     frozen: Sequence[str] = (),
+    text: str = "",
 ) -> tuple[float, int]:
     """Train `model` in place, from the newest checkpoint of `folder` if there is one.
 
@@ -108,6 +109,8 @@ def fit(
         watch: sees every step, and may end the training before its last one.
         frozen: parts of the model that stay as initialised, each a word of the dotted names of
             their parameters: `router`.
+        text: fingerprint of what the batches are made of, where that may change; a checkpoint of
+            another text is refused.
 
     Returns:
         The seconds that all steps took, those before an interruption included, and the level
@@ -127,10 +130,7 @@ def fit(
     optimizers = build_optimizers(
         model.named_parameters(), config.optimizer, fused_splits=model.fused_splits()
     )
-    fields = json.loads(json.dumps(dataclasses.asdict(config)))
-    asked = {"model": json.loads(model.config.to_json()), "fit": fields}
-    if frozen:
-        asked["frozen"] = list(frozen)
+    asked = _asked(model, config, frozen, text)
     step, seconds, course = 0, 0.0, Course(config)
     losses: list[float] = []  # since the last report
     if (newest := checkpoint.latest(folder)) is not None:
@@ -205,6 +205,19 @@ def _gradients(
         return recorded(batch.token_ids, batch.targets, batch.loops), None
 
     return replayed
+
+
+def _asked(
+    model: OpenMythos, config: FitConfig, frozen: Sequence[str], text: str
+) -> dict[str, Any]:
+    """What a checkpoint must have been made with."""
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))
+    asked = {"model": json.loads(model.config.to_json()), "fit": fields}
+    if frozen:
+        asked["frozen"] = list(frozen)
+    if text:
+        asked["text"] = text
+    return asked
 
 
 def _with_defaults(asked: dict[str, Any]) -> dict[str, Any]:

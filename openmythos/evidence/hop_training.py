@@ -20,8 +20,7 @@ from torch import Tensor
 from openmythos.config import MythosConfig
 from openmythos.evidence.cells import Say
 from openmythos.evidence.fit import Batch, FitConfig, fit
-from openmythos.evidence.text_training import PLAIN
-from openmythos.model.accounting import on_meta, parameters
+from openmythos.evidence.text_training import PLAIN, trained_parameters
 from openmythos.model.transformer import OpenMythos
 from openmythos.tasks.hops import Chains, HopTask
 from openmythos.training.settings import OptimizerConfig
@@ -37,8 +36,9 @@ LOOPS = (*range(1, 17), 18, 20, 22, 24, 28, 32, 36, 40, 48, 56, 64, 80, 96, 128)
 TOGETHER = 64
 """Chains that are measured at a time: the states of all loops are kept."""
 
-VALIDATION, FRESH = 1, 2
-"""Streams of chains, which share none with the training's but by chance (1 in 32 * 16^hops)."""
+VALIDATION, FRESH, AFTERWARDS = 1, 2, 3
+"""Streams of chains, which share none with the training's but by chance (1 in 32 * 16^hops).
+`AFTERWARDS` is for what was changed after it had been scored on `FRESH`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class HopTraining:
         fitted = self.fit_config
         seconds, _ = fit(model, lambda step, _: self.batch(step), fitted, folder, report=report)
         return model, {
-            "parameters": count(self),
+            "parameters": trained_parameters(self.config),
             "flops": self.training_flops(model),
             "training_seconds": seconds,
         }
@@ -131,15 +131,11 @@ class HopTraining:
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as a cell keeps them."""
-        fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        return fields
-
-
-def count(training: HopTraining) -> int:
-    """Return the parameters of a model, without its gate, which takes no part in these claims."""
-    model = on_meta(training.config)
-    gate = sum(parameter.numel() for parameter in model.core.gate.parameters())
-    return sum(parameters(model).values()) - gate
+        fields: dict[str, Any] = dataclasses.asdict(self)
+        fields |= {"task": dataclasses.asdict(TASK), "trained_hops": TRAINED_HOPS}
+        fields |= {"packed": [SEQUENCES, LENGTH], "optimizer": dataclasses.asdict(self.optimizer())}
+        kept: dict[str, Any] = json.loads(json.dumps(fields))
+        return kept
 
 
 REASONER = HopTraining(core_layers=1, loops=(10, 30), no_ops=0.3)

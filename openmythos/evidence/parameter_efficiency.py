@@ -29,8 +29,13 @@ from openmythos.evidence import reasoning_leg
 from openmythos.evidence.cells import Cell, Result, Say, run_cells
 from openmythos.evidence.paired import Runs, common_seeds, difference, mean, rows_of
 from openmythos.evidence.report import Expectation, Section, spread, table
-from openmythos.evidence.text_training import PLAIN, TextTraining, read_texts, work_of
-from openmythos.model.accounting import on_meta, parameters
+from openmythos.evidence.text_training import (
+    PLAIN,
+    TextTraining,
+    read_texts,
+    trained_parameters,
+    work_of,
+)
 from openmythos.training.settings import DepthLaw
 
 if TYPE_CHECKING:
@@ -143,7 +148,7 @@ def plain_of(ratio: float, looped: TextTraining) -> TextTraining:
 
 
 def _count(training: TextTraining) -> int:
-    return sum(parameters(on_meta(training.config)).values())
+    return trained_parameters(training.config)
 
 
 def cells(*, quick: bool, seeds: int) -> list[Cell]:

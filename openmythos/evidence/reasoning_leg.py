@@ -20,10 +20,10 @@ from openmythos.evidence.hop_training import (
     TRAINED_HOPS,
     VALIDATION,
     HopTraining,
-    count,
     measure,
 )
 from openmythos.evidence.report import Expectation, table
+from openmythos.evidence.text_training import trained_parameters
 
 MODEL = LOOPED["core-1"]
 RATIOS = (1.69, 5.0)
@@ -38,13 +38,13 @@ def plain_of(ratio: float, looped: HopTraining) -> HopTraining:
 
     Layers have about the looped model's width inside; what is left is made up by that width.
     """
-    wanted = ratio * count(looped)
+    wanted = ratio * trained_parameters(looped.config)
     width, inner = looped.hidden_size, looped.feed_forward_size
     layers = max(1, round(wanted / (4 * width**2 + 2 * width * inner)))
     narrow = dataclasses.replace(
         looped, plain_layers=layers, feed_forward_size=8, steps=2 * looped.steps
     )
-    size = 8 + (wanted - count(narrow)) / (2 * width * layers)
+    size = 8 + (wanted - trained_parameters(narrow.config)) / (2 * width * layers)
     return dataclasses.replace(narrow, feed_forward_size=max(8, 8 * round(size / 8)))
 
 
@@ -71,7 +71,8 @@ def _cell(name: str, training: HopTraining) -> Cell:
         fresh = measure(model, FRESH, TRAINED_HOPS, [loops], seed=training.seed, count=1024)[loops]
         return took | {"loops": loops, "validation": curve[loops], "fresh": fresh}
 
-    return Cell(f"{name}/seed-{training.seed}", training.as_json(), run)
+    settings = {**training.as_json(), "measured": list(LOOPS), "solved": SOLVED}
+    return Cell(f"{name}/seed-{training.seed}", settings, run)
 
 
 def chosen(results: dict[str, Result]) -> dict[str, Result]:

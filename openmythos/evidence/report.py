@@ -26,8 +26,9 @@ Every figure below was measured by the command above it, and every sentence is m
 figures; `openmythos evidence` writes this page. Trainings are small, for a laptop's processor: they
 show how the mechanism behaves, not how large models score.
 
-What was wanted of each claim was written down before it was measured. What it missed is listed
-here, and below beside the figure that it has."""
+What was wanted of each claim was written down before it was measured, except where † marks it:
+there the wish, or what it is asked of, was set after something had missed, as a note says. What was
+missed is listed here, and below beside the figure that it has."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Expectation:
     wanted: str
     measured: str
     met: bool
+    later: str = ""
+    """What was set or changed after a measurement had missed; empty where nothing was."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,9 @@ def with_devices(section: Section, results: dict[str, dict[str, Any]]) -> Sectio
         f"On one {device}: {'all' if len(run) == len(results) else ', '.join(sorted(run))}."
         for device, run in sorted(cells.items())
     ]
+    wide = sorted(cell for cell, result in results.items() if "products" in result)
+    if wide:  # results of before products were taken in TF32 say so themselves
+        where.append(f"Trained there with products in fp32, the others in TF32: {', '.join(wide)}.")
     return replace(section, notes=(*section.notes, *where)) if where else section
 
 
@@ -108,7 +114,7 @@ def _row(cell: str) -> str:
 
 def write_claim(out: Path, name: str, content: dict[str, Any], section: Section) -> Path:
     """Write a claim's JSON, which holds its section too; return its path."""
-    path = _figures(out, name)
+    path = figures(out, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {
         **content,
@@ -129,7 +135,7 @@ def write_pages(out: Path, order: Sequence[str]) -> list[Path]:
     """
     claims = {}
     for name in order:
-        path = _figures(out, name)
+        path = figures(out, name)
         if path.is_file():
             claims[name] = _read(path)
     pages = {"evidence.md": _evidence(claims), "gallery.md": _gallery(out, claims)}
@@ -144,13 +150,15 @@ def as_markdown(section: Section, picture: str = "") -> str:
     parts = [first, "\n".join(f"- {sentence}" for sentence in others), picture]
     if section.expectations:
         rows = [
-            (e.what, e.wanted, e.measured, "yes" if e.met else "**no**")
+            (e.what + (" †" if e.later else ""), e.wanted, e.measured, "yes" if e.met else "**no**")
             for e in section.expectations
         ]
         parts.append(table(("wanted", "at", "measured", "met"), rows))
     parts += section.tables
-    if section.notes:
-        parts += ["To be read with the figures:", "\n".join(f"- {n}" for n in section.notes)]
+    later = dict.fromkeys(e.later for e in section.expectations if e.later)
+    notes = [*(f"† {text}" for text in later), *section.notes]
+    if notes:
+        parts += ["To be read with the figures:", "\n".join(f"- {note}" for note in notes)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -161,13 +169,14 @@ def read_claim(out: Path, name: str) -> dict[str, Any]:
         InputError: it is not there.
         CheckpointError: it is damaged.
     """
-    path = _figures(out, name)
+    path = figures(out, name)
     if not path.is_file():
         raise InputError(f"published={str(out)!r} must hold {path.relative_to(out)}")
     return _read(path)
 
 
-def _figures(out: Path, name: str) -> Path:
+def figures(out: Path, name: str) -> Path:
+    """Return the path of a claim's JSON."""
     return out / "evidence" / f"{name}.json"
 
 
@@ -196,6 +205,8 @@ def _overview(claims: dict[str, dict[str, Any]]) -> str:
         wanted = content["expectations"]
         missed = [e["what"] for e in wanted if not e["met"]]
         met = f"{len(wanted) - len(missed)} of {len(wanted)}"
+        if later := sum(bool(e.get("later")) for e in wanted):
+            met += f" ({later} †)"
         link = f"[{content['title']}](#{_anchor(content['title'])})"
         has, lacks = len(content["results"]), len(content["missing"])
         rows.append((link, met, "; ".join(missed) or "nothing", f"{has} of {has + lacks}"))

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from openmythos.evidence.cells import Cell, Result, Say
 from openmythos.evidence.expert_choice import NOISE, chance, jitter, statistics_of
-from openmythos.evidence.forced_routing import FORCED, bootstrap, costs, read, windows_of
+from openmythos.evidence.forced_routing import DRAWS, FORCED, bootstrap, costs, read, windows_of
 from openmythos.evidence.paired import Interval, Runs, common_seeds, rows_of
 from openmythos.evidence.report import Expectation, Section, spread, table
 from openmythos.evidence.text_training import Texts, TextTraining, read_texts, work_of
@@ -114,7 +114,9 @@ def _cell(name: str, training: TextTraining, seed: int) -> Cell:
         model, took = training.train(folder, texts, say, frozen=frozen)
         return took | measure(model.cpu(), training, texts, say)
 
-    return Cell(cell, {**training.as_json(), "frozen": list(frozen)}, run)
+    settings = {**training.as_json(), "frozen": list(frozen)}
+    settings |= {"noise": NOISE, "draws": DRAWS, "windows": SOME_WINDOWS}
+    return Cell(cell, settings, run)
 
 
 def measure(model: OpenMythos, training: TextTraining, texts: Texts, say: Say) -> Result:

@@ -60,15 +60,17 @@ def cells(*, quick: bool, seeds: int) -> list[Cell]:
         weights = {"weights": weights_digest(find_model(LANGUAGE_MODEL))}
         most = 8192 if quick else None
         for name, package in NEEDS.items():
-            settings = {"max_tokens": most, **weights}
+            settings = {"max_tokens": most, "loops": list(LOOPS), "length": LENGTH, **weights}
+            settings["other_bytes"] = OTHER_BYTES
             made.append(_cell(f"lm/{name}", settings, package, _reads, name, most))
         count = 2 if quick else SAMPLES
-        settings = {"samples": count, **weights}
+        settings = {"samples": count, "tokens": SAMPLE_TOKENS, **weights}
         made.append(_cell("lm/memorised", settings, "sotu", _memorised, count))
     if REASONER in names:
         weights = {"weights": weights_digest(find_model(REASONER))}
         count = 16 if quick else 512
-        made.append(_cell("reasoner", {"walks": count, **weights}, None, _walks, count))
+        settings = {"walks": count, "hops": list(HOPS), "depths": list(DEPTHS), **weights}
+        made.append(_cell("reasoner", settings, None, _walks, count))
     return made
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from openmythos.config import InjectionKind
 from openmythos.evidence.cells import Result, Say
 from openmythos.evidence.fit import FitConfig, fit
-from openmythos.evidence.text_training import Texts, TextTraining
+from openmythos.evidence.text_training import Texts, TextTraining, trained_parameters
 from openmythos.model.core import Core
 from openmythos.model.notes import CoreOutput
 from openmythos.model.transformer import OpenMythos, cross_entropy
@@ -96,8 +96,11 @@ class StressTraining:
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as a cell keeps them."""
-        fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        return fields
+        fields: dict[str, Any] = dataclasses.asdict(self)
+        fields |= {"optimizer": dataclasses.asdict(self.optimizer)}
+        fields |= {"followed": [SEQUENCES, LENGTH], "steps_a_point": STEPS_A_POINT}
+        kept: dict[str, Any] = json.loads(json.dumps(fields))
+        return kept
 
     def run(self, folder: Path, texts: Texts, say: Say) -> Result:
         """Train from the start, and measure.
@@ -134,7 +137,7 @@ class StressTraining:
         fields = {"injection": self.injection, "recipe": self.recipe, "rate": self.rate}
         result: Result = {
             **fields,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": trained_parameters(model.config),
             "trained_loops": self.loops,
             "diverged_at": course.diverged_at,
             "frequencies": nats_by_frequency(texts.training, texts.test),

@@ -27,7 +27,14 @@ import numpy as np
 from openmythos.evidence.cells import Cell, Result, Say, weights_digest
 from openmythos.evidence.paired import Runs, rows_of
 from openmythos.evidence.report import Expectation, Section, spread, table
-from openmythos.evidence.text_training import TextTraining, divided, novel, read_texts, work_of
+from openmythos.evidence.text_training import (
+    TextTraining,
+    divided,
+    novel,
+    read_texts,
+    trained_parameters,
+    work_of,
+)
 from openmythos.inference.language_model import load
 from openmythos.inference.shipped import LANGUAGE_MODEL, find_model
 from openmythos.model.transformer import OpenMythos
@@ -103,6 +110,7 @@ def _given(folder: Path, most: int | None) -> Cell:
         return _measure(loaded.model, loaded.tokenizer, say, most=most)
 
     settings = {"weights": weights_digest(folder), "loops": list(LOOPS), "tokens": most}
+    settings["window"] = WINDOW
     return Cell(f"{folder.resolve().name}/seed-0", settings, run, trains=False)
 
 
@@ -115,7 +123,7 @@ def _trained(name: str, training: TextTraining, most: int | None) -> Cell:
         model, took = training.train(folder, texts, say)
         return took | _measure(model, texts.tokenizer, say, most=most)
 
-    settings = {**training.as_json(), "loops": list(LOOPS), "tokens": most}
+    settings = {**training.as_json(), "loops": list(LOOPS), "tokens": most, "window": WINDOW}
     return Cell(called, settings, run)
 
 
@@ -134,8 +142,12 @@ def _measure(model: OpenMythos, tokenizer: Tokenizer, say: Say, *, most: int | N
             )
         bits[text] = dict(zip(found.loops, found.bits_per_byte, strict=True))
         tokens[text] = found.tokens
-    parameters = sum(p.numel() for p in model.parameters())
-    return {"parameters": parameters, "trained": trained, "bits": bits, "tokens": tokens}
+    return {
+        "parameters": trained_parameters(model.config),
+        "trained": trained,
+        "bits": bits,
+        "tokens": tokens,
+    }
 
 
 class Fit(NamedTuple):

@@ -43,6 +43,15 @@ MARGIN = 0.01
 """Nats by which the oracle's loop may be worse than the best."""
 TOGETHER = 4
 """Windows that are read at once."""
+SETTINGS = {
+    "tokens": TOKENS,
+    "budget": BUDGET,
+    "length": LENGTH,
+    "fixed": list(FIXED),
+    "rules": {rule: list(thresholds) for rule, thresholds in RULES.items()},
+    "margin": MARGIN,
+}
+"""All that decides a measurement of one model, as JSON has it."""
 
 
 LEARNT = ActTraining(prices=(0.003, 0.01, 0.03), steps=100, sequences=4, rate=0.1)

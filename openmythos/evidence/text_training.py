@@ -54,6 +54,8 @@ class Texts(NamedTuple):
     """Held-out documents that settings are chosen on."""
     test: TokenFile
     """The other held-out documents, which decide nothing."""
+    fingerprint: str
+    """Of the corpus and the tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +144,9 @@ class TextTraining:
             folder,
             report=report,
             frozen=frozen,
+            text=texts.fingerprint,
         )
-        return model, {**self.costs(), "training_seconds": seconds}
+        return model, {**self.costs(), "training_seconds": seconds, "text": texts.fingerprint}
 
     def measure(
         self, model: OpenMythos, text: TokenFile, tokenizer: Tokenizer, loops: Sequence[int]
@@ -164,7 +167,7 @@ class TextTraining:
         config, keys = self.config, self.length // 2  # keys that a token sees on average
         parts = parameters(on_meta(config))
         counted = account(config, loops=[config.mean_loops], keys=keys)
-        total = counted.total + further_parameters(config, self.lanes)
+        total = trained_parameters(config) + further_parameters(config, self.lanes)
         return {
             "parameters": total,
             "without_embedding": total - parts["embedding"] - parts["head"],
@@ -185,9 +188,17 @@ class TextTraining:
     def as_json(self) -> dict[str, Any]:
         """Return the settings as a cell keeps them."""
         fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        fields["optimizer"] = dataclasses.asdict(self.fit_config.optimizer)
         if self.lanes == 1:
             del fields["lanes"]  # as results from before there were any have it
         return fields
+
+
+def trained_parameters(config: MythosConfig) -> int:
+    """Return a model's parameters without its gate, which takes no part in a training."""
+    model = on_meta(config)
+    gate = sum(parameter.numel() for parameter in model.core.gate.parameters())
+    return sum(parameters(model).values()) - gate
 
 
 def read_texts(work: Path, corpus: CorpusName, vocab_size: int) -> Texts:
@@ -214,11 +225,12 @@ def read_texts(work: Path, corpus: CorpusName, vocab_size: int) -> Texts:
         "choice": choice,
         "test": test,
     }
-    files = [
-        _tokens(folder / f"{name}.bin", texts, tokenizer, source.fingerprint)
+    files = {
+        name: _tokens(folder / f"{name}.bin", texts, tokenizer, source.fingerprint)
         for name, texts in documents.items()
-    ]
-    return Texts(tokenizer, *files)
+    }
+    fingerprint = f"{source.fingerprint[:16]}-{tokenizer.fingerprint[:16]}"
+    return Texts(tokenizer=tokenizer, fingerprint=fingerprint, **files)
 
 
 def divided(corpus: Corpus) -> tuple[list[str], list[str]]:

@@ -11,10 +11,11 @@ from openmythos.evidence.depth_extrapolation import (
     QUICK,
     _looped,
     _plain,
+    cells,
     conclude,
     worth_trying,
 )
-from openmythos.evidence.hop_training import LOOPS
+from openmythos.evidence.hop_training import FRESH, LOOPS, VALIDATION
 from openmythos.model.accounting import on_meta
 from openmythos.model.transformer import OpenMythos
 
@@ -44,6 +45,18 @@ def test_a_model_that_solves_all_meets_what_was_wanted():
     assert all(expected.met for expected in section.expectations)
 
 
+def test_what_is_left_among_no_ops_is_said_of_the_worst_seed():
+    section = conclude({"core-1/seed-0": result(), "core-1/seed-1": result(right=0.75)})
+    said = next(sentence for sentence in section.sentences if "no-ops" in sentence)
+    assert "answers 0.750 of 20, 0.750 of 25, 0.750 of 30, 0.750 of 40 hops in the worst" in said
+
+
+def test_a_row_that_the_rule_was_set_on_is_scored_on_other_chains():
+    settings = {cell.name: cell.settings for cell in cells(quick=False, seeds=1)}
+    assert settings["core-1/seed-0"]["scored_on"] not in (VALIDATION, FRESH)
+    assert "scored_on" not in settings["core-1-fixed/seed-0"]
+
+
 def test_a_model_that_fails_is_said_to_fail():
     section = conclude({"core-1/seed-0": result(), "core-1/seed-1": result(right=0.5)})
     assert "does not solve 20 hops" in section.sentences[0]
@@ -63,6 +76,7 @@ def test_plain_transformers_are_tested_past_their_own_best():
         "longest": 6,
         "beyond": 9,
         "right_beyond": 0.1,
+        "right": {"20": 0.04},
         "flops": 1e15,
     }
     section = conclude({"plain-8-lr-0.01/seed-0": plain})
@@ -75,8 +89,13 @@ def test_plain_transformers_are_tested_past_their_own_best():
     assert section.sentences[-1] == (
         "Plain transformers (plain-8-lr-0.01, plain-16-lr-0.01), trained with 5.0 times the "
         "operations of the core of one layer, answer chains of up to 7 hops at 0.95 or more, and "
-        "of half as long again as each one's own best 0.200 or less."
+        "of half as long again as each one's own best 0.200 or less. That still is within "
+        "training: of its 20 hops they answer 0.040 or less, so that they never reach the depth "
+        "from which to go on."
     )
+    deeper = {**plain, "longest": 20, "beyond": 30, "right": {"20": 0.97}}
+    section = conclude({"plain-8-lr-0.01/a": deeper})
+    assert section.sentences[-1].endswith("as each one's own best 0.100 or less.")
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -114,7 +133,7 @@ def test_a_model_is_measured_as_its_cell_needs(monkeypatch, plain_layers):
     if plain_layers:
         assert set(_plain(model, training)["right"]) == {2}
         return
-    measured = _looped(model, training)
+    measured = _looped(model, training, FRESH)
     assert set(measured["curves"]) == {2, 3, 4, 5, 6, 7}
     assert all(set(tried) == {1, 2} for tried in measured["choice"].values())
     assert 0 <= measured["path_independence"]["agree"] <= 1

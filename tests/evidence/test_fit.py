@@ -67,6 +67,12 @@ def test_other_settings_are_refused(tmp_path):
         fit(tiny(), copying, dataclasses.replace(FAST, seed=1), tmp_path)
 
 
+def test_another_text_is_refused(tmp_path):
+    fit(tiny(), copying, FAST, tmp_path, text="one")
+    with pytest.raises(ConfigError, match="must hold a training with these settings"):
+        fit(tiny(), copying, FAST, tmp_path, text="another")
+
+
 def test_levels_rise_when_the_loss_has_fallen_and_not_before():
     course = Course(FitConfig(steps=1, levels=3, promote_below=0.5))
     course.learn(1.0)

@@ -109,6 +109,31 @@ def test_every_claim_says_what_it_is_and_concludes_from_nothing(name):
     json.dumps([cell.settings for cell in full])
 
 
+def test_what_was_wanted_later_is_marked_and_said_why():
+    later = replace(SECTION.expectations[0], later="Added afterwards.")
+    text = as_markdown(replace(SECTION, expectations=[later, SECTION.expectations[1]]))
+    assert "| accuracy † | ≥ 0.9 | 0.95 | yes |" in text
+    assert "| speed | ≥ 2 | 1 | **no** |" in text
+    assert text.index("- † Added afterwards.") < text.index("- A note.")
+
+
+def test_figures_of_cells_that_are_not_asked_for_are_not_lost(tmp_path):
+    content = {"command": "x", "results": {"core-1/seed-0": {}, "core-1/seed-7": {}}}
+    path = write_claim(tmp_path, "depth-extrapolation", content, SECTION)
+    before = path.read_bytes()
+    how = Reproduction(work=tmp_path / "work", out=tmp_path)
+    with pytest.raises(InputError, match=r"would be lost, but has core-1/seed-7: ask for"):
+        reproduce("depth-extrapolation", how, print)
+    assert path.read_bytes() == before
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_quick_form_has_pages_of_its_own():
+    assert Reproduction(work=Path("w")).pages == Path("w")
+    assert Reproduction(work=Path("w"), quick=True).pages == Path("w/quick")
+    assert Reproduction(work=Path("w"), quick=True, out=Path("o")).pages == Path("o")
+
+
 def test_the_command_is_what_gives_the_figures():
     assert command("x", Reproduction(seeds=2)) == "openmythos evidence x --seeds 2"
     assert command("x", Reproduction()) == "openmythos evidence x"
@@ -120,6 +145,7 @@ def test_the_command_is_what_gives_the_figures():
     [
         ("flight", {}, "claim='flight' must be one of depth-extrapolation"),
         ("depth-extrapolation", {"seeds": 0}, "seeds=0 must be 1 or more"),
+        ("depth-extrapolation", {"seeds": 2, "quick": True}, "seeds=2 must be left out of a quick"),
         ("depth-extrapolation", {"only": "x"}, "only='x' must begin one of core-1/seed-0"),
         (
             "routing",
@@ -137,9 +163,9 @@ def test_bad_input_is_refused_before_any_work(tmp_path, name, how, sentence):
 
 def test_published_figures_give_their_own_page_again_without_any_training(tmp_path):
     docs, said = Path(__file__).parents[2] / "docs", []
-    how = Reproduction(only="core-1/", published=docs, work=tmp_path / "work", out=tmp_path / "out")
-    reproduce("depth-extrapolation", how, said.append)
-    page = "evidence/depth-extrapolation.json"
+    how = Reproduction(only="lm/", published=docs, work=tmp_path / "work", out=tmp_path / "out")
+    reproduce("shipped-models", how, said.append)
+    page = "evidence/shipped-models.json"
     assert (tmp_path / "out" / page).read_bytes() == (docs / page).read_bytes()
     assert len(said) == 1
     assert "results are taken from" in said[0]
