@@ -15,8 +15,8 @@ class EngineSettings:
     cache_bytes: int = 1 << 28
     """Memory for keys and values, in bytes; rounded down to whole pages."""
     budget: int = 64
-    """Most rows of a tick, and most choices in flight. Prompts get at most half of it while
-    anything is being written."""
+    """Most rows of a tick, and most choices in flight; an eighth more for requests of one choice
+    beside those of several. Prompts get at most half of it while anything is being written."""
     chunk: int = 32
     """Most positions of one prompt that enter the core in one tick."""
     max_waiting: int = 1024

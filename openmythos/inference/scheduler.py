@@ -8,10 +8,11 @@ prompt follow each other as a wave, one loop apart.
 
 from __future__ import annotations
 
-import heapq
 import math
+from bisect import insort
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, chain, islice, takewhile
 
 from openmythos.inference.pages import PAGE, Layout, Pages, Table
@@ -19,6 +20,10 @@ from openmythos.inference.pages import PAGE, Layout, Pages, Table
 WAIT = 4
 """A token is held back for at most a `WAIT`th of its loops. Sequences of one depth that have met
 stay together, and then share prelude, coda and ticks for the price of one wait."""
+
+SPARE = 8
+"""Beside requests of several choices a `SPARE`th of the budget is added for those of one choice, in
+places and in rows. A request whose choices fill the budget would otherwise hold up all others."""
 
 
 @dataclass(eq=False)
@@ -61,13 +66,15 @@ class Job:
     """Sequences in flight; none before the job is admitted."""
     unopened: int = 0
     """Choices that wait for the prompt to be read."""
+    overtaken: int = 0
+    """Pages of all jobs together that came later and were admitted before it."""
 
     @property
     def new_positions(self) -> int:
         """Most positions after the prompt: the last token drawn never enters the core."""
         return max(0, self.max_new_tokens - 1)
 
-    @property
+    @cached_property
     def pages(self) -> int:
         """Most pages it can need, with nothing found in the cache."""
         prompt = len(self.token_ids)
@@ -102,6 +109,12 @@ class Track:
         return self.passed >= len(self.job.token_ids)
 
     @property
+    def urgency(self) -> tuple[int, int]:
+        """Sorts prompts: by priority, then by the most loops that are left to read it."""
+        unread = len(self.job.token_ids) - self.passed
+        return -self.job.priority, unread * self.job.loops
+
+    @property
     def patience(self) -> int:
         """Loops that its next position can still be held back; 0 where it is in the core."""
         if self.rows or self.job.draft_loops is not None:
@@ -134,7 +147,7 @@ class Scheduler:
     Args:
         pages: where entries are kept.
         budget: most rows of a tick, and so most sequences in flight: each that decodes always
-            runs.
+            runs. See `SPARE` for what comes on top.
         chunk: most positions of one prompt that enter the core in one tick.
         key_weight: what each position before a row's own adds to its work, as a share of the
             work of a row that has none.
@@ -142,31 +155,67 @@ class Scheduler:
 
     def __init__(self, pages: Pages, *, budget: int, chunk: int, key_weight: float = 0.0) -> None:
         self.pages, self.budget, self.chunk = pages, budget, chunk
+        self.spare = budget // SPARE
         self.key_weight = key_weight
         self.tracks: list[Track] = []
-        self.waiting: list[tuple[int, int, Job]] = []  # a heap: priority first, then arrival
+        self.waiting: list[tuple[int, int, Job]] = []  # sorted: priority first, then arrival
         self.held: list[Track] = []  # those whose next position was held back from the last plan
+        self._full: tuple[int, int] | None = None  # free pages and places when all were tried
 
     def add(self, job: Job) -> None:
         """Let a job wait for admission."""
-        heapq.heappush(self.waiting, (-job.priority, job.number, job))
+        insort(self.waiting, self._entry(job))
+        self._full = None
 
     @property
     def places(self) -> int:
         """Sequences in flight, with those that wait for their prompt to be read."""
         return sum(1 + track.job.unopened for track in self.tracks)
 
+    @property
+    def most_places(self) -> int:
+        """Most places with one more job of one choice; those of several stay within the budget."""
+        several = any(track.job.choices > 1 for track in self.tracks)
+        return self.budget + self.spare if several else self.budget
+
     def admit(self) -> list[Track]:
-        """Start jobs in their order, as long as places and pages suffice for the next one."""
+        """Start jobs in their order, but let some that fit pass those for which too little is free.
+
+        A job may pass others of its own priority, never one of a higher. All jobs that ever pass
+        another need together no more pages than that one does itself. So small jobs get past
+        large ones, and make none wait for much longer than one more job of its own size would.
+        """
+        if not self.waiting:
+            return []
         admitted: list[Track] = []
-        while self.waiting:
-            job = self.waiting[0][2]
-            track = None if self.places + job.choices > self.budget else self._start(job)
-            if track is None:
+        passed: list[Job] = []
+        room = math.inf  # pages that all of `passed` still let by
+        places, most = self.places, self.most_places
+        # Where no more is free than when all were tried, only a prefix now found lets one in.
+        tried = self._full == (self.pages.available, places)
+        for *_, job in self.waiting[: 1 if tried else None]:
+            outranked = passed and job.priority < passed[0].priority
+            if outranked or not room or places >= most:
                 break
-            heapq.heappop(self.waiting)
+            enough = self.budget if job.choices > 1 else most
+            fits = job.pages <= room and places + job.choices <= enough
+            track = self._start(job) if fits else None
+            if track is None:
+                passed.append(job)
+                room = min(room, job.pages - job.overtaken)
+                continue
             admitted.append(track)
+            self.waiting.remove(self._entry(job))
+            for other in passed:
+                other.overtaken += job.pages
+            room -= job.pages
+            places, most = places + job.choices, self.most_places
+        self._full = None if admitted else (self.pages.available, places)
         return admitted
+
+    @staticmethod
+    def _entry(job: Job) -> tuple[int, int, Job]:
+        return -job.priority, job.number, job
 
     def _start(self, job: Job) -> Track | None:
         columns = []
@@ -193,10 +242,10 @@ class Scheduler:
 
     def drop(self, job: Job) -> None:
         """Forget a job, wherever it is."""
-        entry = (-job.priority, job.number, job)
+        entry = self._entry(job)
         if entry in self.waiting:
             self.waiting.remove(entry)
-            heapq.heapify(self.waiting)
+            self._full = None
         for track in list(job.tracks):
             self.finish(track)
         job.unopened = 0
@@ -210,25 +259,52 @@ class Scheduler:
         attends to so many keys that half the rows would hold up the others for several ticks'
         time. What is left goes to rows behind drafted tokens.
         """
-        decoding = [track for track in self.tracks if track.decoding]
+        decoding, reading = list[Track](), list[Track]()
+        for track in self.tracks:
+            (decoding if track.decoding else reading).append(track)
         self.held = self._to_hold(decoding)
         decoding = [track for track in decoding if track not in self.held]
-        left = self.budget - len(decoding)
-        prompts: list[Row] = []
-        most = min(left, max(1, self.budget // 2)) if decoding else left
-        work = float(most) if decoding else math.inf
-        for track in self.tracks:
-            if len(prompts) < most and work > 0 and not track.decoding:
-                rows = self._walk(track, self._within(track, most - len(prompts), work))
-                work -= sum(self._work(row.position) for row in rows)
-                prompts += rows
-        left -= len(prompts)
+        prompts = self._read(reading, len(decoding)) if reading else []
+        left = max(0, self.budget - len(decoding) - len(prompts))
         planned: list[Row] = []
         for track in decoding:
             rows = self._walk(track, 1 + left)
             left -= len(rows) - 1
             planned += rows
         return planned + prompts
+
+    def _read(self, tracks: Sequence[Track], decoding: int) -> list[Row]:
+        """Choose rows of prompts, beside so many sequences that decode.
+
+        Half of them are kept for the prompt admitted first, so that each gets its turn. The rest
+        goes to the highest priority and, within it, to the prompt with the least left to read: a
+        short or shallow one hardly waits for those that are long and deep. What one does not need
+        goes to the next.
+        """
+        most = self._most_read(decoding)
+        work = float(most) if decoding else math.inf
+        first, planned = tracks[0], list[Row]()
+        coming = len(first.rows) + min(self.chunk, len(first.token_ids) - first.entered)
+        later, later_work = most - min(coming, most - most // 2), work / 2
+        for track in sorted(tracks, key=lambda track: track.urgency):
+            if track is first:
+                rows = self._walk(track, max(1, self._within(track, most, work)))
+            else:
+                rows = self._walk(track, self._within(track, later, later_work))
+            done = sum(self._work(row.position) for row in rows)
+            most, work = most - len(rows), work - done
+            later, later_work = later - len(rows), later_work - done
+            if track is first:
+                later, later_work = most, work
+            planned += rows
+        return planned
+
+    def _most_read(self, decoding: int) -> int:
+        """Most rows of prompts beside so many sequences that decode: at least one."""
+        if not decoding:
+            return self.budget
+        spare = min(self.spare, self.budget + self.spare - decoding)
+        return min(max(self.budget - decoding, spare), max(1, self.budget // 2))
 
     @staticmethod
     def _to_hold(decoding: Sequence[Track]) -> list[Track]:
@@ -250,11 +326,11 @@ class Scheduler:
         return 1 + self.key_weight * position
 
     def _within(self, track: Track, most: int, work: float) -> int:
-        """Return how many of a prompt's first rows stay within the work: at least one."""
+        """Return how many of a prompt's first rows stay within the work."""
         entering = range(track.entered, len(track.token_ids))
         positions = chain((row.position for row in track.rows), entering)
         together = accumulate(map(self._work, islice(positions, most)))
-        return max(1, sum(1 for _ in takewhile(lambda so_far: so_far <= work, together)))
+        return sum(1 for _ in takewhile(lambda so_far: so_far <= work, together))
 
     def _walk(self, track: Track, most: int) -> list[Row]:
         """Choose the first rows of one sequence, and let new positions enter behind them.
@@ -352,7 +428,9 @@ class Scheduler:
         """Assert what always holds, for tests."""
         self.pages.check()
         assert sum(track.table.promised for track in self.tracks) == self.pages.promised
-        assert self.places <= self.budget
+        assert self.places <= self.budget + self.spare
+        assert self.waiting == sorted(self.waiting)
+        assert all(job.overtaken <= job.pages for *_, job in self.waiting)
         users: dict[int, int] = {}
         for track in self.tracks:
             assert track in track.job.tracks

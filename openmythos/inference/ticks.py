@@ -2,7 +2,7 @@
 
 A tick runs one loop of the core over every row in flight, whatever its loop and sequence. Rows
 that leave go through the coda; tokens are drawn from those that end a sequence, and enter the
-core in the next tick. A request thus never waits for a deeper one.
+core in the next tick. A request in flight thus never waits for a deeper one to leave.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Ticker:
     Args:
         lm: model and tokenizer.
         pages: how many to allocate.
-        budget: most rows of a tick.
+        budget: most rows of a tick, and choices in flight; see `Scheduler`.
         chunk: most positions of a prompt that enter in one tick.
         deterministic: whether results may depend on the request alone.
         prefix_sharing: whether sequences share the pages of equal beginnings.

@@ -312,6 +312,39 @@ def test_priority_is_admitted_first(lm):
     assert ended == [high, low]
 
 
+DEEP = {"thinking": Thinking(loops=16), "sampling": Sampling(temperature=1.0, seed=7)}
+COMPANY = {
+    "a deep prompt is read": [request(100, max_new_tokens=1, **DEEP)],
+    "six prompts are read": [request(100, seed=at, max_new_tokens=1, **DEEP) for at in range(6)],
+    "deep ones wait for pages": [request(seed=at, max_new_tokens=50, **DEEP) for at in range(4)],
+    "the choices fill the budget": [request(max_new_tokens=20, choices=16, **DEEP)],
+}
+
+
+@pytest.mark.parametrize("company", COMPANY)
+def test_a_short_and_shallow_request_waits_for_none_of_these(lm, company):
+    deep, seen = COMPANY[company], []
+    pages = 2 * ticker_of(lm)._job(COMPANY["deep ones wait for pages"][0], 0).pages + 10
+    ticker = ticker_of(lm, pages=pages if "pages" in company else 4000)
+    events = [[] for _ in deep]
+    short = request(2, seed=9, max_new_tokens=2, thinking=Thinking(loops=1))
+    with torch.inference_mode():
+        for one, heard in zip(deep, events, strict=True):
+            ticker.add(one, heard.append)
+        for _ in range(20):
+            ticker.tick()
+        ticker.add(short, seen.append)
+        for _ in range(3):  # one for each token, one more where the budget is full
+            ticker.tick()
+            ticker.scheduler.check()
+    assert isinstance(seen[-1], FinishEvent)
+    assert not any(isinstance(heard[-1], FinishEvent) for heard in events if heard)
+    run(ticker, [])
+    assert written(seen) == written(alone(lm, short))
+    for one, heard in zip(deep, events, strict=True):
+        assert written(heard) == written(alone(lm, one, pages=4000))
+
+
 # Drafts
 
 
