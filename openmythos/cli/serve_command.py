@@ -8,8 +8,8 @@ Examples:
 MODEL is the folder of a model or of a training run; without one it is the package's own. A page to
 try it stands at /. Routes: /v1/completions, /v1/chat/completions, /v1/models, /health (503 until
 the model is loaded) and /metrics (Prometheus). Beside OpenAI's fields a request may have `loops`,
-`halting`, `threshold` and `cache_policy`. Ctrl-C or SIGTERM lets running requests finish; a second
-one does not.
+`halting`, `threshold`, `cache_policy`, `draft_loops` and `priority`. Ctrl-C or SIGTERM lets running
+requests finish; a second one does not.
 """  # noqa: E501 (a line to copy is one line)
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ def _load(settings: Settings) -> Loaded:
     max_length = length_limit(settings.server.max_model_len, lm.model.config.max_length)
     layout = ChatLayout.of(find_model(settings.model), lm.tokenizer)
     engine = Engine(lm, settings.engine)
-    loaded = Loaded(lm=lm, layout=layout, engine=engine, max_length=max_length)
+    pages = engine.statistics().pages_total
+    loaded = Loaded(lm=lm, layout=layout, engine=engine, max_length=max_length, pages=pages)
     engine.start()
     return loaded

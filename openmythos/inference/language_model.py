@@ -20,8 +20,9 @@ from openmythos.model.files import load_model
 from openmythos.model.quantised import quantise
 from openmythos.model.transformer import OpenMythos
 from openmythos.numbers import whole
+from openmythos.training.checkpoint import is_checkpoint
 from openmythos.training.evaluate import keep_trained_length, trained_length
-from openmythos.training.run import TOKENIZER, load_from_run, unfinished
+from openmythos.training.run import SETTINGS, TOKENIZER, load_from_run, unfinished
 from openmythos.training.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -54,6 +55,9 @@ class LanguageModel:
 
     def save(self, folder: str | Path, weights: WeightsKind | None = None) -> None:
         """Write config, weights and tokenizer, for `openmythos.load`.
+
+        It replaces a model that is in the folder already, as Hugging Face's `save_pretrained` does;
+        `openmythos export` refuses such a folder.
 
         Args:
             folder: made where it is missing.
@@ -204,24 +208,28 @@ class HoldBack:
     """Lets text through up to a stop string, holding back what may be the start of one.
 
     The first stop to be complete ends the text (of two that end together, the longer), so that
-    it does not matter how the text was cut into pieces.
+    it does not matter how the text was cut into pieces. Each character is looked at once.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops, self.held, self.stopped = stops, "", False
         self.stop: str | None = None  # the one that ended the text
+        self._begun = [Begun(stop) for stop in stops]
 
     def push(self, text: str) -> str:
         """Take new text; return what can be shown now."""
         if self.stopped:
             return ""
-        text = self.held + text
-        found = [(at + len(stop), at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self.held = True, ""
-            _, start, self.stop = min(found)
-            return text[:start]
-        keep = max((self._overlap(text, stop) for stop in self.stops), default=0)
+        if not self._begun:
+            return text
+        held, self.held = self.held, ""
+        for end, character in enumerate(text, start=len(held) + 1):
+            complete = [begun.stop for begun in self._begun if begun.take(character)]
+            if complete:
+                self.stopped, self.stop = True, max(complete, key=len)
+                return (held + text)[: end - len(self.stop)]
+        text = held + text
+        keep = max(begun.length for begun in self._begun)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -230,13 +238,34 @@ class HoldBack:
         rest, self.held = self.held, ""
         return rest
 
-    @staticmethod
-    def _overlap(text: str, stop: str) -> int:
-        """Length of the longest proper prefix of `stop` that ends `text`."""
-        for length in range(min(len(stop) - 1, len(text)), 0, -1):
-            if text.endswith(stop[:length]):
-                return length
-        return 0
+
+class Begun:
+    """How much of one stop string a text ends with: Knuth, Morris and Pratt's search.
+
+    A character that does not go on with the stop falls back to the longest beginning that the text
+    still ends with, and no character is read again: all of a text takes steps in proportion to it.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self.stop, self.length = stop, 0
+        self._borders = [0]  # grown as far as a text has come, or long stops would cost at once
+
+    def take(self, character: str) -> bool:
+        """Go on by one character; True: the stop is complete, and nothing more may come."""
+        while self.length and self.stop[self.length] != character:
+            self.length = self._border(self.length)
+        self.length += self.stop[self.length] == character
+        return self.length == len(self.stop)
+
+    def _border(self, length: int) -> int:
+        """Longest proper beginning of the stop's first `length` characters that also ends them."""
+        borders, stop = self._borders, self.stop
+        while len(borders) < length:
+            character, border = stop[len(borders)], borders[-1]
+            while border and stop[border] != character:
+                border = borders[border - 1]
+            borders.append(border + (stop[border] == character))
+        return borders[length - 1]
 
 
 def load(name: str | Path, weights: WeightsKind | Literal["auto"] | None = None) -> LanguageModel:
@@ -276,6 +305,11 @@ def load(name: str | Path, weights: WeightsKind | Literal["auto"] | None = None)
         model = load_model(OpenMythos, folder, int8=weights == "int8")
         tokenizer = Tokenizer.load(folder)
     else:
+        if not (is_checkpoint(folder) or (folder / SETTINGS).is_file()):
+            raise CheckpointError(
+                f"model={str(folder)!r} must hold {SETTINGS}, as a training run does, or "
+                "config.json, as a model does: choose another folder"
+            )
         model, tokenizer = load_from_run(folder)
     return LanguageModel(_with_weights(model, weights), tokenizer, trained_length(folder))
 

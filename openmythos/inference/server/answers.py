@@ -9,14 +9,19 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, final, runtime_checkable
 
+from anyio import to_thread
 from fastapi import Request as HttpRequest
 
 from openmythos.inference.request import Event, FinishEvent, PromptEvent, TokenEvent
-from openmythos.inference.server.errors import ApiError, unavailable
+from openmythos.inference.server.errors import ApiError, gone, invalid, json_text, unavailable
+from openmythos.inference.server.json_output import TOO_COMPLEX
 from openmythos.inference.server.mailbox import Mailbox
 from openmythos.inference.server.schemas import StreamOptions
 
 T = TypeVar("T")
+MOST_AT_ONCE = 32
+"""Events of a chunk that is written on the event loop; more, and prompts, are written in a thread.
+A client that reads slowly gets thousands at once."""
 
 
 @runtime_checkable
@@ -90,8 +95,8 @@ class Answer:
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", f"{self.kind}-{uuid.uuid4().hex}")
 
-    async def whole(self) -> dict[str, Any]:
-        """Wait for every choice and return the answer.
+    async def whole(self) -> str:
+        """Wait for every choice and return the answer as JSON.
 
         Raises:
             ApiError: a choice came to no good end.
@@ -99,14 +104,19 @@ class Answer:
         events: list[list[Event]] = [[] for _ in self.writers]
         async for index, parts in self._parts():
             events[index] += parts
+        return await to_thread.run_sync(self._written, events)
+
+    def _written(self, events: Sequence[Sequence[Event]]) -> str:
+        """Return the whole answer as JSON, each choice by itself: nothing else runs in between."""
         choices = [
-            {"index": index, **writer.whole(events[index])}
+            json_text({"index": index, **writer.whole(events[index])})
             for index, writer in enumerate(self.writers)
         ]
-        return {**self._frame(choices), "usage": self.usage.json()}
+        frame = json_text({**self._frame(), "usage": self.usage.json()})
+        return f'{frame[:-1]},"choices":[{",".join(choices)}]}}'
 
-    async def chunks(self, options: StreamOptions) -> AsyncIterator[dict[str, Any]]:
-        """Yield the answer in chunks; all that waits for a choice goes into one.
+    async def chunks(self, options: StreamOptions) -> AsyncIterator[str]:
+        """Yield the answer in chunks of JSON; all that waits for a choice goes into one.
 
         Raises:
             ApiError: a choice came to no good end.
@@ -121,13 +131,24 @@ class Answer:
         for index, writer in enumerate(self.writers):
             opening = writer.opening()
             if opening is not None:
-                yield {**self._frame([{"index": index, **opening}]), **so_far()}
+                yield json_text({**self._frame([{"index": index, **opening}]), **so_far()})
         async for index, parts in self._parts():
-            chunk = self.writers[index].chunk(parts)
+            usage = so_far()
+            if len(parts) > MOST_AT_ONCE or any(isinstance(part, PromptEvent) for part in parts):
+                chunk = await to_thread.run_sync(self._chunk, index, parts, usage)
+            else:
+                chunk = self._chunk(index, parts, usage)
             if chunk is not None:
-                yield {**self._frame([{"index": index, **chunk}]), **so_far()}
+                yield chunk
         if options.include_usage:
-            yield {**self._frame([]), "usage": self.usage.json()}
+            yield json_text({**self._frame([]), "usage": self.usage.json()})
+
+    def _chunk(self, index: int, parts: Sequence[Event], usage: dict[str, Any]) -> str | None:
+        """Return the chunk of some of a choice's events as JSON; None: nothing of them shows."""
+        chunk = self.writers[index].chunk(parts)
+        if chunk is None:
+            return None
+        return json_text({**self._frame([{"index": index, **chunk}]), **usage})
 
     async def _parts(self) -> AsyncIterator[tuple[int, list[Event]]]:
         """Yield what has come for each choice, by its index."""
@@ -153,16 +174,19 @@ class Answer:
         if event.reason == "cancelled":
             raise unavailable("the server is being stopped: ask another one", "draining")
         if event.reason == "error":
-            raise ApiError(500, event.error or "the engine failed", code="engine_error")
+            said = event.error or "the engine failed"
+            if said.startswith(TOO_COMPLEX):  # some schemas show it only on the way
+                raise invalid(said, "response_format.json_schema.schema")
+            raise ApiError(500, said, code="engine_error")
 
-    def _frame(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
+    def _frame(self, choices: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+        frame = {
             "id": self.id,
             "object": self.object,
             "created": self.created,
             "model": self.model,
-            "choices": choices,
         }
+        return frame if choices is None else {**frame, "choices": choices}
 
 
 def text_of(events: Sequence[Event]) -> str:
@@ -180,13 +204,19 @@ def finish_of(events: Sequence[Event]) -> str | None:
     return next((event.reason for event in events if isinstance(event, FinishEvent)), None)
 
 
-async def unless_gone(request: HttpRequest, work: Coroutine[Any, Any, T]) -> T | None:
-    """Wait for `work`, or cancel it and return None when the client disconnects."""
+async def unless_gone(request: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
+    """Wait for `work`, or cancel it when the client disconnects.
+
+    Raises:
+        ApiError: the client has gone.
+    """
     working = asyncio.create_task(work)
     watching = asyncio.create_task(_gone(request))
     try:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        return await working if working.done() else None
+        if not working.done():
+            raise gone()
+        return await working
     finally:
         working.cancel()
         watching.cancel()

@@ -15,6 +15,7 @@ from typing import Annotated, Any, final
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Mount
 from starlette.staticfiles import StaticFiles
@@ -35,7 +36,7 @@ from openmythos.inference.server.schemas import (
 from openmythos.inference.server.serving import Serving, serving
 from openmythos.model.halting import halting_kinds
 
-FAILURES = (400, 401, 404, 405, 408, 413, 422, 429, 500, 503)
+FAILURES = (400, 401, 403, 404, 405, 408, 413, 422, 429, 500, 503)
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": "An error, in OpenAI's shape"}
     for status in FAILURES
@@ -77,10 +78,17 @@ def create_app(
         app.include_router(part)
     if static is not None:
         app.router.routes.append(Rest("/", Fresh(directory=static, html=True), list(app.routes)))
-    app.add_middleware(LimitBody, most=server.settings.max_body_bytes)
+    app.add_middleware(LimitBody, most=lambda: server.most_body)
     if server.settings.api_key is not None:
         app.add_middleware(RequireKey, key=server.settings.api_key)
         _describe_key(app)
+    if server.settings.allowed_origins:  # outside of the key, which no browser sends in advance
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=server.settings.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
     app.add_middleware(CountAnswers, metrics=server.metrics)  # the last added stands first
     return app
 

@@ -19,7 +19,7 @@ from openmythos.inference.server.answers import (
     tokens_of,
     unless_gone,
 )
-from openmythos.inference.server.errors import json_response
+from openmythos.inference.server.errors import text_response
 from openmythos.inference.server.logprobs import chat_logprob
 from openmythos.inference.server.schemas import (
     ChatBody,
@@ -60,7 +60,7 @@ async def reply(
         chunks = answer.chunks(body.stream_options or StreamOptions())
         return EventStream(chunks, answer.mailbox, settings.send_seconds)
     try:
-        return json_response(await unless_gone(request, answer.whole()))
+        return text_response(await unless_gone(request, answer.whole()))
     finally:
         answer.mailbox.close()
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
-from openmythos.inference.request import Event, PromptEvent
+from openmythos.inference.request import Event, PromptEvent, Request
 from openmythos.inference.server.answers import (
     Answer,
     Usage,
@@ -19,15 +19,16 @@ from openmythos.inference.server.answers import (
     tokens_of,
     unless_gone,
 )
-from openmythos.inference.server.errors import json_response
-from openmythos.inference.server.logprobs import CompletionLogprobs
+from openmythos.inference.server.errors import text_response
+from openmythos.inference.server.logprobs import CompletionLogprobs, Offsets
 from openmythos.inference.server.schemas import (
     Completion,
     CompletionBody,
     StreamOptions,
     refuse_model,
 )
-from openmythos.inference.server.serving import Serving, serving
+from openmythos.inference.server.serving import Loaded, Serving, serving
+from openmythos.inference.server.settings import ServerSettings
 from openmythos.inference.server.stream import STREAMED, EventStream
 from openmythos.inference.server.translate import of_completion
 from openmythos.training.tokenizer import Tokenizer
@@ -43,19 +44,15 @@ async def complete(
     loaded = server.ready()
     refuse_model(body.model, server.name)
     body.check()
-    # In a thread: long texts and schemas take a while, in which others want their tokens.
-    requests, starts = await to_thread.run_sync(of_completion, body, loaded, server.settings)
     settings = server.settings
+    # In a thread: long texts and schemas take a while, in which others want their tokens.
+    requests, writers = await to_thread.run_sync(_read, body, loaded, settings)
     most = settings.max_unread * body.choices * len(requests) if body.stream else None
     answer = Answer(
         kind="cmpl",
         object="text_completion",
         model=server.name,
-        writers=[
-            CompletionWriter(body, asked.token_ids[1 if starts else 0 :], loaded.lm.tokenizer)
-            for asked in requests
-            for _ in range(body.choices)
-        ],
+        writers=writers,
         choices=body.choices,
         mailbox=server.submit(requests, most=most),
         usage=Usage([len(asked.token_ids) for asked in requests]),
@@ -64,9 +61,60 @@ async def complete(
         chunks = answer.chunks(body.stream_options or StreamOptions())
         return EventStream(chunks, answer.mailbox, settings.send_seconds)
     try:
-        return json_response(await unless_gone(request, answer.whole()))
+        return text_response(await unless_gone(request, answer.whole()))
     finally:
         answer.mailbox.close()
+
+
+def _read(
+    body: CompletionBody, loaded: Loaded, settings: ServerSettings
+) -> tuple[list[Request], list[CompletionWriter]]:
+    """Return a request for each prompt, and a writer for each choice."""
+    requests, starts = of_completion(body, loaded, settings)
+    tokenizer = loaded.lm.tokenizer
+    writers: list[CompletionWriter] = []
+    for asked in requests:
+        prompt = Echo(body, asked.token_ids[1 if starts else 0 :], tokenizer)
+        writers += [CompletionWriter(body, prompt, tokenizer) for _ in range(body.choices)]
+    return requests, writers
+
+
+@final
+class Echo:
+    """A prompt as answers give it back: what takes long is done once, for all of its choices.
+
+    Args:
+        body: what was asked.
+        token_ids: the prompt's as the caller knows them.
+        tokenizer: the model's.
+    """
+
+    def __init__(
+        self, body: CompletionBody, token_ids: Sequence[int], tokenizer: Tokenizer
+    ) -> None:
+        self._token_ids, self._tokenizer = token_ids, tokenizer
+        # The bytes of a character that is not whole yet come with the next token, or at the end.
+        self.text = "".join(map(tokenizer.text_stream().push, token_ids)) if body.echo else ""
+        """The prompt, where it is wanted back."""
+        self._end = Offsets(tokenizer)
+        if body.logprobs is not None:
+            for token_id in token_ids:
+                self._end.next(token_id)
+        self._lists: dict[str, list[Any]] | None = None
+
+    def offsets(self) -> Offsets:
+        """Return those of the text that follows."""
+        return self._end.copy(len(self.text))
+
+    def logprobs(self, event: PromptEvent) -> dict[str, list[Any]]:
+        """Return the entries of the prompt's tokens, without the mark that the server put first."""
+        if self._lists is None:
+            entries = CompletionLogprobs(self._tokenizer)
+            marks = len(event.logprobs) - len(self._token_ids)
+            for place, token_id in enumerate(self._token_ids, start=marks):
+                entries.add(token_id, event.logprobs[place], event.top_logprobs[place])
+            self._lists = entries.take()
+        return self._lists
 
 
 @final
@@ -75,15 +123,15 @@ class CompletionWriter:
 
     Args:
         body: what was asked.
-        prompt: the prompt's token ids as the caller knows them.
+        prompt: what it continues.
         tokenizer: the model's.
     """
 
-    def __init__(self, body: CompletionBody, prompt: Sequence[int], tokenizer: Tokenizer) -> None:
-        self._body, self._prompt = body, prompt
-        # The bytes of a character that is not whole yet come with the next token, or at the end.
-        self._echoed = "".join(map(tokenizer.text_stream().push, prompt)) if body.echo else ""
-        self._logprobs = None if body.logprobs is None else CompletionLogprobs(tokenizer)
+    def __init__(self, body: CompletionBody, prompt: Echo, tokenizer: Tokenizer) -> None:
+        self._body, self._prompt, self._echoed = body, prompt, prompt.text
+        self._logprobs: CompletionLogprobs | None = None
+        if body.logprobs is not None:
+            self._logprobs = CompletionLogprobs(tokenizer, prompt.offsets())
 
     def opening(self) -> dict[str, Any] | None:
         """The prompt, where it is wanted back without what must be computed first."""
@@ -114,18 +162,15 @@ class CompletionWriter:
             "finish_reason": finish_of(events),
         }
         if self._logprobs is not None:
-            for event in events:
-                if isinstance(event, PromptEvent):
-                    self._add_prompt(event, self._logprobs)
             for token in tokens:
                 self._logprobs.add(token.token_id, token.logprob, token.top_logprobs)
             choice["logprobs"] = self._logprobs.take()
+            for event in events:
+                if isinstance(event, PromptEvent):
+                    first = self._prompt.logprobs(event)
+                    choice["logprobs"] = {
+                        name: first[name] + values for name, values in choice["logprobs"].items()
+                    }
         if self._body.return_loops:
             choice["loops"] = [token.loops for token in tokens]
         return choice
-
-    def _add_prompt(self, event: PromptEvent, logprobs: CompletionLogprobs) -> None:
-        """Add the prompt's tokens, without the mark that the server put before them."""
-        marks = len(event.logprobs) - len(self._prompt)
-        for place, token_id in enumerate(self._prompt, start=marks):
-            logprobs.add(token_id, event.logprobs[place], event.top_logprobs[place])

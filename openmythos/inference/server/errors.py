@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
+import sys
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,6 +23,10 @@ FORMS = {
 """What fields of several types take."""
 API_NAMES = {"choices": "n", "max_new_tokens": "max_tokens", "token_ids": "prompt"}
 """How the API calls what the library calls otherwise."""
+WIDEST = 80
+"""Characters of a value that a sentence repeats."""
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxlong = _brief.maxother = 2 * WIDEST  # cut at the end, further on
 
 
 class ApiError(Exception):
@@ -76,6 +82,11 @@ def busy(message: str) -> ApiError:
     return ApiError(429, message, code="queue_full", kind="rate_limit_error", headers=headers)
 
 
+def gone() -> ApiError:
+    """Return what is counted of a request whose client went away; nobody reads it."""
+    return ApiError(499, "the client has gone", code="client_gone")
+
+
 def unavailable(message: str, code: str) -> ApiError:
     """Return the error of a server that cannot take requests now."""
     return ApiError(503, message, code=code, headers={"Retry-After": "1"})
@@ -103,7 +114,12 @@ def json_response(
     content: Any, status: int = 200, headers: dict[str, str] | None = None
 ) -> Response:
     """Return a response of JSON."""
-    return Response(json_text(content), status, headers, "application/json")
+    return text_response(json_text(content), status, headers)
+
+
+def text_response(text: str, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return a response of JSON that is written already."""
+    return Response(text, status, headers, "application/json")
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -128,7 +144,10 @@ def _of_the_library(_: Request, error: Exception) -> Response:
 def _of_validation(_: Request, error: Exception) -> Response:
     """The first thing that does not fit; a client mends one at a time."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    found = error.errors()
+    # Of a field of several types each says what is wrong for it: the one that was meant says most.
+    meant = (one for one in found if one["type"] == "too_long" or _is_of_an_id(one))
+    first = next(meant, found[0])
     path = [part for part in first["loc"] if part not in ("body", "query", "path")]
     if first["type"] == "json_invalid":
         place = f"at character {path[0]}" if path else "here"
@@ -145,7 +164,7 @@ def _of_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
     message, code = {
-        400: ("body must be JSON in UTF-8, and not nested beyond reason", None),
+        400: (_unreadable(error.__cause__), None),
         404: (f"path={request.url.path!r} must be a route: /openapi.json lists them", "not_found"),
         405: (
             f"method={request.method} must be one that /openapi.json lists for this path",
@@ -153,6 +172,22 @@ def _of_http(request: Request, error: Exception) -> Response:
         ),
     }.get(error.status_code, (str(error.detail), None))
     return ApiError(error.status_code, message, code=code, headers=headers).response()
+
+
+def _unreadable(cause: BaseException | None) -> str:
+    """Say why Python does not take a body for JSON, where it is no mistake of syntax."""
+    if isinstance(cause, ValueError) and not isinstance(cause, UnicodeError):
+        digits = sys.get_int_max_str_digits()
+        return f"body must hold no number beyond reason: one has more than {digits} digits"
+    return "body must be JSON in UTF-8, and not nested beyond reason"
+
+
+def _is_of_an_id(found: dict[str, Any]) -> bool:
+    """Whether it is a number in a prompt that is no token id."""
+    value, is_in_a_list = found["input"], isinstance(found["loc"][-1], int)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    kind = found["type"].startswith(("int", "greater_than", "less_than"))
+    return number and kind and is_in_a_list and "prompt" in found["loc"]
 
 
 def _unexpected(_: Request, __: Exception) -> Response:
@@ -163,6 +198,8 @@ def _unexpected(_: Request, __: Exception) -> Response:
 def _sentence(name: str, found: dict[str, Any]) -> str:
     """Say what a field must be: one of several types, or what pydantic says of its one."""
     field = name.rpartition(".")[2]
+    if _is_of_an_id(found):
+        return f"{name}={shortened(found['input'])} must be a token id: an integer from 0 to 2^31-1"
     if field.partition("[")[0] in FORMS and found["type"].endswith(("_type", "_parsing")):
         return f"{name} must be {FORMS[field.partition('[')[0]]}"
     if found["type"] == "missing":
@@ -172,9 +209,9 @@ def _sentence(name: str, found: dict[str, Any]) -> str:
 
 
 def shortened(value: Any) -> str:
-    """Write a value, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    """Write a value, cut where it is long; what is left out is never written."""
+    text = _brief.repr(value)
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
 
 
 def _dotted(path: list[Any]) -> str:

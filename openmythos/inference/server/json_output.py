@@ -34,6 +34,10 @@ LAYOUT: JsonCompileOptions = {
 MOST_PARTS = 5000
 """Objects and lists that a schema may have. A grammar is compiled by recursion, which each of them
 may make one deeper: past the end of a stack the whole process would die."""
+MOST_BYTES = 1 << 17
+"""Bytes that a schema may have as JSON: to compile so many takes some tenths of a second."""
+TOO_COMPLEX = "schema is too complex to be kept"
+"""How the sentence begins about a schema that can be compiled and then not be followed."""
 STACK_BYTES = 256 << 20
 """Of the thread that compiles: twelve times what the deepest schemas of so many parts were seen to
 take. Only what is used is ever in memory."""
@@ -61,8 +65,12 @@ class JsonGrammars:
                 f"schema must be a JSON schema of at most {MOST_PARTS} objects and lists, has "
                 f"{parts} or more"
             )
+        text = _written(schema)
+        if len(text) > MOST_BYTES:
+            raise InputError(
+                f"schema must be a JSON schema of at most {MOST_BYTES} bytes, has {len(text)}"
+            )
         try:
-            text = json.dumps(schema)
             matcher = _on_a_deep_stack(
                 lambda: LLMatcher(
                     self._tokens,
@@ -70,7 +78,7 @@ class JsonGrammars:
                     log_level=0,
                 )
             )
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise InputError(f"schema must be a JSON schema: {_line(str(error))}") from None
         if matcher.is_error():
             raise InputError(
@@ -114,8 +122,7 @@ class JsonConstraint:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise InputError(
-                f"schema is too complex to be kept ({_line(self._matcher.get_error())}): "
-                "ask for a simpler one"
+                f"{TOO_COMPLEX} ({_line(self._matcher.get_error())}): ask for a simpler one"
             )
 
 
@@ -128,6 +135,13 @@ def _parts(schema: object) -> int:
             count += 1
             rest.extend(part.values() if isinstance(part, dict) else part)
     return count
+
+
+def _written(schema: dict[str, Any]) -> str:
+    try:
+        return json.dumps(schema)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"schema must be a JSON schema: {_line(str(error))}") from None
 
 
 def _on_a_deep_stack(make: Callable[[], LLMatcher]) -> LLMatcher:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, final
 
 from openmythos.training.tokenizer import Tokenizer
 
@@ -27,12 +28,47 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
-class CompletionLogprobs:
-    """The shape of completions. Text grows by pieces, so offsets are counted from the first."""
+@final
+class Offsets:
+    """Where each token's own text begins, in characters of the whole text.
+
+    A token that leaves a character unfinished turns it into U+FFFD, which is text of the tokens
+    before; one that goes on with a character begins where that one does.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._text = tokenizer, tokenizer.text_stream()
-        self._offset = 0
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._length = 0  # characters that are whole, or given up
+
+    def copy(self, length: int) -> Offsets:
+        """Return the same place among bytes, after so many characters of text."""
+        other = Offsets(self._tokenizer)
+        other._decoder.setstate(self._decoder.getstate())
+        other._length = length
+        return other
+
+    def next(self, token_id: int) -> int:
+        """Go on by a token, and return where its text begins."""
+        content = self._tokenizer.decode_bytes([token_id])
+        begun, _ = self._decoder.getstate()
+        # One character: the first byte goes on with what is begun. Two: that has become U+FFFD.
+        broken = len((begun + content[:1]).decode("utf-8", "replace")) - 1 if begun else 0
+        start = self._length + broken
+        self._length += len(self._decoder.decode(content))
+        return start
+
+
+class CompletionLogprobs:
+    """The shape of completions.
+
+    Args:
+        tokenizer: the model's.
+        offsets: of the text so far; those of a new text where there is none.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, offsets: Offsets | None = None) -> None:
+        self._tokenizer, self._offsets = tokenizer, offsets or Offsets(tokenizer)
         self._lists = self._empty()
 
     @staticmethod
@@ -43,8 +79,7 @@ class CompletionLogprobs:
         """Add a token, its log-probability (None for a prompt's first) and the likeliest ones."""
         text = token_text(self._tokenizer, token_id)
         self._lists["tokens"].append(text)
-        self._lists["text_offset"].append(self._offset)
-        self._offset += len(self._text.push(token_id))
+        self._lists["text_offset"].append(self._offsets.next(token_id))
         if logprob is None:
             self._lists["token_logprobs"].append(None)
             self._lists["top_logprobs"].append(None)

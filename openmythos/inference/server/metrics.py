@@ -138,7 +138,8 @@ class _Meter:
     def _finish(self, event: FinishEvent) -> None:
         metrics = self._metrics
         metrics.finished(event.reason)
-        metrics.whole.observe(time.perf_counter() - self._start)
+        if event.reason in ("stop", "length"):  # what was given up early would look quick
+            metrics.whole.observe(time.perf_counter() - self._start)
         metrics.request_new.observe(event.new_tokens)
         if event.new_tokens:
             metrics.request_loops.observe(event.loops / event.new_tokens)

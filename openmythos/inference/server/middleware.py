@@ -1,9 +1,10 @@
-"""What stands before the routes: the key, the bound on bodies, the count of answers."""
+"""What stands before the routes: the key, the bound on bodies, the count of answers, the name."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+from collections.abc import Callable, Collection
 from typing import final
 
 from starlette.datastructures import Headers
@@ -46,9 +47,14 @@ class RequireKey:
 
 @final
 class LimitBody:
-    """Reads each body before the routes do, up to a bound, and answers 413 past it."""
+    """Reads each body before the routes do, up to a bound, and answers 413 past it.
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
+    Args:
+        app: what stands behind it.
+        most: tells the bound, in bytes; it may change when the model is loaded.
+    """
+
+    def __init__(self, app: ASGIApp, most: Callable[[], int]) -> None:
         self._app, self._most = app, most
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,9 +76,9 @@ class LimitBody:
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """Return the body; None where the client has gone."""
-        announced = Headers(scope=scope).get("content-length", "")
-        if announced.isdecimal() and int(announced) > self._most:
-            raise await self._too_large(receive)
+        announced, most = Headers(scope=scope).get("content-length", ""), self._most()
+        if announced.isdecimal() and int(announced) > most:
+            raise await self._too_large(most, receive)
         parts, size, more = [], 0, True
         while more:
             message = await receive()
@@ -81,11 +87,11 @@ class LimitBody:
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             more = message.get("more_body", False)
-            if size > self._most:
-                raise await self._too_large(receive, more)
+            if size > most:
+                raise await self._too_large(most, receive, more)
         return b"".join(parts)
 
-    async def _too_large(self, receive: Receive, more: bool = True) -> ApiError:
+    async def _too_large(self, most: int, receive: Receive, more: bool = True) -> ApiError:
         try:
             async with asyncio.timeout(THROWN_AWAY_SECONDS):
                 while more:
@@ -95,10 +101,41 @@ class LimitBody:
             pass
         return ApiError(
             413,
-            f"the body must have at most {self._most} bytes: send less at a time",
+            f"the body must have at most {most} bytes, this server's max_body_bytes: send less at "
+            "a time",
             code="body_too_large",
             headers={"Connection": "close"},
         )
+
+
+@final
+class CheckHost:
+    """Lets requests in that call the server by a name of its own.
+
+    A page elsewhere can have its own name lead to this machine (DNS rebinding), and a browser then
+    takes a server that only this machine reaches for a part of that page.
+
+    Args:
+        app: what stands behind it.
+        names: of the server; ports do not matter.
+    """
+
+    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
+        self._app, self._names = app, {name.lower() for name in names}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 403."""
+        host = Headers(scope=scope).get("host", "") if scope["type"] == "http" else ""
+        if host and _without_port(host).lower() not in self._names:
+            error = ApiError(
+                403,
+                f"the header Host={host!r} must name {' or '.join(sorted(self._names))}: call the "
+                "server so, or start it with another --host or with an --api-key",
+                code="host_not_allowed",
+            )
+            await error.response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
 
 
 @final
@@ -145,6 +182,11 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return waiting.pop() if waiting else await receive()
 
     return replay
+
+
+def _without_port(host: str) -> str:
+    name, colon, port = host.rpartition(":")
+    return name if colon and port.isdecimal() else host
 
 
 def is_within(path: str, root: str) -> bool:

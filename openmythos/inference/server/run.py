@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import logging
 import socket
 import sys
@@ -13,10 +14,14 @@ from typing import final
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from openmythos.errors import ConfigError
+from openmythos.inference.server.middleware import CheckHost
 from openmythos.inference.server.serving import Serving
 
+NEAR = ("localhost", "127.0.0.1", "[::1]")
+"""What this machine is called by programs on it."""
 LAST_SECONDS = 5
 """How long connections have to close once every request has been answered or given up."""
 
@@ -35,7 +40,7 @@ def run(app: FastAPI, *, on_ready: Callable[[str], None]) -> None:
     server: Serving = app.state.serving
     listening = listen(server.settings.host, server.settings.port)
     config = uvicorn.Config(
-        app,
+        guarded(app, listening),
         log_level=logging.WARNING,
         access_log=False,
         server_header=False,
@@ -46,6 +51,21 @@ def run(app: FastAPI, *, on_ready: Callable[[str], None]) -> None:
     process.run(sockets=[listening])
     if server.failure is not None:
         raise server.failure
+
+
+def guarded(app: FastAPI, listening: socket.socket) -> ASGIApp:
+    """Return what to serve: where only this machine reaches it and no key does, names are checked.
+
+    Args:
+        app: made by `create_app`.
+        listening: made by `listen`, from the same settings.
+    """
+    server: Serving = app.state.serving
+    place = ipaddress.ip_address(listening.getsockname()[0])
+    if server.settings.api_key is not None or not place.is_loopback:
+        return app
+    host = server.settings.host
+    return CheckHost(app, {*NEAR, f"[{host}]" if ":" in host else host})
 
 
 def listen(host: str, port: int) -> socket.socket:

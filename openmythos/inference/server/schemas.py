@@ -15,20 +15,38 @@ from openmythos.config import CachePolicy, HaltingKind
 from openmythos.inference.server.errors import ApiError, invalid, shortened
 from openmythos.inference.server.serving import State
 
+Int64 = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 MOST_LOGPROBS = 20
 MOST_STOPS = 16
+MOST_STOP = 1024
+"""Characters of a stop string."""
+MOST_IDS = 1 << 20
+"""Token ids of a prompt, whatever the model: no model of ours reads more."""
+MOST_PROMPTS = 1 << 16
+"""Prompts of a body; how many are taken is the server's max_choices."""
+MOST_MESSAGES = 2048
+MOST_PARTS = 2048
+"""Parts of a message."""
 # What `json_schema_extra` says here is checked further on, in words that a union of types has not.
 # An error for every item of a long list would take a thousand times the memory of the body.
-TokenIds = Annotated[list[TokenId], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
-Prompts = Annotated[list[TokenIds], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
-Texts = Annotated[list[str], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
-Stop = Annotated[str, Field(json_schema_extra={"minLength": 1})]
+AT_LEAST_ONE: dict[str, Any] = {"minItems": 1}
+TokenIds = Annotated[
+    list[TokenId], Field(max_length=MOST_IDS, fail_fast=True, json_schema_extra=AT_LEAST_ONE)
+]
+Prompts = Annotated[
+    list[TokenIds], Field(max_length=MOST_PROMPTS, fail_fast=True, json_schema_extra=AT_LEAST_ONE)
+]
+Texts = Annotated[
+    list[str], Field(max_length=MOST_PROMPTS, fail_fast=True, json_schema_extra=AT_LEAST_ONE)
+]
+Stop = Annotated[str, Field(json_schema_extra={"minLength": 1, "maxLength": MOST_STOP})]
 Stops = Annotated[list[Stop], Field(fail_fast=True, json_schema_extra={"maxItems": MOST_STOPS})]
 
 REQUEST_IDLE: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
+    "bad_words": ([],),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
@@ -37,11 +55,15 @@ REQUEST_IDLE: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "min_tokens": (0,),
     "modalities": (["text"],),
+    "options": ({},),
     "parallel_tool_calls": (True, False),
     "presence_penalty": (0,),
+    "prompt_cache_retention": ("24h", "in-memory", "in_memory"),
+    "reasoning_effort": ("none",),
     "repetition_penalty": (1,),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
     "stop_token_ids": ([],),
     "store": (False,),
     "suffix": ("",),
@@ -52,7 +74,11 @@ REQUEST_IDLE: dict[str, tuple[Any, ...]] = {
 }
 """Fields of a request that are not supported, and the values with which they change nothing."""
 
-MESSAGE_IDLE: dict[str, tuple[Any, ...]] = {"annotations": ([],), "tool_calls": ([],)}
+MESSAGE_IDLE: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "tool_calls": ([],),
+    "type": ("text", "message"),
+}
 """The same of messages: a client may send a reply back as its library keeps it."""
 
 
@@ -144,7 +170,8 @@ class Generation(Body):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, lt=1 << 31)] | None = 1
     stop: Stop | Stops | None = None
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+    seed: Int64 | None = None
+    """The same seed gives the same text; a negative one is read as 2^63 more."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     response_format: ResponseFormat | None = None
@@ -164,6 +191,11 @@ class Generation(Body):
     """The halting rule's bound; default: its own. Ours."""
     cache_policy: CachePolicy | None = "per_loop"
     """A cache slot for every loop, or one for the last. Ours."""
+    draft_loops: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    """Loops after which a token is drafted, to be verified by the rest: sooner, and the same text.
+    Below `loops`; without `response_format` and with `cache_policy` per_loop. Ours."""
+    priority: Int64 | None = 0
+    """Lower is admitted first, equal ones in order of arrival. vLLM's."""
     return_loops: bool | None = False
     """Give each choice the loops that its tokens took. Ours."""
 
@@ -196,12 +228,19 @@ class Generation(Body):
             raise invalid("stream_options must go with stream=true", "stream_options")
         if len(self.stops) > MOST_STOPS:
             raise invalid(f"stop must hold at most {MOST_STOPS} strings", "stop")
+        longest = max(map(len, self.stops), default=0)
+        if longest > MOST_STOP:
+            raise invalid(
+                f"stop has {longest} characters, must have at most {MOST_STOP}: shorten it", "stop"
+            )
         if not all(self.stops):
             raise invalid("stop must hold no empty string: it would end every text at once", "stop")
 
 
 class CompletionBody(Generation):
     """The body of `POST /v1/completions`."""
+
+    IDLE = REQUEST_IDLE | {"add_special_tokens": (True,)}  # the mark that starts a document
 
     prompt: str | TokenIds | Texts | Prompts | None = ""
     """Text, which starts a document; or token ids, taken as they are; or a list of either."""
@@ -229,26 +268,35 @@ class CompletionBody(Generation):
 class TextPart(Body):
     """Text in a list of parts."""
 
+    LABELS = ("cache_control",)
     NEEDED = ("text",)
 
     type: Annotated[str, Field(json_schema_extra={"const": "text"})]
     text: str | SkipJsonSchema[None] = None
 
 
+TextParts = Annotated[list[TextPart], Field(max_length=MOST_PARTS, fail_fast=True)]
+
+
 class ChatMessage(Body):
     """One turn."""
 
     IDLE = MESSAGE_IDLE
+    LABELS = ("name",)
     NEEDED = ("content",)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | SkipJsonSchema[None] = None
+    content: str | TextParts | SkipJsonSchema[None] = None
 
 
 class ChatBody(Generation):
     """The body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    IDLE = REQUEST_IDLE | {"add_special_tokens": (False,)}  # the layout or template has them
+
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
+    ]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     """Most tokens of a reply; default: the server's chat_tokens, or as many as fit."""
     max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None

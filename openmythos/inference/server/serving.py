@@ -21,6 +21,8 @@ from openmythos.inference.server.mailbox import Listener, Mailbox
 from openmythos.inference.server.metrics import Metrics, engine_metrics
 from openmythos.inference.server.settings import ServerSettings
 
+OTHER_FIELDS, TOKEN_BYTES, LARGEST_BODY = 1 << 18, 8, 8 << 20
+"""Bytes of a body: for all but its prompts, for each token of those, and at most, all together."""
 State = Literal["loading", "ready", "draining", "failed"]
 
 
@@ -68,6 +70,8 @@ class Loaded:
     engine: Continues
     max_length: int
     """Most tokens of a prompt and its continuation together."""
+    pages: int | None = None
+    """Of the engine's cache, which a reply that names no limit is fitted to; None: it is not."""
     grammars: JsonGrammars = field(init=False)
     most_bytes: int = field(init=False)
     """Bytes of the longest text that can fit, however it is split."""
@@ -120,6 +124,15 @@ class Serving:
         """Begin to load."""
         self._loader = threading.Thread(target=self._load_it, name="openmythos-load", daemon=True)
         self._loader.start()
+
+    @property
+    def most_body(self) -> int:
+        """Largest body of a request, in bytes."""
+        if self.settings.max_body_bytes is not None:
+            return self.settings.max_body_bytes
+        if self._loaded is None:  # what comes now is refused anyway, and may come again
+            return LARGEST_BODY
+        return body_limit(self._loaded.max_length, self.settings.max_choices)
 
     @property
     def loading(self) -> bool:
@@ -210,6 +223,15 @@ class Serving:
 def serving(request: HttpRequest) -> Serving:
     """Return what the app of a request serves: a dependency for routes."""
     return request.app.state.serving
+
+
+def body_limit(max_length: int, max_choices: int) -> int:
+    """Return the largest body, in bytes, for what the model can read.
+
+    A token's id takes up to 8 bytes of JSON, and its text is shorter as a rule. Python reads a body
+    in one go, and everybody waits for that.
+    """
+    return min(LARGEST_BODY, OTHER_FIELDS + TOKEN_BYTES * max_length * max_choices)
 
 
 def length_limit(asked: int | None, max_length: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from openmythos.errors import ConfigError
@@ -22,6 +23,10 @@ class ServerSettings:
     """Key that requests to /v1 must bring as `Authorization: Bearer KEY`. Default: the environment
     variable OPENMYTHOS_API_KEY, which no list of processes shows; without either, no key."""
 
+    allowed_origins: tuple[str, ...] = ()
+    """Web pages that may ask from a browser, by their origins as `https://example.org`; `*` is
+    every page. Default: none but the server's own."""
+
     served_model_name: str | None = None
     """The model's name in the API. Default: its folder's name."""
 
@@ -38,8 +43,10 @@ class ServerSettings:
     max_choices: int = 128
     """Most continuations in one HTTP request: its prompts times its `n`."""
 
-    max_body_bytes: int = 8 << 20
-    """Largest body of a request, in bytes; a larger one gets 413."""
+    max_body_bytes: int | None = None
+    """Largest body of a request, in bytes; a larger one gets 413. Default: what the model can read,
+    8 bytes for each token of max_choices prompts of max_model_len and 256 KiB for all else, but at
+    most 8 MiB."""
 
     max_unread: int = 4096
     """Events that may wait for one client that reads slowly; past them its request is
@@ -68,6 +75,12 @@ class ServerSettings:
             )
         if self.served_model_name is not None and not self.served_model_name.strip():
             raise ConfigError("served_model_name must not be empty: leave it out for the folder's")
+        for origin in self.allowed_origins:
+            if origin != "*" and not _is_origin(origin):
+                raise ConfigError(
+                    f"allowed_origins holds {origin!r}, must hold origins as "
+                    "'https://example.org:8080', without a path, or '*'"
+                )
         for name in (
             "max_model_len",
             "chat_tokens",
@@ -83,6 +96,10 @@ class ServerSettings:
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise ConfigError(f"{name}={value} must be above 0, in seconds")
+
+
+def _is_origin(text: str) -> bool:
+    return re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", text) is not None
 
 
 def _sendable(key: str) -> bool:

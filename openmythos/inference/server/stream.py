@@ -24,14 +24,12 @@ class EventStream(EventSourceResponse):
     """Sends each chunk as one event, then `[DONE]`; an error on the way is an event as well.
 
     Args:
-        chunks: bodies of the events.
+        chunks: bodies of the events, as JSON.
         mailbox: where they come from; closed when the response ends, however it ends.
         send_seconds: how long the client may take nothing.
     """
 
-    def __init__(
-        self, chunks: AsyncIterator[dict[str, Any]], mailbox: Mailbox, send_seconds: float
-    ) -> None:
+    def __init__(self, chunks: AsyncIterator[str], mailbox: Mailbox, send_seconds: float) -> None:
         super().__init__(_events(chunks), sep="\n", send_timeout=send_seconds)
         self._mailbox, self._seconds = mailbox, send_seconds
 
@@ -44,10 +42,10 @@ class EventStream(EventSourceResponse):
             self._mailbox.close()  # here, because chunks that never began have no end
 
 
-async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+async def _events(chunks: AsyncIterator[str]) -> AsyncIterator[bytes]:
     try:
         async for chunk in chunks:
-            yield _event(json_text(chunk))
+            yield _event(chunk)
     except TooSlowError:
         yield _event(json_text(_too_slow().body()))
     except ApiError as error:

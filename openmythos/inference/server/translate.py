@@ -9,12 +9,16 @@ from openmythos.errors import InputError, MythosError, TokenizerError
 from openmythos.inference.chat import Message
 from openmythos.inference.request import Constraint, Request
 from openmythos.inference.sampling import Sampling
-from openmythos.inference.server.errors import ApiError, invalid
+from openmythos.inference.server.errors import invalid
 from openmythos.inference.server.json_output import JsonGrammars
+from openmythos.inference.server.room import Wish, check_cells, room, too_long
 from openmythos.inference.server.schemas import ChatBody, ChatMessage, CompletionBody, Generation
 from openmythos.inference.server.serving import Loaded
 from openmythos.inference.server.settings import ServerSettings
 from openmythos.inference.thinking import Thinking
+
+LARGEST_SEED = (1 << 63) - 1
+"""The engine's. A negative seed is taken without its sign bit, as 2^63 more."""
 
 
 def of_completion(
@@ -27,22 +31,32 @@ def of_completion(
     Raises:
         ApiError, InputError: a field does not fit.
     """
-    _check_choices(_count(body.prompt), body, settings)
+    count = _count(body.prompt)
+    _check_choices(count, body, settings)
     prompts, starts = _prompts(body, loaded)
     if body.max_tokens == 0 and not body.echo:
         raise invalid("max_tokens=0 must go with echo=true: else there is no text", "max_tokens")
-    return [
+    requests = [
         _request(
             body,
-            token_ids,
             loaded,
-            settings,
-            room=_room(token_ids, body.max_tokens, 16, loaded, ("prompt", "max_tokens")),
-            logprobs=body.logprobs,
-            prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+            Wish(
+                token_ids=tuple(token_ids),
+                asked=body.max_tokens,
+                usual=16,
+                fields=("prompt", "max_tokens"),
+                choices=body.choices,
+                answered=body.choices * count,
+                thinking=_thinking(body, loaded, settings),
+                logprobs=body.logprobs,
+                echoed=bool(body.echo) and body.logprobs is not None,
+                streamed=bool(body.stream),
+            ),
         )
         for token_ids in prompts
-    ], starts
+    ]
+    check_cells(requests, "logprobs", bool(body.stream))
+    return requests, starts
 
 
 def of_chat(body: ChatBody, loaded: Loaded, settings: ServerSettings) -> Request:
@@ -65,53 +79,63 @@ def of_chat(body: ChatBody, loaded: Loaded, settings: ServerSettings) -> Request
         token_ids = loaded.layout.token_ids(messages)
     except MythosError as error:
         raise invalid(str(error), "messages") from None
-    return _request(
+    request = _request(
         body,
-        token_ids,
         loaded,
-        settings,
-        room=_room(token_ids, asked, settings.chat_tokens, loaded, ("messages", name)),
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        Wish(
+            token_ids=tuple(token_ids),
+            asked=asked,
+            usual=settings.chat_tokens,
+            fields=("messages", name),
+            choices=body.choices,
+            answered=body.choices,
+            thinking=_thinking(body, loaded, settings),
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            echoed=False,
+            streamed=bool(body.stream),
+        ),
     )
+    check_cells([request], "top_logprobs", bool(body.stream))
+    return request
 
 
-def _request(
-    body: Generation,
-    token_ids: Sequence[int],
-    loaded: Loaded,
-    settings: ServerSettings,
-    *,
-    room: int,
-    logprobs: int | None,
-    prompt_logprobs: bool = False,
-) -> Request:
+def _thinking(body: Generation, loaded: Loaded, settings: ServerSettings) -> Thinking:
     loops = loaded.lm.model.config.mean_loops if body.loops is None else body.loops
     if body.loops is not None and loops > settings.max_loops:
         raise invalid(
             f"loops={loops} must be at most {settings.max_loops}, this server's max_loops", "loops"
         )
+    return Thinking(
+        loops=loops,
+        halting=body.halting or "none",
+        threshold=body.threshold,
+        cache_policy=body.cache_policy or "per_loop",
+    )
+
+
+def _request(body: Generation, loaded: Loaded, wish: Wish) -> Request:
+    most, constraint = room(wish, loaded), _constraint(body, loaded.grammars)
+    if body.draft_loops is not None and constraint is not None:
+        raise invalid("draft_loops must be left out with response_format", "draft_loops")
     return Request(
-        token_ids=tuple(token_ids),
-        max_new_tokens=room,
-        thinking=Thinking(
-            loops=loops,
-            halting=body.halting or "none",
-            threshold=body.threshold,
-            cache_policy=body.cache_policy or "per_loop",
-        ),
+        token_ids=wish.token_ids,
+        max_new_tokens=most,
+        thinking=wish.thinking,
         sampling=Sampling(
             temperature=1.0 if body.temperature is None else body.temperature,
             top_k=max(0, body.top_k or 0),
             top_p=1.0 if body.top_p is None else body.top_p,
             min_p=body.min_p or 0.0,
-            seed=body.seed,
+            seed=None if body.seed is None else body.seed & LARGEST_SEED,
         ),
         stop=body.stops,
         stop_at_end=not body.ignore_eos,
-        choices=body.choices,
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        constraint=_constraint(body, loaded.grammars),
+        choices=wish.choices,
+        priority=-(body.priority or 0),  # as vLLM has it, lower comes first; the engine's is higher
+        logprobs=wish.logprobs,
+        prompt_logprobs=wish.echoed,
+        constraint=constraint,
+        draft_loops=body.draft_loops,
     )
 
 
@@ -157,40 +181,11 @@ def _check_fits(texts: Sequence[str], loaded: Loaded, field: str) -> None:
     """Refuse what cannot fit, however it is split, before any of it is tokenised."""
     size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
     if size > loaded.most_bytes:
-        raise _too_long(
+        raise too_long(
             f"{field} has {size} bytes, must have at most {loaded.most_bytes}: more have no room "
             f"within max_model_len={loaded.max_length}",
             field,
         )
-
-
-def _room(
-    token_ids: Sequence[int],
-    asked: int | None,
-    usual: int,
-    loaded: Loaded,
-    fields: tuple[str, str],
-) -> int:
-    """Return the most tokens to make: as many as asked, or as usual where so many fit."""
-    prompt, room_field = fields
-    room = loaded.max_length - len(token_ids)
-    if room < (0 if asked == 0 else 1):
-        raise _too_long(
-            f"{prompt} has {len(token_ids)} tokens, must leave room within "
-            f"max_model_len={loaded.max_length}: shorten it",
-            prompt,
-        )
-    if asked is not None and asked > room:
-        raise _too_long(
-            f"{room_field}={asked} after a prompt of {len(token_ids)} tokens must end by "
-            f"max_model_len={loaded.max_length}: at most {room} fit",
-            room_field,
-        )
-    return min(usual, room) if asked is None else asked
-
-
-def _too_long(message: str, param: str) -> ApiError:
-    return invalid(message, param, "context_length_exceeded")
 
 
 def _check_choices(prompts: int, body: Generation, settings: ServerSettings) -> None:

@@ -63,6 +63,8 @@ def test_a_prompt_that_was_never_read_is_not_counted():
     with client_of(lambda run: run.finish("cancelled")) as client:
         assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 503
         assert samples(client)[("openmythos:prompt_tokens_total",)].value == 0
+        # Nor how long it took: what is given up at once would look quick.
+        assert samples(client)[("openmythos:e2e_request_latency_seconds_count",)].value == 0
 
 
 def test_every_metric_of_the_model_bears_its_name():
@@ -95,6 +97,32 @@ def test_pages_are_added_by_routes_and_a_folder(tmp_path):
         for method in ("GET", "PUT", "DELETE", "OPTIONS"):  # a route's, and no file of that name
             response = client.request(method, "/v1/completions", headers=headers)
             assert (response.status_code, response.headers["Allow"]) == (405, "POST")
+
+
+ASKS = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+
+
+def test_a_page_elsewhere_may_ask_only_where_it_was_allowed():
+    with client_of(api_key="k", allowed_origins=("https://a.org",)) as client:
+        for origin, allowed in [("https://a.org", "https://a.org"), ("https://b.org", None)]:
+            # A browser sends no key with the question whether it may.
+            before = client.options("/v1/completions", headers={"Origin": origin, **ASKS})
+            assert before.status_code == (200 if allowed else 400)
+            assert before.headers.get("Access-Control-Allow-Origin") == allowed
+            asked = {"Origin": origin, "Authorization": "Bearer k"}
+            for headers, status in [(asked, 200), ({"Origin": origin}, 401)]:
+                answer = client.post("/v1/completions", json={"prompt": "a"}, headers=headers)
+                assert answer.status_code == status
+                assert answer.headers.get("Access-Control-Allow-Origin") == allowed
+        allowed = client.options("/v1/models", headers={"Origin": "https://a.org", **ASKS}).headers
+        assert allowed["Access-Control-Allow-Headers"] == "authorization"
+    with client_of(allowed_origins=("*",)) as client:
+        answer = client.get("/v1/models", headers={"Origin": "https://b.org"})
+        assert answer.headers["Access-Control-Allow-Origin"] == "*"
+    with client_of() as client:
+        answer = client.options("/v1/models", headers={"Origin": "https://b.org", **ASKS})
+        assert "Access-Control-Allow-Origin" not in answer.headers
+        assert answer.status_code == 405
 
 
 def test_the_interface_is_described_without_pages_from_elsewhere():

@@ -1,8 +1,9 @@
 """`/v1/chat/completions`: conversations, replies and their chunks."""
 
 import pytest
-from fake_engine import SAID, client_of, events_of, language_model
+from fake_engine import SAID, client_of, error_of, events_of, language_model
 
+from openmythos.inference.server.room import MOST_CELLS
 from openmythos.inference.server.schemas import ChatCompletion
 
 HELLO = [{"role": "user", "content": "The mice"}]
@@ -81,6 +82,18 @@ def test_the_length_of_a_reply_has_two_names_and_a_default(client):
     with client_of(chat_tokens=9) as other:
         chat(other, max_tokens=None)
         assert other.engine.runs[-1].request.max_new_tokens == 9
+
+
+def test_a_reply_without_a_limit_is_fitted_to_what_an_answer_may_hold():
+    fields = {"logprobs": True, "top_logprobs": 20, "n": 64}
+    most = MOST_CELLS // (64 * 21)
+    with client_of(max_length=4096) as other:
+        chat(other, **fields, max_tokens=None)
+        assert other.engine.runs[-1].request.max_new_tokens == most
+        body = {"messages": HELLO, **fields, "max_tokens": most + 1}
+        error = error_of(other.post("/v1/chat/completions", json=body))
+        assert (error.status, error.param) == (400, "top_logprobs")
+        assert "ask for less of top_logprobs, n, max_tokens" in error.message
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -1,8 +1,12 @@
 """`/v1/completions`: the forms of a prompt, of an answer and of its chunks."""
 
-import pytest
-from fake_engine import SAID, client_of, events_of, language_model, wait_until
+import threading
 
+import pytest
+from fake_engine import SAID, client_of, error_of, events_of, language_model, wait_until
+
+from openmythos.inference.server import answers, room
+from openmythos.inference.server.logprobs import CompletionLogprobs
 from openmythos.inference.server.schemas import Completion
 
 TEXT = "The mice ran"
@@ -100,6 +104,18 @@ def test_fields_become_the_engines(client):
     assert thinking.cache_policy == "last"
 
 
+def test_what_the_engine_calls_otherwise_becomes_its_own(client):
+    complete(client, prompt="a", draft_loops=2, priority=-3)
+    request = client.engine.runs[-1].request
+    assert (request.draft_loops, request.priority) == (2, 3)  # lower is earlier here, as in vLLM
+    complete(client, prompt="a", priority=None, seed=None)
+    request = client.engine.runs[-1].request
+    assert (request.draft_loops, request.priority, request.sampling.seed) == (None, 0, None)
+    for seed, taken in [(5, 5), (-1, 2**63 - 1), (-(2**63), 0), (2**63 - 1, 2**63 - 1)]:
+        complete(client, prompt="a", seed=seed)
+        assert client.engine.runs[-1].request.sampling.seed == taken
+
+
 def test_null_means_the_default(client):
     nothing = dict.fromkeys(["temperature", "top_p", "n", "stop", "seed", "max_tokens", "stream"])
     complete(client, prompt="a", **nothing, loops=None, halting=None, user=None, anything=None)
@@ -188,6 +204,65 @@ def test_echo_gives_the_prompt_back_with_its_logprobs(client, tokenizer, as_ids)
     assert joined[0]["choices"][0]["text"].startswith(TEXT)
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_prompt_is_formatted_once_for_all_its_choices_and_not_on_the_event_loop(
+    client, monkeypatch, streams
+):
+    added, threads, add = [], set(), CompletionLogprobs.add
+
+    def counted(self, token_id, logprob, top):
+        added.append(token_id)
+        threads.add(threading.current_thread().name)
+        add(self, token_id, logprob, top)
+
+    ids = [5, 6, 7]
+    monkeypatch.setattr(CompletionLogprobs, "add", counted)
+    fields = {"prompt": [ids, ids], "n": 4, "echo": True, "logprobs": 1, "max_tokens": 0}
+    if streams:
+        choices = [chunk["choices"][0] for chunk in stream(client, **fields)]
+        choices = [choice for choice in choices if choice["logprobs"]["tokens"]]
+    else:
+        choices = complete(client, **fields)["choices"]
+    assert added == ids * 2
+    assert threads == {"AnyIO worker thread"}
+    assert len(choices) == 8
+    assert all(choice["logprobs"] == choices[0]["logprobs"] for choice in choices)
+
+
+def test_an_answer_is_written_where_nobody_waits_for_it(client, monkeypatch):
+    threads, written = [], answers.json_text
+
+    def noted(content):
+        threads.append(threading.current_thread().name)
+        return written(content)
+
+    monkeypatch.setattr(answers, "json_text", noted)
+    complete(client, prompt="a", n=2)
+    assert set(threads) == {"AnyIO worker thread"}
+    assert len(threads) == 3  # each choice by itself, or one call would hold up the others
+
+
+def test_log_probabilities_of_one_answer_have_a_bound(client):
+    most = room.MOST_CELLS // (2 * 64 * 21)  # as many positions
+    fields = {"echo": True, "logprobs": 20, "n": 64, "max_tokens": 0}
+    with client_of(max_length=1024) as other:
+        assert complete(other, prompt=[[5] * most, [5] * most], **fields)["choices"]
+        body = {"prompt": [[5] * (most + 1)] * 2, **fields}
+        asked = len(other.engine.runs)
+        error = error_of(other.post("/v1/completions", json=body))
+        assert (error.status, error.param) == (400, "logprobs")
+        assert error.message == (
+            f"logprobs=20 with n=64 would give {64 * 21 * 2 * (most + 1)} log-probabilities, must "
+            f"give at most {room.MOST_CELLS} in one answer: ask for less of logprobs, n, "
+            "max_tokens, prompt with echo"
+        )
+        assert len(other.engine.runs) == asked
+        assert other.post("/v1/completions", json={**body, "stream": True}).status_code == 400
+        body = {"prompt": "a", "max_tokens": 1000, "n": 64, "logprobs": 5}
+        assert error_of(other.post("/v1/completions", json=body)).param == "logprobs"
+        assert stream(other, **body)  # whose tokens go out as they come
+
+
 def test_echo_without_logprobs_asks_for_none(client):
     assert complete(client, prompt=TEXT, echo=True)["choices"][0]["text"] == TEXT + SAID
     assert not client.engine.runs[-1].request.prompt_logprobs
@@ -248,6 +323,35 @@ def test_a_character_split_between_prompt_and_text_is_whole():
         alone = {"prompt": ids, "echo": True, "max_tokens": 0}
         client.engine.script = lambda run: run.finish("length")
         assert complete(client, **alone)["choices"][0]["text"] == "caf\ufffd"
+
+
+def test_offsets_go_on_within_a_character_that_the_prompt_began():
+    tokenizer = language_model().tokenizer
+    snow, man, a = (
+        [next(t for t in range(257) if tokenizer.decode_bytes([t]) == bytes([b])) for b in part]
+        for part in (b"\xe2", b"\x98\x83", b"a")
+    )
+
+    def rest(run):
+        for token in (*man, *a, tokenizer.end_id):
+            run.token(token)
+
+    with client_of(rest) as client:
+        for echo, begin in [(False, 0), (True, 1)]:
+            fields = {"prompt": [*a, *snow], "echo": echo}
+            choice = complete(client, **fields, logprobs=None)["choices"][0]
+            assert choice["text"] == "a☃a"[1 - begin :]
+            client.engine.script = with_prompt(rest) if echo else rest
+            given = complete(client, **fields, logprobs=0)["choices"][0]["logprobs"]
+            assert given["text_offset"][-4:] == [begin, begin, begin + 1, begin + 2]
+
+
+def with_prompt(script):
+    def both(run):
+        run.prompt()
+        script(run)
+
+    return both
 
 
 def test_a_lone_byte_and_nothing_else_is_replaced():

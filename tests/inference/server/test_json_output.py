@@ -99,6 +99,7 @@ def test_the_end_is_allowed_only_where_the_json_may_end():
         {"$ref": "https://example.org/schema.json"},
         False,
         {"anyOf": [{"type": "integer"}] * 5001},
+        {"const": "ab " * 50_000},
     ],
 )
 def test_a_schema_that_cannot_be_kept_is_refused(schema):

@@ -21,10 +21,12 @@ from fake_engine import (
     wait,
     wait_until,
 )
+from starlette.testclient import TestClient
 
-from openmythos.inference.server.run import Process, listen
+from openmythos.inference.server.run import Process, guarded, listen
 
 LONG = {"prompt": "a", "max_tokens": 1_000_000}
+MESSAGES = [{"role": "user", "content": "a"}]
 
 
 class Listening:
@@ -95,6 +97,47 @@ def test_a_client_that_goes_cancels_its_request(stream, script):
         connection.close()
         assert server.engine.runs[0].cancelled.wait(60)
         wait_until(lambda: server.serving.idle)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_client_that_goes_before_its_answer_is_not_counted_as_answered(path):
+    body = {"prompt": "a"} if path == "/v1/completions" else {"messages": MESSAGES}
+    with listening(wait) as server:
+        connection = server.post(body, path)
+        wait_until(lambda: server.engine.runs)
+        connection.close()
+        counted = f'http_requests_total{{path="{path}",status="499"}} 1.0'
+        wait_until(lambda: counted in server.serving.metrics.page().decode())
+        assert 'status="200"' not in server.serving.metrics.page().decode()
+
+
+@pytest.mark.parametrize(
+    ("host", "names", "others"),
+    [
+        ("127.0.0.1", ["localhost", "127.0.0.1:80", "[::1]:80", "LOCALHOST:1", ""], ["a.org"]),
+        ("localhost", ["localhost", "127.0.0.1"], ["a.org:80", "127.0.0.1.a.org", "[::2]"]),
+        ("127.0.0.2", ["127.0.0.2", "localhost"], ["127.0.0.3"]),
+    ],
+)
+def test_where_no_key_guards_it_a_page_cannot_lead_its_own_name_here(host, names, others):
+    def client_with(**settings):
+        app = make_app(FakeEngine(say()), host=host, **settings)
+        with listen(host, 0) as listening:
+            return TestClient(guarded(app, listening))
+
+    client = client_with()
+    for name in names:
+        assert client.get("/openapi.json", headers={"Host": name}).status_code == 200, name
+    for name in others:
+        response = client.get("/openapi.json", headers={"Host": name})
+        assert (response.status_code, response.json()["error"]["code"]) == (403, "host_not_allowed")
+        assert client_with(api_key="k").get("/health", headers={"Host": name}).status_code == 503
+
+
+def test_a_server_of_the_network_is_called_by_any_name():
+    app = make_app(FakeEngine(say()), host="0.0.0.0")
+    with listen("0.0.0.0", 0) as listening:
+        assert guarded(app, listening) is app
 
 
 def test_a_client_that_does_not_read_is_cut_off_and_stalls_nobody():

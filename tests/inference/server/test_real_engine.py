@@ -1,5 +1,6 @@
 """The server on the real engine with a small model: what it answers is what the library writes."""
 
+import contextlib
 import json
 import threading
 
@@ -10,9 +11,11 @@ from starlette.testclient import TestClient
 from torch.testing import assert_close
 from typecheck import unchecked
 
+from openmythos.cli import serve_command
 from openmythos.inference.chat import ChatLayout
 from openmythos.inference.engine import Engine
 from openmythos.inference.engine_settings import EngineSettings
+from openmythos.inference.passes import layout, page_bytes
 from openmythos.inference.server.app import create_app
 from openmythos.inference.server.serving import Loaded, Serving
 from openmythos.inference.server.settings import ServerSettings
@@ -33,12 +36,23 @@ def lm():
 
 @pytest.fixture(scope="module")
 def client(lm):
-    engine = Engine(lm, EngineSettings(cache_bytes=1 << 23))
+    with client_of(lm, 1 << 23) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def client_of(lm, cache_bytes):
+    engine = Engine(lm, EngineSettings(cache_bytes=cache_bytes))
 
     def load():
         engine.start()
-        layout = ChatLayout(lm.tokenizer)
-        return Loaded(lm=lm, layout=layout, engine=engine, max_length=lm.model.config.max_length)
+        return Loaded(
+            lm=lm,
+            layout=ChatLayout(lm.tokenizer),
+            engine=engine,
+            max_length=lm.model.config.max_length,
+            pages=engine.statistics().pages_total,
+        )
 
     app = create_app(Serving(load, "mouse", ServerSettings()))
     with TestClient(app) as client:
@@ -121,12 +135,57 @@ def test_a_reply_of_a_schema_obeys_it(client):
         ({"threshold": 0.5}, "threshold", "threshold=0.5 must be left out with halting='none'"),
         ({"halting": "act"}, "halting", "halting='act' needs a model trained with it"),
         ({"n": 65}, "n", "n=65 must be at most 64, the rows of a tick"),
+        ({"draft_loops": 3, "loops": 3}, "draft_loops", "draft_loops=3 must be below loops=3"),
     ],
 )
 def test_what_the_model_cannot_do_is_refused_in_the_apis_words(client, fields, param, sentence):
     error = error_of(client.post("/v1/completions", json={"prompt": "a", **fields}))
     assert (error.status, error.param) == (400, param)
     assert error.message.startswith(sentence)
+
+
+def test_a_schema_that_is_too_complex_on_the_way_is_refused(client):
+    lists = [{"type": "array", "minItems": n, "items": {"type": "string"}} for n in range(900)]
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"anyOf": lists}}}
+    body = {"prompt": "a", "response_format": form, "loops": 1}
+    error = error_of(client.post("/v1/completions", json=body))
+    assert (error.status, error.param) == (400, "response_format.json_schema.schema")
+    assert error.message.startswith("schema is too complex to be kept")
+
+
+def test_drafts_give_the_text_of_the_full_depth(client):
+    fields = {"prompt": PROMPT, "max_tokens": 12, "loops": 5, "seed": 3, "temperature": 1}
+    plain, drafted = complete(client, **fields), complete(client, **fields, draft_loops=2)
+    assert drafted["choices"] == plain["choices"]
+    assert client.engine.statistics().drafted_tokens
+
+
+def test_a_reply_without_a_limit_is_fitted_to_the_pages_there_are(lm):
+    columns, loops, n = 2, 6, 3  # the slots of a sequence: the outer one and one for each loop
+    slots = layout(lm.model, loops, "per_loop").slots
+    messages = {"messages": [{"role": "user", "content": "a"}], "loops": loops, "n": n}
+    with client_of(lm, columns * slots * n * page_bytes(lm.model)) as client:
+        body = {**messages, "ignore_eos": True}
+        answer = client.post("/v1/chat/completions", json=body).json()
+        # Of the two columns of 16 positions the prompt has 2; the last token never enters the core.
+        assert answer["usage"]["completion_tokens"] == n * (columns * 16 - 2 + 1)
+        error = error_of(client.post("/v1/chat/completions", json={**body, "max_tokens": 32}))
+        assert (error.status, error.param) == (400, "max_tokens")
+        assert "max_tokens=32 with loops=6 and n=3" in error.message
+        assert "--cache-bytes" in error.message
+        error = error_of(client.post("/v1/chat/completions", json={**body, "loops": 60}))
+        assert (error.status, error.param) == (400, "loops")
+        assert error.message.startswith("loops=60 and n=3 after a prompt of 2 tokens needs")
+        text = {"prompt": "a", "loops": loops, "n": n, "ignore_eos": True, "max_tokens": None}
+        assert complete(client, **text)["usage"]["completion_tokens"] == n * 16
+
+
+def test_the_command_says_how_many_pages_there_are():
+    loaded = serve_command._load(serve_command.Settings())
+    try:
+        assert loaded.pages == loaded.engine.statistics().pages_total > 0
+    finally:
+        loaded.engine.stop()
 
 
 def test_many_clients_at_once_get_the_texts_they_get_alone(client):

@@ -19,7 +19,10 @@ from starlette.testclient import TestClient
 
 from openmythos.errors import CheckpointError
 from openmythos.inference.request import Request
+from openmythos.inference.server.errors import shortened
+from openmythos.inference.server.json_output import TOO_COMPLEX
 from openmythos.inference.server.schemas import ErrorBody
+from openmythos.inference.server.serving import body_limit
 from openmythos.training.tokenizer import Tokenizer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -48,10 +51,12 @@ BOTH = [
     ({"n": 0}, "n", "n=0 must be greater than or equal to 1"),
     ({"n": True}, "n", "n=True must be a valid integer"),
     ({"n": 129}, "n", "n=129 times 1 prompts must be at most 128"),
-    ({"seed": -1}, "seed", "seed=-1 must be greater than or equal to 0"),
+    ({"seed": -(1 << 63) - 1}, "seed", "must be greater than or equal to -9223372036854775808"),
     ({"seed": 1 << 63}, "seed", "seed=9223372036854775808 must be less than"),
     ({"stop": ""}, "stop", "stop must hold no empty string"),
     ({"stop": ["a"] * 17}, "stop", "stop must hold at most 16 strings"),
+    ({"stop": "a" * 1025}, "stop", "stop has 1025 characters, must have at most 1024"),
+    ({"stop": ["a", "b" * 1025]}, "stop", "stop has 1025 characters, must have at most 1024"),
     ({"stop": 5}, "stop", "stop must be a string or a list of strings"),
     ({"max_tokens": 64}, "max_tokens", "max_tokens=64 after a prompt of 2 tokens must end by"),
     ({"max_tokens": 1.5}, "max_tokens", "max_tokens=1.5 must be a valid integer"),
@@ -70,6 +75,19 @@ BOTH = [
     ({"loops": 0}, "loops", "loops=0 must be greater than or equal to 1"),
     ({"loops": 65}, "loops", "loops=65 must be at most 64, this server's max_loops"),
     ({"halting": "sleep"}, "halting", "halting='sleep' must be 'none', 'gate'"),
+    ({"draft_loops": 0}, "draft_loops", "draft_loops=0 must be greater than or equal to 1"),
+    (
+        {"draft_loops": 1, "response_format": {"type": "json_object"}},
+        "draft_loops",
+        "draft_loops must be left out with response_format",
+    ),
+    (
+        {"draft_loops": 1, "cache_policy": "last"},
+        "draft_loops",
+        "draft_loops must be left out with cache_policy='last'",
+    ),
+    ({"priority": 0.5}, "priority", "priority=0.5 must be a valid integer"),
+    ({"priority": 1 << 63}, "priority", "priority=9223372036854775808 must be less than"),
     ({"cache_policy": "all"}, "cache_policy", "cache_policy='all' must be 'per_loop' or 'last'"),
     ({"logit_bias": {"5": 1}}, "logit_bias", "logit_bias={'5': 1} must be {}, or be left out"),
     ({"presence_penalty": 0.5}, "presence_penalty", "must be 0, or be left out"),
@@ -80,6 +98,10 @@ BOTH = [
     ({"tools": [{"type": "function"}]}, "tools", "must be [], or be left out"),
     ({"guided_json": {}}, "guided_json", "guided_json={} must be left out: it is not supported"),
     ({"what": "x" * 99}, "what", "..."),
+    ({"bad_words": ["a"]}, "bad_words", "must be [], or be left out"),
+    ({"reasoning_effort": "high"}, "reasoning_effort", "must be 'none', or be left out"),
+    ({"spaces_between_special_tokens": False}, "spaces_between_special_tokens", "must be True"),
+    ({"options": {"a": 1}}, "options", "must be {}, or be left out"),
     ({"response_format": {"type": "xml"}}, "response_format.type", "must be 'text', 'json_object'"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "must be given"),
     (
@@ -91,6 +113,11 @@ BOTH = [
         {"response_format": {"type": "json_object", "json_schema": {}}},
         "response_format.json_schema",
         "must be left out with type='json_object'",
+    ),
+    (
+        {"response_format": schema({"const": "ab " * 50_000})},
+        SCHEMA,
+        "schema must be a JSON schema of at most 131072 bytes, has 150",
     ),
     ({"response_format": schema({"$ref": "#"})}, SCHEMA, "schema is too complex to be kept"),
     ({"response_format": {"type": "text", "x": 1}}, "response_format.x", "must be left out"),
@@ -105,6 +132,12 @@ COMPLETION = [
     ({"prompt": [["a"]]}, "prompt", "prompt must be a text, a list of texts"),
     ({"prompt": ["a", 5]}, "prompt", "prompt must be a text, a list of texts"),
     ({"prompt": [290]}, "prompt", "prompt holds token id 290, must hold ids below vocab_size=290"),
+    ({"prompt": [-1]}, "prompt[0]", "prompt[0]=-1 must be a token id: an integer from 0 to"),
+    ({"prompt": [1, 1.5]}, "prompt[1]", "prompt[1]=1.5 must be a token id"),
+    ({"prompt": [1 << 31]}, "prompt[0]", "prompt[0]=2147483648 must be a token id"),
+    ({"prompt": [[1, 2], [3, -4]]}, "prompt[1][1]", "prompt[1][1]=-4 must be a token id"),
+    ({"prompt": [True]}, "prompt", "prompt must be a text, a list of texts"),
+    ({"prompt": [5] * 9000}, "prompt", "prompt has 9000 tokens, must leave room within"),
     ({"prompt": [5] * 64}, "prompt", "prompt has 64 tokens, must leave room within"),
     (
         {"prompt": [5] * 65, "echo": True, "max_tokens": 0},
@@ -118,6 +151,7 @@ COMPLETION = [
     ({"logprobs": True}, "logprobs", "logprobs=True must be a valid integer"),
     ({"best_of": 2}, "best_of", "best_of=2 must be n=1, or be left out"),
     ({"best_of": 0}, "best_of", "best_of=0 must be greater than or equal to 1"),
+    ({"add_special_tokens": False}, "add_special_tokens", "must be True, or be left out"),
     ({"suffix": "x"}, "suffix", "suffix='x' must be '', or be left out"),
     ({"messages": HELLO}, "messages", "must be left out"),
 ]
@@ -148,7 +182,8 @@ CHATS = [
         "messages[0].content",
         "must be a text or a list of parts",
     ),
-    ({"messages": [{**HELLO[0], "name": "x"}]}, "messages[0].name", "must be left out"),
+    ({"messages": [{**HELLO[0], "type": "image"}]}, "messages[0].type", "must be 'text'"),
+    ({"add_special_tokens": True}, "add_special_tokens", "must be False, or be left out"),
     ({"messages": [{**HELLO[0], "tools": []}]}, "messages[0].tools", "must be left out"),
     ({"messages": [{"role": "user", "content": "a" * 65}]}, "messages", "must leave room within"),
     ({"max_tokens": 0}, "max_tokens", "max_tokens=0 must be greater than or equal to 1"),
@@ -186,7 +221,7 @@ def test_what_is_not_served_is_refused_by_name(client, path, body, fields, param
         (b'{"prompt":', "body must be JSON, but is not at character 10"),
         (b"\xff\xfe{", "body must be JSON"),
         (b"[" * 100_000, "body must be JSON in UTF-8, and not nested beyond reason"),
-        (b'{"n": ' + b"9" * 5000 + b"}", "body must be JSON"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "body must hold no number beyond reason"),
         (b'{"temperature": NaN}', "temperature=nan must be a finite number"),
     ],
 )
@@ -220,6 +255,40 @@ def test_of_a_long_list_the_first_mistake_is_enough(client, monkeypatch, path, f
     assert (error.status, error.param.partition("[")[0]) == (400, field)
     assert len(found) == 1
     assert found[0] < 10
+
+
+def test_a_list_has_an_end_however_large_a_body_may_be():
+    part = {"type": "text", "text": ""}
+    with client_of(max_body_bytes=8 << 20) as client:
+        for path, fields, param, most in [
+            (COMPLETIONS, {"prompt": [5] * ((1 << 20) + 1)}, "prompt", 1 << 20),
+            (COMPLETIONS, {"prompt": ["a"] * 65537}, "prompt", 65536),
+            (CHAT, {"messages": HELLO * 2049}, "messages", 2048),
+            (
+                CHAT,
+                {"messages": [{"role": "user", "content": [part] * 2049}]},
+                "messages[0].content",
+                2048,
+            ),
+        ]:
+            error = error_of(client.post(path, json=fields))
+            assert (error.status, error.param) == (400, param)
+            assert f"must have at most {most} items" in error.message
+
+
+def test_what_is_not_served_is_not_written_out(monkeypatch):
+    """A sentence repeats the beginning of a value; the rest is never made into text."""
+
+    class Counted(dict):
+        written = 0
+
+        def __repr__(self):
+            Counted.written += 1
+            return super().__repr__()
+
+    assert shortened([Counted() for _ in range(100_000)]).startswith("[")
+    assert Counted.written < 100
+    assert shortened("x" * 1_000_000) == f"'{'x' * 76}..."
 
 
 @pytest.mark.parametrize(
@@ -278,10 +347,19 @@ def test_what_asks_for_nothing_is_let_through(client):
         "tools": [],
         "user": "me",
         "metadata": {"a": "b"},
-        "top_logprobs": 0,
+        "priority": 0,
+        "bad_words": [],
+        "options": {},
+        "spaces_between_special_tokens": True,
+        "reasoning_effort": "none",
+        "prompt_cache_retention": "24h",
     }
-    response = client.post(CHAT, json={"messages": HELLO, **idle, "service_tier": "auto"})
-    assert response.status_code == 200
+    part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
+    message = {"role": "user", "content": [part], "name": "me", "type": "text"}
+    body = {"messages": [message], **idle, "service_tier": "auto", "top_logprobs": 0}
+    assert client.post(CHAT, json=body).status_code == 200
+    body = {"prompt": "a", **idle, "add_special_tokens": True}
+    assert client.post(COMPLETIONS, json=body).status_code == 200
 
 
 def test_the_key_is_required_under_v1_alone():
@@ -302,6 +380,18 @@ def test_a_body_past_the_bound_is_refused():
         for content in (b"x" * 101, iter([b"x" * 60, b"x" * 60])):  # announced, and in chunks
             error = error_of(client.post(COMPLETIONS, content=content))
             assert (error.status, error.code) == (413, "body_too_large")
+
+
+def test_a_body_may_be_as_large_as_what_the_model_reads():
+    most = body_limit(64, 4)
+    assert most == (1 << 18) + 8 * 64 * 4
+    assert body_limit(1_000_000, 128) == 8 << 20
+    with client_of(max_choices=4) as client:
+        head, tail = b'{"prompt": "a", "user": "', b'"}'
+        for size, status in [(most, 200), (most + 1, 413)]:
+            content = head + b"x" * (size - len(head) - len(tail)) + tail
+            headers = {"Content-Type": "application/json"}
+            assert client.post(COMPLETIONS, content=content, headers=headers).status_code == status
 
 
 def test_a_queue_that_is_full_takes_all_prompts_or_none():
@@ -380,6 +470,19 @@ def test_a_choice_that_comes_to_no_good_end_is_an_error(reason, status, code):
         *_, last = events_of(client.post(CHAT, json=body))
         assert last["error"]["code"] == code
         assert client.serving.idle
+
+
+def test_a_schema_that_fails_on_the_way_is_the_callers(client):
+    said = f"{TOO_COMPLEX} (2100 items): ask for a simpler one"
+    client.engine.script = lambda run: run.finish("error", error=said)
+    try:
+        error = error_of(client.post(COMPLETIONS, json={"prompt": "a"}))
+        assert (error.status, error.type) == (400, "invalid_request_error")
+        assert (error.param, error.message) == (SCHEMA, said)
+        *_, last = events_of(client.post(CHAT, json={"messages": HELLO, "stream": True}))
+        assert (last["error"]["param"], last["error"]["message"]) == (SCHEMA, said)
+    finally:
+        client.engine.script = say()
 
 
 def test_a_mistake_of_ours_tells_no_more_than_that(client, monkeypatch):

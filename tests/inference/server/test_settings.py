@@ -13,6 +13,8 @@ SENTENCES = [
     ({"api_key": ""}, "api_key must be printable ASCII"),
     ({"api_key": "a b"}, "api_key must be printable ASCII"),
     ({"api_key": "é"}, "api_key must be printable ASCII"),
+    ({"allowed_origins": ("https://a.org", "a.org")}, "allowed_origins holds 'a.org', must hold"),
+    ({"allowed_origins": ("https://a.org/x",)}, "allowed_origins holds 'https://a.org/x'"),
     ({"served_model_name": " "}, "served_model_name must not be empty"),
     ({"max_model_len": 0}, "max_model_len=0 must be 1 or more"),
     ({"max_loops": 0}, "max_loops=0 must be 1 or more"),
