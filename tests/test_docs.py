@@ -54,7 +54,7 @@ APPENDED = {  # by command: further flags, which win over the same ones before
 }
 # Minutes, or another package: that every flag exists is all that is asked of these.
 PARSED_ALONE = ("demo", "bench", "lm-eval", "evidence", "serve")
-NOT_RUN = ("cat", "curl", "printf", "pip")  # of pip the extras are checked
+NOT_RUN = ("cat", "curl", "printf", "pip", "source")  # of pip the extras are checked
 
 TABLES = {  # by the first cell of a table's head: what its first column must list
     "attention": tuple(ATTENTION),

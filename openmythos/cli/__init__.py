@@ -81,7 +81,7 @@ def parse(command: Any, name: str, arguments: list[str]) -> Any:
     """
     import tyro
 
-    from openmythos.cli.flag_help import fill_help
+    from openmythos.cli.flag_help import fill_help, model_first
     from openmythos.cli.refusals import in_one_sentence
 
     fill_help(command.Settings)
@@ -90,18 +90,19 @@ def parse(command: Any, name: str, arguments: list[str]) -> Any:
         arguments = ["--", *arguments]  # flags of another program, which are not ours to read
     defaults = command.defaults(arguments) if hasattr(command, "defaults") else None
     extra = {} if defaults is None else {"default": defaults}
-    return in_one_sentence(
-        name,
-        arguments,
-        lambda: tyro.cli(
-            command.Settings,
-            prog=f"openmythos {name}",
-            description=command.__doc__,
-            args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff,),  # --json, without a --no-json
-            **extra,
-        ),
-    )
+    with model_first():
+        return in_one_sentence(
+            name,
+            arguments,
+            lambda: tyro.cli(
+                command.Settings,
+                prog=f"openmythos {name}",
+                description=command.__doc__,
+                args=arguments,
+                config=(tyro.conf.FlagCreatePairsOff,),  # --json, without a --no-json
+                **extra,
+            ),
+        )
 
 
 def _overview() -> str:

@@ -44,6 +44,8 @@ HELP = """\
 /quit                       leave, as Ctrl-D does
 An empty line lets the model go on. To begin a line with a slash, write two."""
 
+ENDED_AT_ONCE = "openmythos: the model ended the text at once: write more, or try another /seed"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -140,10 +142,13 @@ class Chat:
                 self.text += piece.text
                 sys.stdout.write(colours.paint(piece))
                 sys.stdout.flush()
+            ended_at_once = not colours.counts
         except KeyboardInterrupt:
-            pass
+            ended_at_once = False
         print()
         self.replies += 1
+        if ended_at_once:
+            print(ENDED_AT_ONCE, file=sys.stderr)
 
     def _drawing(self) -> Sampling:
         """The sampling of the next reply: with a seed, each reply has draws of its own."""

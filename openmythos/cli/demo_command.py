@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from openmythos.cli.process import program
 from openmythos.config import MythosConfig
 from openmythos.errors import ConfigError
 from openmythos.training.run import check_folder, finished
@@ -90,7 +91,7 @@ def run(settings: Settings) -> None:
     if settings.fresh:
         _delete(settings.run)
     if finished(settings.run):
-        print(f"The demo in {settings.run} is finished; openmythos demo --fresh trains anew.")
+        print(f"The demo in {settings.run} is finished; {program()} demo --fresh trains anew.")
     else:
         _train(settings)
     _show(settings)
@@ -134,7 +135,7 @@ def _train(settings: Settings) -> None:
         try:
             trainer.fit(progress.report)
         except Stopped:
-            progress.say(f"stopped after step {trainer.step}: openmythos demo goes on from there")
+            progress.say(f"stopped after step {trainer.step}: {program()} demo goes on from there")
             raise KeyboardInterrupt from None
 
 
@@ -232,12 +233,15 @@ def _draw(lines: list[dict[str, Any]], ppmd: float | None, run: Path) -> None:
 
 
 def _what_next(run: Path) -> str:
-    named = shlex.quote(str(run))
+    named, openmythos = shlex.quote(str(run)), program()
     return f"""
 Try next:
 
-  openmythos generate {named} --prompt 'It is' --loops 16 --halting gate --show-loops
-  openmythos chat {named}
-  openmythos eval {named} --corpus embedded --loops 1 2 3 4 8 32 --halting gate
-  openmythos info nano
-  openmythos train --text my_books/ --preset tiny --steps 2000 --run runs/books"""
+  {openmythos} generate {named} --prompt 'It is' --loops 16 --halting gate --show-loops
+  {openmythos} chat {named}
+  {openmythos} eval {named} --corpus embedded --loops 1 2 3 4 8 32 --halting gate
+  {openmythos} info nano
+
+Then train on text of your own, PATH: a .txt, .jsonl or .parquet file, or a folder of them.
+
+  {openmythos} train --text PATH --preset tiny --steps 2000 --run runs/mine"""

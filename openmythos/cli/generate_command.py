@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from openmythos.cli.loop_colours import LoopColours, colours_wanted
-from openmythos.errors import InputError
+from openmythos.errors import CheckpointError, InputError
 from openmythos.inference.sampling import Sampling
-from openmythos.inference.shipped import LANGUAGE_MODEL
+from openmythos.inference.shipped import LANGUAGE_MODEL, find_model
 from openmythos.inference.thinking import Thinking
 
 if TYPE_CHECKING:
@@ -71,7 +71,12 @@ def run(settings: Settings) -> None:
     from openmythos.inference.language_model import load
 
     prompt = _from_stdin() if settings.prompt == "-" else settings.prompt
-    lm = load(settings.model)
+    try:
+        lm = load(settings.model)
+    except CheckpointError as error:
+        if settings.prompt or find_model(settings.model).exists():
+            raise
+        raise CheckpointError(f"{error}; a text to continue is given with --prompt") from None
     pieces = lm.write(
         prompt, settings.max_new_tokens, settings.thinking, settings.sampling, settings.stop
     )
@@ -90,6 +95,8 @@ def run(settings: Settings) -> None:
         interrupted = error
     seconds = time.perf_counter() - started
     print()
+    if not colours.counts and interrupted is None:
+        print(_ended_at_once(settings.sampling), file=sys.stderr)
     if settings.show_loops:
         print(f"\n{colours.legend()}")
     if sys.stderr.isatty():
@@ -97,6 +104,11 @@ def run(settings: Settings) -> None:
         print(f"[{tokens} tokens, {tokens / seconds:.0f} a second]", file=sys.stderr)
     if interrupted is not None:
         raise interrupted
+
+
+def _ended_at_once(sampling: Sampling) -> str:
+    other = " or another --seed" if sampling.temperature else ""  # which then changes nothing
+    return f"openmythos: the model ended the text at once: try a longer prompt{other}"
 
 
 def _as_json(pieces: Iterator[Piece]) -> dict[str, Any]:

@@ -12,10 +12,11 @@ refused. The harness fetches its tasks' questions from the network; with --inclu
 tasks of yours, whose questions may lie in a local file.
 
 It brings some 350 MB of packages, and is best installed in an environment of its own, torch first
-and in the build that you want, or another one is fetched with it:
+and in the build that you want, or another one is fetched with it. In the checkout of this project,
+which is the `.` below:
 
     python -m venv eval && eval/bin/pip install torch==2.13.0
-    eval/bin/pip install openmythos lm-eval==0.4.13
+    eval/bin/pip install . lm-eval==0.4.13
     eval/bin/openmythos lm-eval ...
 """
 

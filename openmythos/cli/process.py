@@ -1,10 +1,13 @@
-"""What a command asks of its own process before torch is loaded."""
+"""What a command asks of its own process before torch is loaded, and how it is called again."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import shlex
+import shutil
 import sys
+from pathlib import Path
 
 SPINS = "2000"
 """How long an idle thread of GNU OpenMP spins before it sleeps. By its default it spins for
@@ -39,3 +42,17 @@ def keep_freed_memory() -> bool:
         return False
     asked = {_MMAP_THRESHOLD: LARGEST_KEPT, _TRIM_THRESHOLD: MOST_KEPT}
     return all(library.mallopt(key, value) for key, value in asked.items())
+
+
+def program() -> str:
+    """Return what to type for `openmythos`: the path of this one where the shell would not find it.
+
+    So it is where no environment is active, as after `make demo`.
+    """
+    name = "openmythos"
+    own, found = Path(sys.executable).with_name(name), shutil.which(name)
+    if not own.is_file() or (found is not None and own.samefile(found)):
+        return name
+    here = Path.cwd()
+    below = here in own.parents[1:]  # in this very folder, the name alone would not be found
+    return shlex.quote(str(own.relative_to(here) if below else own))

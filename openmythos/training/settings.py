@@ -141,7 +141,8 @@ class TrainConfig:
     """Steps between measurements on held-out text."""
 
     evaluate_tokens: int = 16_384
-    """Tokens in such a measurement; the last one takes all of the held-out text."""
+    """Tokens in such a measurement, from the start of the held-out text; the last measurement takes
+    all of it."""
 
     log: Log = "none"
     """Where metrics go beside metrics.jsonl."""

@@ -51,6 +51,7 @@ def start_run(
         )
     if start_from is None:
         check_fits(model)
+        _check_length(train, model)
     if train.log == "tensorboard":
         check_tensorboard()
     corpus = _open(source)
@@ -63,12 +64,9 @@ def start_run(
     else:
         start = OpenMythos.from_pretrained(start_from)
         model = _extended(start.config, model, tokens, start_from)
+        _check_length(train, model)
     if train.train == "adapters" and not model.lora_rank:
         raise ConfigError("train='adapters' must go with lora_rank of 1 or more: there are none")
-    if train.length > model.max_length:
-        raise ConfigError(
-            f"length={train.length} must be at most the model's max_length={model.max_length}"
-        )
     made = not run.exists()
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -135,6 +133,13 @@ def _check_until(step: int, before: TrainConfig, now: TrainConfig) -> None:
         raise CheckpointError(
             f"until={now.steps} must be left out at step {step}: the learning rate decays from "
             f"step {begins:g} on, and only before can the number of steps ({before.steps}) change"
+        )
+
+
+def _check_length(train: TrainConfig, model: MythosConfig) -> None:
+    if train.length > model.max_length:
+        raise ConfigError(
+            f"length={train.length} must be at most the model's max_length={model.max_length}"
         )
 
 

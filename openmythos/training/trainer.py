@@ -30,7 +30,12 @@ from openmythos.model.transformer import MythosOutput, OpenMythos, cross_entropy
 from openmythos.training import checkpoint
 from openmythos.training.compiled import compiled_layers, compiling_pays
 from openmythos.training.depth import backprop_loops, sample_loops
-from openmythos.training.evaluate import Evaluation, evaluate, keep_trained_length
+from openmythos.training.evaluate import (
+    Evaluation,
+    evaluate,
+    keep_trained_length,
+    usual_stride,
+)
 from openmythos.training.gate import GateReport, Labelled, train_gate
 from openmythos.training.machine import Machine, default_device, matmul_peak, measure
 from openmythos.training.optimizer import build_optimizers
@@ -161,13 +166,22 @@ class Trainer:
             write(self._measurement(result))
         self.save(self._score(result))
         taken = self._take_best() if self.config.finish == "best" else self.step
-        whole = self._evaluate(None)
+        same = self.measures_all and taken == self.step
+        whole = result if same else self._evaluate(None)
         write(self._measurement(whole) | {"step": taken - 1, "final": True})
         if self.config.gate_steps and self.model_config.mean_loops > 1:
             gate = self._train_gate()
             write({"step": self.step, "gate": dataclasses.asdict(gate)})
         keep_trained_length(self.run / MODEL, self.config.length)
         self.model.save_pretrained(self.run / MODEL, self.tokenizer)
+
+    @property
+    def measures_all(self) -> bool:
+        """Whether a measurement on the way takes all of the held-out text, and not its start."""
+        length = self.config.length
+        windows = self.validation.windows(length, usual_stride(length))
+        last = windows.length - int(windows.first[-1])  # tokens that the last window adds
+        return self.config.evaluate_tokens > self.validation.tokens - last
 
     def _is_measured(self) -> bool:
         """Whether this step's point of the curve is written, by a run that was resumed after it."""
@@ -549,7 +563,7 @@ def scalars(line: dict[str, Any], under: str = "") -> Iterator[tuple[str, float]
 def check_tensorboard() -> None:
     """Raise `ConfigError` where tensorboard is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError("log='tensorboard' needs the package: pip install 'openmythos[log]'")
+        raise ConfigError("log='tensorboard' needs the package: pip install tensorboard")
 
 
 def _tensorboard(run: Path, step: int) -> Any:

@@ -4,6 +4,8 @@ import jaxtyping
 import pytest
 from command_line import RHYME, SHAPE, TRAINING, printed
 
+from openmythos.cli.process import program
+
 
 @pytest.fixture(autouse=True)
 def _do_not_check_shapes():
@@ -27,5 +29,5 @@ def run(tmp_path_factory, text):
     flags = [f"--model.{name.replace('_', '-')}={value}" for name, value in SHAPE.items()]
     flags += [f"--{name.replace('_', '-')}={value}" for name, value in TRAINING.items()]
     page = printed("train", "--text", text, "--run", folder, *flags)
-    assert "finished: openmythos generate" in page
+    assert f"finished: {program()} generate" in page
     return folder

@@ -8,6 +8,14 @@ from openmythos.errors import InputError
 SENTENCES = [
     ("fly", "command='fly' must be one of demo, train, generate"),
     ("generate nowhere", "model='nowhere' must be the folder of a model or of a run"),
+    ("generate nowhere", "(openmythos-lm); a text to continue is given with --prompt\n"),
+    ("generate nowhere --prompt hi", "comes with the package (openmythos-lm)\n"),
+    ("generate FOLDER --prompt hi", "model='folder' must hold settings.json, as a training run"),
+    ("generate FOLDER", "as a model does: choose another folder\n"),
+    ("reason --model RUN", "must be a reasoner, which was trained on walks, and is one that reads"),
+    ("reason --model RUN/model", "must be a reasoner, which was trained on walks, and is one that"),
+    ("reason --model openmythos-lm", "model='openmythos-lm' must be a reasoner, which was trained"),
+    ("reason --model nowhere", "model='nowhere' must be a model's folder or 'openmythos-reasoner'"),
     ("generate RUN --loops 0", "loops=0 must be 1 or more"),
     ("generate RUN --loops -2", "loops=-2 must be 1 or more"),
     ("generate RUN --loops 1.5", "loops='1.5' must be an integer"),
@@ -76,12 +84,8 @@ def test_what_does_not_fit_is_refused(command, sentence, run, text, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     names = {"RUN": str(run), "TEXT": str(text), "FOLDER": "folder"}
-    result = openmythos(
-        *(
-            names.get(word.removesuffix("/a.png"), word) + "/a.png" * word.endswith("/a.png")
-            for word in command.split()
-        )
-    )
+    words = (word.partition("/") for word in command.split())
+    result = openmythos(*("".join([names.get(first, first), *rest]) for first, *rest in words))
     assert result.code == 2
     assert sentence in result.err
     assert result.err.count("\n") == 1

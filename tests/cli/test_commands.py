@@ -16,6 +16,7 @@ from openmythos.cli import chat_command, demo_command, loop_colours, main, shipp
 from openmythos.cli.chat_command import Chat
 from openmythos.cli.demo_command import OPENING, RULE
 from openmythos.cli.loop_colours import LoopColours
+from openmythos.cli.process import program
 from openmythos.cli.progress import Progress
 from openmythos.errors import TokenizerError
 from openmythos.inference.language_model import Piece
@@ -51,6 +52,36 @@ def test_generate_stops_at_each_stop_string(run):
     flags = ["--seed", 1, "--max-new-tokens", 30, "--stop", text[4:6], "--stop", "never"]
     stopped = printed("generate", run, "--prompt", "The", *flags)
     assert stopped == text[: text.find(text[4:6])] + "\n"
+
+
+@pytest.fixture
+def ending(run, monkeypatch):
+    """A model that ends every text at once."""
+    lm = library.load(run)
+    monkeypatch.setattr(lm, "write", lambda *_, **__: iter(()))
+    monkeypatch.setattr("openmythos.inference.language_model.load", lambda _: lm)
+
+
+@pytest.mark.usefixtures("ending")
+def test_a_text_that_ends_at_once_is_told(run):
+    said = "openmythos: the model ended the text at once: try a longer prompt"
+    result = openmythos("generate", run, "--prompt", "Hi")
+    assert (result.code, result.out) == (0, "\n")
+    assert result.err == f"{said} or another --seed\n"
+    assert openmythos("generate", run, "--temperature", 0).err == f"{said}\n"
+    assert openmythos("generate", run, "--json").err == ""  # which has no token_ids
+
+
+@pytest.mark.usefixtures("ending")
+def test_a_reply_that_ends_at_once_is_told(run):
+    result = openmythos("chat", run, stdin="a\nb\n")
+    assert (result.code, result.out) == (0, "\n\n")
+    assert result.err == f"{chat_command.ENDED_AT_ONCE}\n" * 2
+
+
+def test_a_text_with_tokens_says_nothing_more(run):
+    assert openmythos("generate", run, "--prompt", "The mice", "--seed", 4).err == ""
+    assert openmythos("chat", run, "--seed", 4, stdin="The mice\n").err == ""
 
 
 def test_loops_are_counted_at_the_end_without_colours_where_there_is_no_terminal(run):
@@ -291,6 +322,44 @@ def test_eval_can_leave_ppmd_out(run, text, monkeypatch):
     assert quick(run, text)["ppmd"] is None
 
 
+@pytest.mark.parametrize("flag", ["--ppmd", "--no-no-ppmd"])
+def test_leaving_ppmd_out_is_a_flag_that_says_so(flag):
+    page = " ".join(printed("eval", "--help").replace("\u2502", " ").split())
+    assert "--no-ppmd Do not measure PPMd, for a quick look:" in page
+    assert f"{flag} is no flag of eval" in openmythos("eval", "x", flag).err
+
+
+def test_a_corpus_that_the_model_in_the_package_knows_is_told(run, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--loops", 1, "--max-tokens", 20]
+    shown = ["--no-ppmd", "--png", "None", *flags]
+    said = "holds out is not new to openmythos-lm, which was trained on a third of it"
+    measured = openmythos("eval", "openmythos-lm", "--corpus", "embedded", *shown)
+    assert measured.code == 0
+    assert measured.err.count(said) == measured.err.count("\n") == 1
+    copied = openmythos("export", "openmythos-lm", "copy", "--corpus", "embedded", *flags)
+    assert copied.err.count(said) == copied.err.count("\n") == 1
+    assert openmythos("eval", run, "--corpus", "embedded", *shown).err == ""
+    assert openmythos("eval", "openmythos-lm", "--text", text, *shown).err == ""
+
+
+def test_files_that_are_not_read_are_told(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "rhyme.txt").write_text(RHYME)
+    flags = [f"--model.{name.replace('_', '-')}={value}" for name, value in SHAPE.items()]
+    flags += [f"--{name.replace('_', '-')}={value}" for name, value in TRAINING.items()]
+    said = "text='texts': read 1 file; left out 1 of other kinds (.md)\n"
+    assert quick(run, "texts")["text"] == "texts"
+    assert "left out" not in openmythos("train", "--text", "texts", "--run", "one", *flags).out
+    (tmp_path / "texts" / "notes.md").write_text("notes")
+    assert openmythos("train", "--text", "texts", "--run", "two", *flags).out.startswith(said)
+    shown = ["--loops", 1, "--max-tokens", 20]
+    measured = openmythos("eval", run, "--text", "texts", "--no-ppmd", "--png", "None", *shown)
+    copied = openmythos("export", run, "copy", "--text", "texts", *shown)
+    assert measured.err == copied.err == f"openmythos: {said}"
+
+
 def test_eval_tokenises_no_more_documents_than_it_measures(run, tmp_path, monkeypatch):
     path = tmp_path / "many.jsonl"
     lines = (f"The {n} mice ran up the clock." for n in range(300))
@@ -437,7 +506,7 @@ def test_a_demo_goes_on_where_it_was_interrupted_or_begins_anew(quick_demo, tmp_
         patch.setattr(Progress, "report", interrupted)
         result = openmythos("demo", *flags, "--steps", 3)
     assert result.code == 130
-    assert "stopped after step 1: openmythos demo goes on from there" in result.out
+    assert f"stopped after step 1: {program()} demo goes on from there" in result.out
     assert f"Going on with the demo in {run}, at step 1." in printed("demo", *flags)
     assert [line["step"] for line in metrics(run) if "loss" in line] == [0, 1, 2]
     printed("demo", *flags, "--fresh", "--steps", 2)

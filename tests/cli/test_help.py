@@ -1,10 +1,13 @@
 """Help pages: each command has one, and it comes at once."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import openmythos
 from openmythos.cli import COMMANDS
 
 ASK = """
@@ -51,4 +54,12 @@ def test_a_flags_text_is_one_paragraph_whatever_its_docstrings_lines():
     assert "must not have begun to decay yet; the result is that of a run started" in page
     assert "Key and value heads of `gqa`; must divide num_heads" in page
     assert "--model.qk-norm {True,False}" in page
-    assert "usage: openmythos generate [-h] [OPTIONS] [MODEL]" in ask("generate", "--help")
+    assert "usage: openmythos generate [-h] [MODEL] [OPTIONS]\n" in ask("generate", "--help")
+
+
+def test_nothing_advises_to_install_this_package_by_its_name():
+    # No index has it: what is missing is named itself, and this package by its checkout.
+    package = Path(openmythos.__file__).parent
+    advised = re.compile(r"pip install .*\bopenmythos\b(?![-/])")
+    for file in package.rglob("*.py"):
+        assert not advised.search(file.read_text(encoding="utf-8")), file

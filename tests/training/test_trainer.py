@@ -21,7 +21,7 @@ from openmythos import MythosConfig, OpenMythos, Tokenizer
 from openmythos.cli.train_command import _better
 from openmythos.errors import CheckpointError, ConfigError, DataError
 from openmythos.training import checkpoint, compiled, machine, memory
-from openmythos.training.evaluate import trained_length
+from openmythos.training.evaluate import evaluate, trained_length
 from openmythos.training.run import METRICS, Settings, finished, load_from_run, metrics
 from openmythos.training.settings import OptimizerConfig, TrainConfig
 from openmythos.training.start import open_run, start_run
@@ -106,6 +106,37 @@ def test_the_curve_ends_with_the_last_step_on_the_text_it_began_with(tmp_path, t
         assert list(line["validation"].values()) == pytest.approx(measured)
     assert curve[-1]["validation"] != end["validation"]
     assert checkpoint.score(checkpoint.latest(run)) == curve[-1]["validation"]["2"]
+
+
+@pytest.mark.parametrize("tokens", [10**6, 64])
+def test_held_out_text_that_is_measured_whole_is_not_measured_again(
+    tmp_path, text, monkeypatch, tokens
+):
+    measured = []
+
+    def counting(*values, **how):
+        measured.append(evaluate(*values, **how))
+        return measured[-1]
+
+    monkeypatch.setattr("openmythos.training.trainer.evaluate", counting)
+    trainer = start(tmp_path / "run", text, steps=2, evaluate_tokens=tokens)
+    trainer.fit()
+    whole = tokens > trainer.validation.tokens
+    assert (trainer.measures_all, len(measured)) == (whole, 1 if whole else 2)
+    point, end = [line for line in metrics(tmp_path / "run") if "validation" in line]
+    assert (end == point | {"final": True}) == whole
+    again = trainer._evaluate(None)
+    assert list(end["validation"].values()) == list(again.bits_per_byte)
+    assert again.tokens == trainer.validation.tokens
+
+
+@pytest.mark.parametrize("length", [7, 8, 16])
+def test_a_run_knows_whether_its_measurements_take_all_of_the_text(tmp_path, text, length):
+    trainer = start(tmp_path / "run", text, steps=1, length=length)
+    count = trainer.validation.tokens
+    for tokens in range(max(1, count - 20), count + 3):
+        trainer.config = dataclasses.replace(trainer.config, evaluate_tokens=tokens)
+        assert trainer.measures_all == (trainer._evaluate(tokens).tokens == count), tokens
 
 
 def takes_denormals_for_0():
@@ -534,9 +565,17 @@ def test_what_does_not_fit_is_refused_before_work(tmp_path, text, train, model, 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_length_that_does_not_fit_is_told_before_the_amount_of_text(tmp_path):
+    (tmp_path / "short.txt").write_text("too little text")
+    with pytest.raises(ConfigError, match="length=65 must be at most the model's max_length=64"):
+        start(tmp_path / "run", tmp_path / "short.txt", length=65)
+    with pytest.raises(DataError, match="must have at least 64 tokens, which is one batch"):
+        start(tmp_path / "run", tmp_path / "short.txt", length=16)
+
+
 def test_what_is_missing_is_told_before_a_folder_is_made(tmp_path, text, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match="log='tensorboard' needs the package"):
+    with pytest.raises(ConfigError, match="needs the package: pip install tensorboard$"):
         start(tmp_path / "run", text, log="tensorboard")
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(ConfigError, match="must be a folder, and is a file"):

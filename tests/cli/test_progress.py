@@ -1,0 +1,105 @@
+"""The line that a training shows of itself: what counts stays readable in a narrow terminal."""
+
+import io
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from openmythos.cli import progress
+from openmythos.cli.progress import Progress
+
+LINE = {"loss": 7.1234, "bits_per_byte": 2.9, "tokens_per_second": 12345.0, "peak_share": 0.45}
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Return the progress of a run in a terminal of so many columns."""
+
+    def make(width=300, steps=300, measures_all=False):
+        console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+        monkeypatch.setattr(progress, "Console", lambda: console)
+        config = SimpleNamespace(steps=steps)
+        return Progress(
+            SimpleNamespace(
+                model=torch.nn.Linear(2, 2),
+                config=config,
+                step=0,
+                machine=None,
+                measures_all=measures_all,
+            )
+        )
+
+    return make
+
+
+@pytest.fixture
+def shown(terminal):
+    """Return what a terminal of so many columns shows of the last step but one."""
+
+    def show(width, steps=300, skipped=0):
+        made = terminal(width, steps)
+        made.report({"step": steps - 2, "skipped": skipped, **LINE})
+        with made.console.capture() as captured:
+            made.console.print(made.bar.get_renderable())
+        return captured.get()
+
+    return show
+
+
+@pytest.mark.parametrize("steps", [300, 100_000])
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_step_and_loss_are_whole_on_one_line_in_any_terminal(shown, width, steps):
+    line = shown(width, steps).rstrip()
+    assert line.startswith(f"step {steps - 1}/{steps} ")
+    assert " loss 7.123" in line
+    assert "\n" not in line
+    assert "…" not in line
+    assert len(line) <= width
+
+
+def test_a_wider_terminal_shows_more(shown):
+    assert "bits/byte" not in shown(40)
+    assert "2.900 bits/byte" in shown(60)
+    assert "12,345 tokens/s" in shown(80)
+    assert all(part in shown(120) for part in ("━", "12,345 tokens/s", "45% of peak"))
+
+
+def test_skipped_steps_come_before_the_figures_that_a_narrow_terminal_drops(shown):
+    assert "loss 7.123  2 skipped" in shown(60, skipped=2)
+
+
+def test_a_measurement_says_how_much_of_the_text_it_took(terminal):
+    point, end = {"1": 3.0, "8": 2.5}, {"1": 3.1, "8": 2.6}
+    made = terminal()
+    made.report({"step": 7, "validation": point})
+    made.report({"step": 7, "validation": end, "final": True})
+    first, second = made.console.file.getvalue().splitlines()
+    assert (
+        first == "step 8: start of the held-out text, bits per byte by loops  1: 3.0000  8: 2.5000"
+    )
+    assert second == "step 8: all held-out text, bits per byte by loops  1: 3.1000  8: 2.6000"
+
+
+def test_a_measurement_of_all_is_told_once(terminal):
+    made = terminal(measures_all=True)
+    made.report({"step": 7, "validation": {"1": 3.0}})
+    made.report({"step": 7, "validation": {"1": 3.0}, "final": True})
+    assert made.console.file.getvalue() == (
+        "step 8: all held-out text, bits per byte by loops  1: 3.0000\n"
+    )
+    made.report({"step": 3, "validation": {"1": 3.0}, "final": True})  # an earlier step was best
+    assert made.console.file.getvalue().endswith(
+        "step 4: all held-out text, bits per byte by loops  1: 3.0000\n"
+    )
+
+
+def test_the_gates_loss_stands_beside_that_of_all_loops(terminal):
+    made = terminal()
+    gate = {"threshold": 0.5, "mean_loops": 3.25, "budget": 8, "loss": 2.5, "full_loss": 2.4}
+    made.report({"step": 8, "gate": gate})
+    assert made.console.file.getvalue() == (
+        "gate: threshold 0.5, 3.25 of 8 loops a token on average, loss 2.5000 nats; with all 8 "
+        "loops for every token 2.4000\n"
+    )
