@@ -65,7 +65,8 @@ class Request:
     choices: int = 1
     """Continuations of the one prompt, which is read once."""
     priority: int = 0
-    """Higher is admitted first; equal ones in order of arrival, but some that fit may pass one that waits for room."""
+    """Higher is admitted first; equal ones in order of arrival, but some that fit may pass one that
+    waits for room."""
     logprobs: int | None = None
     """None: none. k: the logprob of each new token, and those of the k likeliest."""
     prompt_logprobs: bool = False
