@@ -76,11 +76,12 @@ def test_a_study_runs_and_is_concluded_from(tmp_path):
         result["before"]["chosen"]["mean_loops"]
     )
     twin = run_twin(study, tmp_path / "twin", lambda line: None)
-    assert set(twin["rules"]) == {"delta", "kl"}
+    assert set(twin["rules"]) == {"gate", "delta", "kl"}
     section = conclude({"hops/seed-0": result, "twin/seed-0": twin})
     assert "A twin that trains on alike, without exits" in section.sentences[1]
     assert "| fixed depth, enough | alike, no exits |" in section.tables[0]
-    assert "| gate, as chosen | alike, no exits |" not in section.tables[0]
+    assert "With a gate of its own it takes" in section.sentences[1]
+    assert "| gate, as chosen | alike, no exits |" in section.tables[0]
 
 
 def exits(worth):
