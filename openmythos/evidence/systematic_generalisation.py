@@ -174,17 +174,22 @@ def _main_sentence(looped: list[Result], plain: dict[str, Result]) -> list[str]:
         f"on each of {graphs}, the looped model answers chains of two of them with {two:.3f} right "
         f"or more and chains of four with {four:.3f}"
     )
-    learnt = {cell: run for cell, run in plain.items() if _reached(run, ["chained-4"])}
-    others = plain.keys() - learnt.keys()
-    for rows, which in ((learnt, "that learn"), (others, "that do not learn")):
-        if rows:
-            most = max(_share(plain[cell], "alone-2") for cell in rows)
-            names = ", ".join(sorted({cell.split("/")[0] for cell in rows}))
-            sentence += (
-                f"; plain transformers {which} the chains of training ({names}) have {most:.2f} or "
-                "less at two"
-            )
+    learnt = [cell for cell, run in plain.items() if _reached(run, ["chained-4"])]
+    others = [cell for cell in plain if cell not in learnt]
+    if learnt:
+        sentence += (
+            f"; plain transformers that learn the chains of training {_at_two(plain, learnt)}"
+        )
+    if others:
+        sentence += f"; plain transformers that do not learn these {_at_two(plain, others)}"
     return [sentence + "."]
+
+
+def _at_two(runs: dict[str, Result], cells: list[str]) -> str:
+    """The most that rows have of two hops, after their names."""
+    most = max(_share(runs[cell], "alone-2") for cell in cells)
+    names = ", ".join(sorted({cell.split("/")[0] for cell in cells}))
+    return f"({names}) have {most:.2f} or less at two"
 
 
 def _state_sentence(looped: list[Result], state: list[Result]) -> list[str]:
