@@ -509,12 +509,14 @@ def _twin_sentence(twin: Result, taught: list[Result]) -> str:
     ways = [way for way in ("fixed", *twin["rules"]) if way != "gate"]
     fewest = min(_cheapest(twin, way)["mean_loops"] for way in ways)
     chosen, gates = twin["chosen"], [part["chosen"]["mean_loops"] for part in taught]
+    cheap = _full(twin) - chosen["accuracy"] <= POINTS and chosen["mean_loops"] <= max(gates)
+    by_itself = ": the saving is the further training's, not that of the exits in it"
     return (
         f"A twin that trains on alike, without exits and with one depth for all, answers "
         f"{_full(twin):.4f} at full depth. With a gate of its own it takes "
         f"{chosen['mean_loops']:.1f} loops and answers {chosen['accuracy']:.4f}, and by the best "
         f"way that needs no gate {fewest:.1f} for half a point less, where training with exits "
-        f"takes {spread(gates, 1)}."
+        f"takes {spread(gates, 1)}{by_itself if cheap else ''}."
     )
 
 
