@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from openmythos.cli.named import model_folder
 from openmythos.errors import InputError
 from openmythos.scales import SCALES
 
@@ -102,14 +103,8 @@ def _model(name: str) -> OpenMythos:
         check_fits(config)
         return OpenMythos(config).eval().to(default_device())
     from openmythos.inference.language_model import load
-    from openmythos.inference.shipped import find_model, shipped
 
-    if not find_model(name).is_dir():
-        raise InputError(
-            f"model={name!r} must be one of {', '.join([*SCALES, *shipped()])}, or the folder of a "
-            "model or run"
-        )
-    return load(name).model.to(default_device())
+    return load(model_folder(name)).model.to(default_device())
 
 
 def _table(name: str, result: Bench) -> str:

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from openmythos.cli.named import model_folder
 from openmythos.config import CONFIG_FILE, MythosConfig
-from openmythos.errors import ConfigError, InputError
+from openmythos.errors import InputError
 from openmythos.numbers import check_depths
 from openmythos.scales import SCALES
 
@@ -71,19 +72,12 @@ def find_config(name: str) -> MythosConfig:
     """Return the config of a preset, of a model's folder or of a run.
 
     Raises:
-        ConfigError: there is no such preset and no such folder.
+        InputError: there is no such preset and no such folder.
         CheckpointError: the folder holds no model, or a damaged one.
     """
     if name in SCALES:
         return MythosConfig.preset(name)
-    from openmythos.inference.shipped import find_model, shipped
-
-    folder = find_model(name)
-    if not folder.is_dir():
-        raise ConfigError(
-            f"model={name!r} must be one of {', '.join([*SCALES, *shipped()])}, or the folder of a "
-            "model or run"
-        )
+    folder = model_folder(name)
     if (folder / CONFIG_FILE).is_file():
         return MythosConfig.load(folder)
     if (folder / "settings.json").is_file():
