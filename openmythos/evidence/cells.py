@@ -69,7 +69,7 @@ def run_cells(cells: Iterable[Cell], work: Path, say: Say) -> dict[str, Result]:
             started = time.perf_counter()
             measured = cell.run(folder, _prefixed(say, cell.name))
             where = {"torch": torch.__version__, "device": device_name() if cell.trains else "cpu"}
-            kept = {"settings": _as_json(cell.settings), **where, **measured}
+            kept = {"settings": as_json(cell.settings), **where, **measured}
             kept.setdefault("seconds", time.perf_counter() - started)
             _keep(folder, kept)
         results[cell.name] = kept
@@ -78,7 +78,7 @@ def run_cells(cells: Iterable[Cell], work: Path, say: Say) -> dict[str, Result]:
 
 def _begin(folder: Path, cell: Cell) -> None:
     """Write the settings beside the checkpoints, so that no other run goes on from these."""
-    path, settings = folder / "settings.json", _as_json(cell.settings)
+    path, settings = folder / "settings.json", as_json(cell.settings)
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != settings:
         raise CheckpointError(
             f"{path} must be of the settings asked for, as its folder's checkpoints are: delete "
@@ -147,11 +147,13 @@ def read_result(folder: Path, cell: Cell) -> Result | None:
 
 
 def _is_of(result: Result, cell: Cell) -> bool:
-    return bool(result.get("settings") == _as_json(cell.settings))
+    return bool(result.get("settings") == as_json(cell.settings))
 
 
-def _as_json(settings: dict[str, Any]) -> Any:
-    return json.loads(json.dumps(settings))
+def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as JSON gives them back: tuples are lists, and all keys are text."""
+    kept: dict[str, Any] = json.loads(json.dumps(settings))
+    return kept
 
 
 def _keep(folder: Path, result: Result) -> None:

@@ -274,11 +274,11 @@ def _plain_sentence(results: dict[str, Result]) -> str:
     return (
         f"Plain transformers ({', '.join(tried)}){than} answer chains of up to {best} hops at 0.95 "
         f"or more, and of half as long again as each one's own best {beyond:.3f} or less."
-        + _untaught(tried)
+        + _within_training(tried)
     )
 
 
-def _untaught(plain: dict[str, Result]) -> str:
+def _within_training(plain: dict[str, Result]) -> str:
     """Say where plain transformers are not even asked for more than training had."""
     if max(run["beyond"] for run in plain.values()) > TRAINED_HOPS:
         return ""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from openmythos.config import InjectionKind, MythosConfig
 from openmythos.errors import CheckpointError
-from openmythos.evidence.cells import Say
+from openmythos.evidence.cells import Say, as_json
 from openmythos.evidence.fact_models import HandsOn, StepByStep
 from openmythos.evidence.fit import IGNORE, Batch, FitConfig, fit
 from openmythos.evidence.text_training import trained_parameters
@@ -248,12 +248,8 @@ class FactTraining:
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as a cell keeps them."""
-        fields: dict[str, Any] = dataclasses.asdict(self)
-        fields["optimizer"] = dataclasses.asdict(
-            self.fit_config(self.steps, self.adam_lr).optimizer
-        )
-        kept: dict[str, Any] = json.loads(json.dumps(fields))
-        return kept
+        optimizer = self.fit_config(self.steps, self.adam_lr).optimizer
+        return as_json({**dataclasses.asdict(self), "optimizer": dataclasses.asdict(optimizer)})
 
 
 Kinds = tuple[Kind, ...]

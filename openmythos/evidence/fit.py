@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from openmythos.config import MythosConfig
 from openmythos.errors import ConfigError
+from openmythos.evidence.cells import as_json
 from openmythos.evidence.recorded import RecordedPasses
 from openmythos.model.files import fill, storable
 from openmythos.model.transformer import OpenMythos
@@ -211,8 +212,8 @@ def _asked(
     model: OpenMythos, config: FitConfig, frozen: Sequence[str], text: str
 ) -> dict[str, Any]:
     """What a checkpoint must have been made with."""
-    fields = json.loads(json.dumps(dataclasses.asdict(config)))
-    asked = {"model": json.loads(model.config.to_json()), "fit": fields}
+    fields = as_json(dataclasses.asdict(config))
+    asked: dict[str, Any] = {"model": json.loads(model.config.to_json()), "fit": fields}
     if frozen:
         asked["frozen"] = list(frozen)
     if text:

@@ -7,7 +7,6 @@ computation, and the reasoning side of parameter efficiency.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from openmythos.config import MythosConfig
-from openmythos.evidence.cells import Say
+from openmythos.evidence.cells import Say, as_json
 from openmythos.evidence.fit import Batch, FitConfig, fit
 from openmythos.evidence.text_training import PLAIN, trained_parameters
 from openmythos.model.transformer import OpenMythos
@@ -131,11 +130,9 @@ class HopTraining:
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as a cell keeps them."""
-        fields: dict[str, Any] = dataclasses.asdict(self)
+        fields = {**dataclasses.asdict(self), "optimizer": dataclasses.asdict(self.optimizer())}
         fields |= {"task": dataclasses.asdict(TASK), "trained_hops": TRAINED_HOPS}
-        fields |= {"packed": [SEQUENCES, LENGTH], "optimizer": dataclasses.asdict(self.optimizer())}
-        kept: dict[str, Any] = json.loads(json.dumps(fields))
-        return kept
+        return as_json(fields | {"packed": (SEQUENCES, LENGTH)})
 
 
 REASONER = HopTraining(core_layers=1, loops=(10, 30), no_ops=0.3)

@@ -10,7 +10,6 @@ A training ends where its loss or its gradient is no longer finite; that is a re
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from openmythos.config import InjectionKind
-from openmythos.evidence.cells import Result, Say
+from openmythos.evidence.cells import Result, Say, as_json
 from openmythos.evidence.fit import FitConfig, fit
 from openmythos.evidence.text_training import Texts, TextTraining, trained_parameters
 from openmythos.model.core import Core
@@ -96,11 +95,9 @@ class StressTraining:
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as a cell keeps them."""
-        fields: dict[str, Any] = dataclasses.asdict(self)
-        fields |= {"optimizer": dataclasses.asdict(self.optimizer)}
-        fields |= {"followed": [SEQUENCES, LENGTH], "steps_a_point": STEPS_A_POINT}
-        kept: dict[str, Any] = json.loads(json.dumps(fields))
-        return kept
+        fields = {**dataclasses.asdict(self), "optimizer": dataclasses.asdict(self.optimizer)}
+        fields |= {"followed": (SEQUENCES, LENGTH), "steps_a_point": STEPS_A_POINT}
+        return as_json(fields)
 
     def run(self, folder: Path, texts: Texts, say: Say) -> Result:
         """Train from the start, and measure.

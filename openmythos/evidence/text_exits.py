@@ -47,11 +47,11 @@ SETTINGS = {
     "tokens": TOKENS,
     "budget": BUDGET,
     "length": LENGTH,
-    "fixed": list(FIXED),
-    "rules": {rule: list(thresholds) for rule, thresholds in RULES.items()},
+    "fixed": FIXED,
+    "rules": RULES,
     "margin": MARGIN,
 }
-"""All that decides a measurement of one model, as JSON has it."""
+"""All that decides a measurement of one model."""
 
 
 LEARNT = ActTraining(prices=(0.003, 0.01, 0.03), steps=100, sequences=4, rate=0.1)

@@ -12,7 +12,6 @@ nothing.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from openmythos.config import MythosConfig
-from openmythos.evidence.cells import Say
+from openmythos.evidence.cells import Say, as_json
 from openmythos.evidence.fit import Batch, FitConfig, fit
 from openmythos.evidence.laned import Laned, further_parameters
 from openmythos.model.accounting import account, on_meta, parameters
@@ -187,8 +186,8 @@ class TextTraining:
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as a cell keeps them."""
-        fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        fields["optimizer"] = dataclasses.asdict(self.fit_config.optimizer)
+        optimizer = dataclasses.asdict(self.fit_config.optimizer)
+        fields = as_json({**dataclasses.asdict(self), "optimizer": optimizer})
         if self.lanes == 1:
             del fields["lanes"]  # as results from before there were any have it
         return fields
