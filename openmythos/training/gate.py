@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openmythos.config import HaltingKind
+from openmythos.errors import ConfigError
 from openmythos.model.halting import LearnedExit
 from openmythos.model.transformer import OpenMythos, cross_entropy
+from openmythos.training.optimizer import is_sharded
 
 CHANCES = (
     *(0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.985),
@@ -92,7 +94,15 @@ def train_gate(
         lost_accuracy: accuracy that exits may cost, for text with one right answer at each place,
             where a few wrong ones cost more nats than they matter.
         lr: learning rate of AdamW, decaying linearly to 0.
+
+    Raises:
+        ConfigError: the model is sharded.
     """
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ConfigError(
+            "model must be whole for its gate's training, is sharded: gather its state dict, and "
+            "load it into a model of one process"
+        )
     model.eval()
     gate, budget = model.core.gate, budget or 2 * model.config.mean_loops
     gate.start_anew()

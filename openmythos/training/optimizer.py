@@ -254,6 +254,8 @@ class Muon(torch.optim.Optimizer):
 
     A parameter group may hold `split`, an axis of its parameters and the sizes along it: each
     piece is a matrix of its own. `dtype` is what is orthogonalised in; torch's is bfloat16.
+    A parameter that `fully_shard` has divided is whole on every rank while it is moved, one at a
+    time: a piece of a matrix cannot be orthogonalised alone.
     (torch's, without nesterov and with bfloat16 gradients, overwrites its own momentum.)
 
     Raises ConfigError on settings out of range, other shapes, and splits that do not fit.
@@ -294,19 +296,21 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for alike in self._pieces_by_shape().values():
-            for bunch in _bunches(alike):
-                updates = [piece.direction() for piece in bunch]  # each (n, rows, columns)
-                together = updates[0] if len(updates) == 1 else torch.cat(updates)
-                orthogonal = orthogonalise(together, self.dtype)
-                sizes = [len(update) for update in updates]
-                for piece, update in zip(bunch, torch.split(orthogonal, sizes), strict=True):
-                    piece.apply(update)
+        alike: dict[tuple[Any, ...], list[_Piece]] = defaultdict(list)
+        for parameter, momentum, group in self._with_gradient():
+            if is_sharded(parameter):
+                self._move_sharded(parameter, momentum, group)
+                continue
+            for piece in _split(parameter, parameter.grad, momentum, group):
+                shape = tuple(sorted(piece.grad.shape[-2:]))
+                alike[(shape, piece.grad.dtype, piece.grad.device)].append(piece)
+        for pieces in alike.values():
+            for bunch in _bunches(pieces):
+                self._move(bunch)
         return loss
 
-    def _pieces_by_shape(self) -> dict[tuple[Any, ...], list["_Piece"]]:
-        """Returns what can be orthogonalised together, by shape, type and place."""
-        alike: dict[tuple[Any, ...], list[_Piece]] = defaultdict(list)
+    def _with_gradient(self) -> Iterator[tuple[Any, Tensor, dict[str, Any]]]:
+        """Yields each parameter that has a gradient, with its momentum and its group."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -314,10 +318,24 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter.grad)
-                for piece in _split(parameter, parameter.grad, state["momentum_buffer"], group):
-                    shape = tuple(sorted(piece.grad.shape[-2:]))
-                    alike[(shape, piece.grad.dtype, piece.grad.device)].append(piece)
-        return alike
+                yield parameter, state["momentum_buffer"], group
+
+    def _move(self, pieces: list["_Piece"]) -> None:
+        """Moves pieces of one shape, orthogonalised together."""
+        updates = [piece.direction() for piece in pieces]  # each (n, rows, columns)
+        together = updates[0] if len(updates) == 1 else torch.cat(updates)
+        orthogonal = orthogonalise(together, self.dtype)
+        sizes = [len(update) for update in updates]
+        for piece, update in zip(pieces, torch.split(orthogonal, sizes), strict=True):
+            piece.apply(update)
+
+    def _move_sharded(self, parameter: Any, momentum: Any, group: dict[str, Any]) -> None:
+        """Gathers one parameter, moves it on every rank alike, and keeps this rank's part."""
+        weight, grad, moving = (x.full_tensor() for x in (parameter, parameter.grad, momentum))
+        for piece in _split(weight, grad, moving, group):
+            self._move([piece])
+        _keep_part(parameter, weight)
+        _keep_part(momentum, moving)
 
 
 class _Piece(NamedTuple):
@@ -363,6 +381,20 @@ class _Piece(NamedTuple):
     def _scatter(self, tensor: Tensor, rows: Tensor) -> None:
         if self.busy is not None:
             tensor.index_copy_(0, self.busy, rows)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; asked by its method, since not every torch has `distributed`."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _keep_part(sharded: Any, whole: Tensor) -> None:
+    """Writes this rank's part of a tensor that is the same on all ranks."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = sharded.device_mesh
+    copies = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    sharded.to_local().copy_(copies.redistribute(placements=sharded.placements).to_local())
 
 
 def _bunches(pieces: list[_Piece]) -> Iterator[list[_Piece]]:

@@ -1,4 +1,5 @@
-"""Two processes that run different numbers of loops: nothing hangs, and gradients add up."""
+"""Two processes that run different numbers of loops: nothing hangs, gradients add up, and the
+optimizers move the weights as one process would."""
 
 import pytest
 import torch
@@ -7,7 +8,11 @@ import torch.multiprocessing as mp
 from torch.testing import assert_close
 
 from openmythos import MythosConfig, OpenMythos
+from openmythos.errors import ConfigError
 from openmythos.model.transformer import cross_entropy
+from openmythos.training.gate import Labelled, train_gate
+from openmythos.training.optimizer import build_optimizers
+from openmythos.training.settings import OptimizerConfig
 
 LOOPS = (3, 7)  # of rank 0 and rank 1
 
@@ -53,6 +58,7 @@ def shard(rank, folder):
     from torch.distributed.fsdp import fully_shard
 
     network = model()
+    splits = network.fused_splits()
     mesh = init_device_mesh("cpu", (2,))
     # The whole loop is one unit: a rank gathers once, however often it loops.
     for unit in (*network.prelude, network.core, *network.coda, network):
@@ -67,6 +73,18 @@ def shard(rank, folder):
         }
         if rank == 0:
             torch.save(gradients, f"{folder}/{window}.pt")
+    optimizers = build_optimizers(
+        network.named_parameters(), OptimizerConfig(), fused_splits=splits
+    )
+    for _ in range(2):  # the second has a momentum
+        optimizers.zero_grad()
+        (2 * loss(network, rank, 2)).backward()
+        optimizers.step()
+    with pytest.raises(ConfigError, match="must be whole"):
+        train_gate(network, lambda step: Labelled(token_ids(0), token_ids(0)), [])
+    weights = {name: p.full_tensor() for name, p in network.named_parameters()}
+    if rank == 0:
+        torch.save(weights, f"{folder}/moved.pt")
 
 
 def replicate(rank, folder):
@@ -105,3 +123,17 @@ def test_ranks_with_other_depths_do_not_hang_and_their_gradients_add_up(worked, 
     assert set(together) == set(expected)
     for name, gradient in expected.items():
         assert_close(together[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_sharded_weights_move_as_whole_ones_do(worked):
+    alone = model()
+    splits = alone.fused_splits()
+    optimizers = build_optimizers(alone.named_parameters(), OptimizerConfig(), fused_splits=splits)
+    for _ in range(2):
+        optimizers.zero_grad()
+        for rank in (0, 1):
+            loss(alone, rank, 2).backward()
+        optimizers.step()
+    moved = torch.load(worked / "moved.pt", weights_only=True)
+    for name, expected in alone.named_parameters():
+        assert_close(moved[name], expected.detach(), atol=2e-5, rtol=1e-4, msg=name)
