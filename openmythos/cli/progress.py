@@ -11,9 +11,12 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 
+from openmythos.training.running_mean import RunningMean
+
 if TYPE_CHECKING:
     from openmythos.training.trainer import Trainer
 
+SMOOTHED = ("loss", "bits_per_byte", "tokens_per_second", "peak_share")
 SMOOTHING = 0.9
 BAR = 12  # columns of the bar
 TIME = 8  # of the time left, with the space before it
@@ -37,7 +40,7 @@ class Progress:
             disable=not self.console.is_terminal,
         )
         self.task = self.bar.add_task("", total=trainer.config.steps, completed=trainer.step)
-        self.smooth: dict[str, float] = {}
+        self.means = {name: RunningMean(SMOOTHING) for name in SMOOTHED}
         self.announced = False
         self.told: tuple[int, dict[str, float]] | None = None  # the last measurement
 
@@ -97,10 +100,7 @@ class Progress:
         self.say(f"step {line['step'] + 1}: {text}, bits per byte by loops  {depths}")
 
     def _step(self, line: dict[str, Any]) -> None:
-        for name in ("loss", "bits_per_byte", "tokens_per_second", "peak_share"):
-            before = self.smooth.get(name, line[name])
-            self.smooth[name] = SMOOTHING * before + (1 - SMOOTHING) * line[name]
-        now = self.smooth
+        now = {name: mean.add(line[name]) for name, mean in self.means.items()}
         figures = [
             f"loss {now['loss']:.3f}",
             *([f"{line['skipped']} skipped"] if line["skipped"] else []),

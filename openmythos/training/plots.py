@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from openmythos.errors import CheckpointError
 from openmythos.training.figures import BLUE, GREY, ORANGE, blank, loop_ticks, save
+from openmythos.training.running_mean import RunningMean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -283,13 +284,8 @@ def _shade(share: float) -> tuple[float, float, float]:
 
 def _smooth(values: Sequence[float]) -> list[float]:
     """Running mean over the last twentieth of the steps, exponentially weighted."""
-    keep = 1 - 1 / max(1.0, len(values) / 40)
-    mean, weight, smooth = 0.0, 0.0, []
-    for value in values:
-        if math.isfinite(value):
-            mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        smooth.append(mean / weight if weight else math.nan)
-    return smooth
+    mean = RunningMean(keep=1 - 1 / max(1.0, len(values) / 40))
+    return [mean.add(value) for value in values]
 
 
 def _leave_out_the_start(axes: Axes, values: Sequence[float]) -> None:

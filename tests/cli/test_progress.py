@@ -103,3 +103,19 @@ def test_the_gates_loss_stands_beside_that_of_all_loops(terminal):
         "gate: threshold 0.5, 3.25 of 8 loops a token on average, loss 2.5000 nats; with all 8 "
         "loops for every token 2.4000\n"
     )
+
+
+def test_one_step_that_was_skipped_does_not_hide_the_loss_of_those_after_it(terminal):
+    made = terminal(steps=60)
+    for step in range(60):
+        loss = float("nan") if step == 3 else 2.0
+        made.report({"step": step, "skipped": int(step >= 3), **LINE, "loss": loss})
+    assert "step 60/60  loss 2.000  1 skipped" in made.console.file.getvalue()
+
+
+def test_the_figures_of_a_short_run_are_not_those_of_its_first_step(terminal):
+    made = terminal(steps=10)
+    for step in range(10):
+        made.report({"step": step, "skipped": 0, **LINE, "loss": 10.0 - step})
+    shown = float(made.console.file.getvalue().split("loss ")[1].split()[0])
+    assert shown < 5  # 6.49 if the first counted as all before it
