@@ -10,6 +10,19 @@ TEMPORARY = ".openmythos-"
 """How the names of unfinished files and folders begin. A training removes those in its run."""
 
 
+def write_readably(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a new file, readable to whom new files are: safetensors' is to nobody else.
+
+    Args:
+        path: of the file.
+        write: writes it.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    write(path)
+    path.chmod(mode)
+
+
 def write_atomically(path: str | Path, content: bytes | Callable[[Path], object]) -> None:
     """Writes a file so that a reader, a crash or a full disk sees the old one or the new one.
 
@@ -21,10 +34,7 @@ def write_atomically(path: str | Path, content: bytes | Callable[[Path], object]
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
         if callable(content):
-            temporary.touch()  # some writers make a file that nobody else may read
-            mode = temporary.stat().st_mode
-            content(temporary)
-            temporary.chmod(mode)
+            write_readably(temporary, content)
         else:
             temporary.write_bytes(content)
         flush_to_disk(temporary)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openmythos.errors import CheckpointError
-from openmythos.files import TEMPORARY, flush_to_disk
+from openmythos.files import TEMPORARY, flush_to_disk, write_readably
 
 FORMAT = "openmythos-checkpoint"
 VERSION = 1
@@ -196,7 +196,7 @@ def _write(
     bits_per_byte: float | None,
 ) -> None:
     storable, tied = _storable(tensors)
-    save_file(storable, folder / TENSORS)
+    write_readably(folder / TENSORS, lambda path: save_file(storable, path))
     header: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,

@@ -15,13 +15,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, final, get_args
+from typing import Any, final
 
 from openmythos.errors import DataError
 from openmythos.training.token_file import TokenFile, write_tokens
 from openmythos.training.tokenizer import Tokenizer
 
-CorpusName = Literal["embedded", "sotu"]
+RUN_MARK = "train.bin"
+"""A file that only a run has: the folder that holds it is one."""
 
 _KINDS_NAMED = 5
 """Kinds of files that are left out, of which no more are named."""
@@ -73,7 +74,7 @@ def open_corpus(name: str) -> Corpus:
     """
     if name not in _CORPORA:
         raise DataError(
-            f"corpus={name!r} must be one of {', '.join(get_args(CorpusName))}: choose one, "
+            f"corpus={name!r} must be one of {', '.join(_CORPORA)}: choose one, "
             "or give the path of your own text"
         )
     read, split = _CORPORA[name]
@@ -86,8 +87,9 @@ def open_text(path: str | Path, *, field: str = "text", held_out: float = 0.05) 
 
     A text file is one document; a line of JSONL or a row of Parquet is one, in its `field`. About
     `held_out` of the documents (above 0, at most 0.5) are for validation, chosen by the hash of
-    their text. Of a single document the end is held out, from a paragraph on. Raises DataError
-    when text is missing, empty, not UTF-8 or not in the form its suffix says.
+    their text. Of a single document the end is held out, from a paragraph on, and of the longest
+    where whole documents would be far too little or too much. Raises DataError when text is
+    missing, empty, not UTF-8 or not in the form its suffix says.
     """
     path = Path(path)
     if not 0 < held_out <= 0.5:
@@ -96,9 +98,11 @@ def open_text(path: str | Path, *, field: str = "text", held_out: float = 0.05) 
     sizes = {_side(text): len(text.encode()) for text in read()}
     if not sizes:
         raise DataError(f"text={str(path)!r} must not be empty: give a file with text in it")
-    if len(sizes) == 1:
-        return _divide_inside(str(path), read, held_out)
-    chosen = _choose(sizes, held_out)
+    wanted, chosen = held_out * sum(sizes.values()), frozenset[bytes]()
+    if len(sizes) > 1:
+        chosen = _choose(sizes, held_out)
+    if sum(sizes[digest] for digest in chosen) < wanted / 2:
+        return _divide_inside(str(path), read, sizes, wanted)
     split = f"{len(chosen)} of {len(sizes)} documents are held out"
     return _divide(str(path), split, read, chosen)
 
@@ -166,7 +170,7 @@ def prepare(
         return TokenFile(path)
 
     return (
-        tokenised("train.bin", corpus.training_documents(), least_tokens),
+        tokenised(RUN_MARK, corpus.training_documents(), least_tokens),
         tokenised("validation.bin", corpus.validation_documents(), 1),
     )
 
@@ -241,19 +245,26 @@ def _choose_of_few(sizes: dict[bytes, int], wanted: float, most: float) -> froze
     return frozenset(chosen or [min(sizes, key=lambda digest: (sizes[digest], digest))])
 
 
-def _divide_inside(name: str, read: Callable[[], Iterator[str]], held_out: float) -> Corpus:
-    """Holds out the end of a single document, from a place between words at the least."""
+def _divide_inside(
+    name: str, read: Callable[[], Iterator[str]], sizes: dict[bytes, int], wanted: float
+) -> Corpus:
+    """Holds out the end of the longest document, from a place between words at the least."""
+    longest = max(sizes, key=lambda digest: (sizes[digest], digest))
+    held_out = min(0.5, wanted / sizes[longest])
 
-    def halves() -> Iterator[str]:
+    def halves(text: str) -> tuple[str, str]:
+        before = len(text) - len(text.lstrip())  # copies may differ there
+        cut = before + _cut(text.strip(), held_out)
+        return text[:cut], text[cut:]
+
+    def divided() -> Iterator[str]:
         for text in read():
-            before = len(text) - len(text.lstrip())  # copies may differ there
-            cut = before + _cut(text.strip(), held_out)
-            yield from (text[:cut], text[cut:])
+            yield from halves(text) if _side(text) == longest else (text,)
 
-    texts = list(halves())  # a document, or copies of it
-    share = len(texts[1]) / (len(texts[0]) + len(texts[1]))
-    split = f"the last {share:.0%} of the only document are held out"
-    return _divide(name, split, halves, frozenset([_side(texts[1])]))
+    start, end = next(halves(text) for text in read() if _side(text) == longest)
+    which = "only document" if len(sizes) == 1 else f"longest of {len(sizes)} documents"
+    split = f"the last {len(end) / (len(start) + len(end)):.0%} of the {which} are held out"
+    return _divide(name, split, divided, frozenset([_side(end)]))
 
 
 def _cut(text: str, held_out: float) -> int:
@@ -282,12 +293,17 @@ def _files(path: Path) -> list[Path]:
 
 
 def _visible(folder: Path) -> list[Path]:
-    """Returns the files of a folder at any depth, but for hidden ones."""
+    """Returns the files of a folder at any depth, but for hidden ones and those of runs.
+
+    A run that was put inside the text it learns from would otherwise read its own metrics.
+    """
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    runs = [file.parent for file in files if file.name == RUN_MARK]
     return [
         file
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-        and not any(name.startswith(".") for name in file.relative_to(folder).parts)
+        for file in files
+        if not any(name.startswith(".") for name in file.relative_to(folder).parts)
+        and not any(run in file.parents for run in runs if run != folder)
     ]
 
 
@@ -333,12 +349,16 @@ def _read_jsonl(file: Path, field: str) -> Iterator[str]:
     for number, line in enumerate(_lines(file), start=1):
         content = _decode(line, file, offset).strip()
         offset += len(line)
-        if content:
-            yield _field_of(content, field, f"text={str(file)!r} line {number}")
+        text = _field_of(content, field, f"text={str(file)!r} line {number}") if content else None
+        if text is not None:
+            yield text
 
 
-def _field_of(line: str, field: str, where: str) -> str:
+def _field_of(line: str, field: str, where: str) -> str | None:
+    """Returns the text of a row; None where it is null, as it may be in Parquet."""
     row = _row(line, where)
+    if isinstance(row, dict) and field in row and row[field] is None:
+        return None
     if isinstance(row, dict) and field in row and not isinstance(row[field], str):
         kind = type(row[field]).__name__
         raise DataError(f"{where} must have a text in the field {field!r}, and has {kind}: mend it")

@@ -57,6 +57,13 @@ def test_a_checkpoint_gives_back_what_it_was_given(tmp_path):
     assert_same(loaded.tensors, some_tensors(3))
 
 
+def test_whoever_may_read_new_files_may_read_a_checkpoint(tmp_path):
+    (tmp_path / "usual").touch()
+    path = save(tmp_path / "run", 1, some_tensors())
+    wanted = (tmp_path / "usual").stat().st_mode
+    assert {file.stat().st_mode for file in path.iterdir()} == {wanted}
+
+
 def test_keys_that_json_turns_into_text_do_not_look_like_damage(tmp_path):
     path = save(tmp_path, 1, some_tensors(), {"seen": {10: (1, 2), 9: math.inf}})
     assert load(path).state == {"seen": {"10": [1, 2], "9": math.inf}}
