@@ -59,7 +59,7 @@ def test_a_checkpoint_gives_back_what_it_was_given(tmp_path):
 
 def test_whoever_may_read_new_files_may_read_a_checkpoint(tmp_path):
     (tmp_path / "usual").touch()
-    path = save(tmp_path / "run", 1, some_tensors())
+    path = save(tmp_path / "run", 1, some_tensors(), {})
     wanted = (tmp_path / "usual").stat().st_mode
     assert {file.stat().st_mode for file in path.iterdir()} == {wanted}
 
