@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from openmythos import MythosConfig
-from openmythos.training.settings import TrainConfig
+from openmythos.training.settings import Source, TrainConfig
 from openmythos.training.start import start_run
 
 RECORD = Path("runs/same.json")
@@ -44,7 +44,7 @@ def losses(name: str) -> list[list[float]]:
         evaluate_every=100,
     )
     with tempfile.TemporaryDirectory() as folder:
-        trainer = start_run(Path(folder) / "run", model, train, source={"corpus": "embedded"})
+        trainer = start_run(Path(folder) / "run", model, train, source=Source(corpus="embedded"))
         trainer.prepare()
         steps = [trainer.one_step() for _ in range(train.steps)]
     return [[line["loss"], line["gradient_norm"]] for line in steps]

@@ -133,7 +133,7 @@ class Chat:
     def _reply(self) -> None:
         """Write until the reply ends or Ctrl-C ends it; what was written stands."""
         room = self._room()
-        budget = self.thinking.loops or self.lm.model.config.mean_loops
+        budget = self.thinking.loops_of(self.lm.model.config)
         colours = LoopColours(budget, self.settings.show_loops and colours_wanted())
         try:
             text = self._recent(room)
@@ -200,11 +200,8 @@ class Chat:
         self.thinking = dataclasses.replace(self.thinking, loops=int(loops))
 
     def _halting(self, rule: str, threshold: str | None = None) -> None:
-        from openmythos.model.halting import make_rule
-
         bound = None if threshold is None else _number("threshold", threshold)
-        model = self.lm.model
-        make_rule(rule, bound, model.core.learned_exits(), model.readout)  # it checks both
+        self.lm.model.rule(rule, bound)  # it checks both
         kind = cast("HaltingKind", rule)
         self.thinking = dataclasses.replace(self.thinking, halting=kind, threshold=bound)
 

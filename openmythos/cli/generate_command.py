@@ -84,7 +84,7 @@ def run(settings: Settings) -> None:
         print(json.dumps(_as_json(pieces)))
         return
     wanted = settings.show_loops and colours_wanted()
-    budget = settings.thinking.loops or lm.model.config.mean_loops
+    budget = settings.thinking.loops_of(lm.model.config)
     colours = LoopColours(budget, wanted)
     started, interrupted = time.perf_counter(), None
     try:

@@ -26,6 +26,7 @@ from openmythos.cli.loop_colours import colours_wanted
 from openmythos.config import HaltingKind
 from openmythos.errors import InputError
 from openmythos.inference.shipped import REASONER, find_model
+from openmythos.inference.thinking import Thinking
 from openmythos.training.run import SETTINGS, TOKENIZER
 
 if TYPE_CHECKING:
@@ -85,9 +86,10 @@ def run(settings: Settings) -> None:
         random = np.random.default_rng(settings.seed)
         token_ids = HOUSE.chains(random, 1, hops, hops + settings.waits).token_ids
     reasoner = load_reasoner(_checked(settings.model))
-    trace = reasoner.solve(
-        token_ids, loops=settings.loops, halting=settings.halting, threshold=settings.threshold
+    thinking = Thinking(
+        loops=settings.loops, halting=settings.halting, threshold=settings.threshold
     )
+    trace = reasoner.solve(token_ids, thinking)
     if settings.json:
         print(json.dumps(as_json(trace)))
         return

@@ -15,6 +15,7 @@ requests finish; a second one does not.
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import os
 import sys
 from dataclasses import dataclass, field
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from openmythos.inference.server.serving import Loaded
 
 KEY = "OPENMYTHOS_API_KEY"
-NEAR = ("127.", "::1", "localhost")
-"""How addresses begin that are reached from this machine alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +67,7 @@ def run(settings: Settings) -> None:
     from openmythos.inference.server.serving import Serving
 
     server = with_key(settings.server)
-    if server.api_key is None and not server.host.startswith(NEAR):
+    if server.api_key is None and not is_near(server.host):
         print(
             f"openmythos: host={server.host} is open to the network, and without a key anyone "
             f"there may use the model: set --api-key or {KEY}",
@@ -87,6 +86,14 @@ def run(settings: Settings) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def is_near(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, of which one is known to be
+        return host == "localhost"
 
 
 def with_key(settings: ServerSettings) -> ServerSettings:

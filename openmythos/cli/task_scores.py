@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from openmythos.config import HaltingKind
-from openmythos.inference.tasks import (
+from openmythos.inference.thinking import Thinking
+from openmythos.numbers import check_depths
+from openmythos.tasks.question_sets import (
     TASKS,
     Comparison,
     Floors,
@@ -23,7 +25,6 @@ from openmythos.inference.tasks import (
     floors,
     read_task,
 )
-from openmythos.numbers import check_depths
 
 if TYPE_CHECKING:
     from openmythos.inference.grading import Grade
@@ -70,18 +71,17 @@ def measure(
         from openmythos.inference.language_model import load
 
         lm = load(model)
-    ways: list[tuple[int, HaltingKind]] = [(depth, "none") for depth in sorted(set(loops))]
+    ways = [Thinking(loops=depth) for depth in sorted(set(loops))]
     if halting != "none":
-        ways.append((max(loops), halting))
-    return (_report(name, questions[name], lm, ways, threshold) for name in names)
+        ways.append(Thinking(loops=max(loops), halting=halting, threshold=threshold))
+    return (_report(name, questions[name], lm, ways) for name in names)
 
 
 def _report(
     name: TaskName,
     questions: Sequence[Question],
     lm: LanguageModel | None,
-    ways: Sequence[tuple[int, HaltingKind]],
-    threshold: float | None,
+    ways: Sequence[Thinking],
 ) -> dict[str, Any]:
     task = TASKS[name]
     below = floors(questions, task.kind)
@@ -97,23 +97,20 @@ def _report(
     if lm is None:
         return report
     from openmythos.inference.grading import grade
-    from openmythos.training.evaluate import threshold_of
 
     scores = []
-    for loops, rule in ways:
-        bound = None if rule == "none" else threshold_of(lm.model, rule, threshold)
-        with _bar(f"{name}, {loops} loops") as progress:
-            result = grade(
-                lm,
-                questions,
-                task.kind,
-                loops=loops,
-                halting=rule,
-                threshold=bound,
-                progress=progress,
-            )
-        above = _above(result, task, below, len(questions))
-        scores.append({"halting": rule, "threshold": bound, **asdict(result), "above": above})
+    for way in ways:
+        rule = lm.model.rule(way.halting, way.threshold)
+        with _bar(f"{name}, {way.loops} loops") as progress:
+            result = grade(lm, questions, task.kind, way, progress=progress)
+        scores.append(
+            {
+                "halting": way.halting,
+                "threshold": None if rule is None else rule.threshold,
+                **asdict(result),
+                "above": _above(result, task, below, len(questions)),
+            }
+        )
     return report | {"cut": scores[0]["cut"], "scores": scores}
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from openmythos.errors import CheckpointError, InputError
+from openmythos.training.run import MODEL
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -77,7 +78,7 @@ class ChatLayout:
         Raises:
             CheckpointError: its template is not one, or cannot be read.
         """
-        for path in (folder / TEMPLATE, folder / "model" / TEMPLATE):
+        for path in (folder / TEMPLATE, folder / MODEL / TEMPLATE):
             if path.is_file():
                 try:
                     return cls(tokenizer, path.read_text(encoding="utf-8"))

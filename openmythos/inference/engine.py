@@ -11,7 +11,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,7 +21,8 @@ from openmythos.inference.language_model import LanguageModel
 from openmythos.inference.pages import PAGE
 from openmythos.inference.passes import page_bytes
 from openmythos.inference.request import Event, FinishEvent, FinishReason, Request
-from openmythos.inference.ticks import Ticker, Work, told
+from openmythos.inference.ticks import Counts, Ticker, told
+from openmythos.inference.work import Work
 
 LOG = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ Listener = Callable[[Event], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """An engine's state after a tick, and what it has done since its start."""
+    """How an engine stands after a tick."""
 
     running: int = 0
     """Requests in flight."""
@@ -47,24 +48,8 @@ class Statistics:
     """`total` less `free` less `cached`."""
     pages_promised: int = 0
     """That requests in flight may still take."""
-    prefix_hits: int = 0
-    """Columns of 16 positions that were found."""
-    prefix_evictions: int = 0
-    ticks: int = 0
-    row_loops: int = 0
-    requests: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    new_tokens: int = 0
-    new_token_loops: int = 0
-    """Loops of the positions that new tokens were drawn from."""
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    """Of those drafted, the ones that turned out to be true."""
-    finished_stop: int = 0
-    finished_length: int = 0
-    finished_cancelled: int = 0
-    finished_error: int = 0
+    done: Counts = field(default_factory=Counts)
+    """Up to this tick; a copy of its own."""
 
 
 class Submission:
@@ -270,9 +255,8 @@ class Engine:
         """Return the state after the last tick."""
         return self._statistics
 
-    # The engine's thread
-
     def _run(self) -> None:
+        """The engine's thread, from its start to its end."""
         error: str | None = None
         try:
             with torch.inference_mode():
@@ -335,7 +319,7 @@ class Engine:
         self._statistics = self._take_statistics()
 
     def _take_statistics(self) -> Statistics:
-        ticker, pages, counts = self._ticker, self._ticker.pages, self._ticker.counts
+        ticker, pages = self._ticker, self._ticker.pages
         waiting = len(ticker.scheduler.waiting)
         return Statistics(
             running=len(ticker.works) - waiting,
@@ -346,19 +330,5 @@ class Engine:
             pages_cached=pages.cached,
             pages_used=pages.used,
             pages_promised=pages.promised,
-            prefix_hits=pages.hits,
-            prefix_evictions=pages.evictions,
-            ticks=counts.ticks,
-            row_loops=counts.row_loops,
-            requests=counts.requests,
-            prompt_tokens=counts.prompt_tokens,
-            cached_tokens=counts.cached_tokens,
-            new_tokens=counts.new_tokens,
-            new_token_loops=counts.new_token_loops,
-            drafted_tokens=counts.drafted_tokens,
-            accepted_tokens=counts.accepted_tokens,
-            finished_stop=counts.finished["stop"],
-            finished_length=counts.finished["length"],
-            finished_cancelled=counts.finished["cancelled"],
-            finished_error=counts.finished["error"],
+            done=replace(ticker.counts),
         )

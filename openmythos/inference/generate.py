@@ -12,10 +12,9 @@ from torch import Tensor
 from openmythos.errors import InputError
 from openmythos.inference.sampling import Sampling, draw
 from openmythos.inference.thinking import Thinking
-from openmythos.model.call import check_loops
-from openmythos.model.halting import make_rule
+from openmythos.model.call import check_call
 from openmythos.model.transformer import OpenMythos
-from openmythos.numbers import at_least
+from openmythos.numbers import at_least, whole
 
 
 class NewToken(NamedTuple):
@@ -55,11 +54,16 @@ def generate(
             argument does not fit.
     """
     thinking, sampling = thinking or Thinking(), sampling or Sampling()
-    batch, prompt = token_ids.shape
-    check_length(prompt, max_new_tokens, model.config.max_length)
-    loops = model.config.mean_loops if thinking.loops is None else thinking.loops
-    check_loops(loops, batch, prompt)
-    make_rule(thinking.halting, thinking.threshold, model.core.learned_exits(), model.readout)
+    asked = thinking.loops_of(model.config)
+    loops = whole(asked)
+    if loops is None:
+        raise InputError(f"loops={asked!r} must be an integer, the budget of every token")
+    check_call(model, token_ids, loops, None, mask, None, None, None)
+    check_length(token_ids.shape[1], max_new_tokens, model.config.max_length)
+    _check_prompts(mask)
+    if vocab_size is not None and not at_least(vocab_size, 1):
+        raise InputError(f"vocab_size={vocab_size!r} must be an integer of 1 or more")
+    model.rule(thinking.halting, thinking.threshold)  # it checks both
     drawing = _Drawing(sampling, vocab_size, end_id)
     return _tokens(model, token_ids, max_new_tokens, loops, thinking, mask, drawing)
 
@@ -113,8 +117,10 @@ def _tokens(
 ) -> Iterator[NewToken]:
     batch, prompt = token_ids.shape
     generator = drawing.generator(token_ids.device)
+    # Where a rule ends tokens, few loops may do: the cache grows where they do not.
+    slots = loops if thinking.halting == "none" else min(loops, model.config.mean_loops)
     cache = model.new_cache(
-        batch, prompt + max_new_tokens, loops=loops, policy=thinking.cache_policy
+        batch, prompt + max_new_tokens, loops=slots, policy=thinking.cache_policy
     )
     how = {"halting": thinking.halting, "threshold": thinking.threshold}
     for _ in range(max_new_tokens):
@@ -132,6 +138,16 @@ def _last_places(mask: Tensor | None) -> Tensor | int:
         return -1
     places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     return places.masked_fill(~mask, -1).amax(1)
+
+
+def _check_prompts(mask: Tensor | None) -> None:
+    """Raise `InputError` where a prompt is all padding: nothing says what comes first."""
+    empty = [] if mask is None else (~mask.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise InputError(
+            f"mask marks no token of prompt {empty[0]}: each must have one at least, such as the "
+            "end-of-document token"
+        )
 
 
 def check_length(prompt: int, max_new_tokens: int, max_length: int) -> None:

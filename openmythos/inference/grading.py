@@ -11,10 +11,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from openmythos.config import HaltingKind
 from openmythos.inference.language_model import LanguageModel
-from openmythos.inference.scoring import Request, Score, make_requests, score
-from openmythos.inference.tasks import Comparison, Kind, Question, credit
+from openmythos.inference.scoring import Continuation, Score, encode_pairs, score
+from openmythos.inference.thinking import Thinking
+from openmythos.tasks.question_sets import Comparison, Kind, Question, credit
 
 T = TypeVar("T")
 
@@ -60,10 +60,8 @@ def grade(
     lm: LanguageModel,
     questions: Sequence[Question],
     kind: Kind,
+    thinking: Thinking,
     *,
-    loops: int,
-    halting: HaltingKind = "none",
-    threshold: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Grade:
     """Let a model answer, and say how well.
@@ -72,36 +70,27 @@ def grade(
         lm: model and tokenizer.
         questions: two or more.
         kind: the task's.
-        loops: most loops a token takes, 1 or more.
-        halting: when a token leaves the core before.
-        threshold: the rule's bound; None is its own default.
+        thinking: loops, halting rule and threshold. The cache's policy plays no part.
         progress: called after each batch with the answers done and all there are.
 
     Raises:
         InputError: loops or rule do not fit the model.
     """
     pairs = [pair for q in questions for pair in zip(q.contexts, q.answers, strict=True)]
-    requests = make_requests(lm.tokenizer, pairs)
-    scores = score(
-        lm.model,
-        requests,
-        loops=loops,
-        halting=halting,
-        threshold=threshold,
-        progress=progress,
-    )
-    asked, scored = _by_question(requests, questions), _by_question(scores, questions)
+    answers = encode_pairs(lm.tokenizer, pairs)
+    scores = score(lm.model, answers, thinking, progress=progress)
+    asked, scored = _by_question(answers, questions), _by_question(scores, questions)
     gold = [row[question.right] for row, question in zip(scored, questions, strict=True)]
     nats = np.array([-one.log_likelihood for one in gold])
-    limit, tokens = lm.model.config.max_length, sum(len(one.continuation) for one in requests)
+    limit, tokens = lm.model.config.max_length, sum(len(one.token_ids) for one in answers)
     return Grade(
-        loops=loops,
+        loops=thinking.loops_of(lm.model.config),
         mean_loops=sum(one.loops for one in scores) / tokens,
         accuracy=_choices(questions, scored) if kind == "choice" else {"raw": _greedy(gold)},
         perplexity=_perplexity(nats) if kind == "word" else None,
         bits_per_byte=_ratio(nats / math.log(2), _bytes_coded(lm, questions, asked)),
         mean_bits_per_byte=_mean(nats / math.log(2) / _bytes_written(questions)),
-        cut=sum(any(request.cut(limit) for request in row) for row in asked),
+        cut=sum(any(one.cut(limit) for one in row) for row in asked),
     )
 
 
@@ -112,11 +101,11 @@ def _by_question(items: Sequence[T], questions: Sequence[Question]) -> list[list
 
 
 def _bytes_coded(
-    lm: LanguageModel, questions: Sequence[Question], asked: Sequence[Sequence[Request]]
+    lm: LanguageModel, questions: Sequence[Question], asked: Sequence[Sequence[Continuation]]
 ) -> NDArray[np.float64]:
     """Bytes that the right answers' tokens stand for."""
     sizes = lm.tokenizer.token_bytes
-    ids = [row[q.right].continuation for row, q in zip(asked, questions, strict=True)]
+    ids = [row[q.right].token_ids for row, q in zip(asked, questions, strict=True)]
     return np.array([float(sizes[list(one)].sum()) for one in ids])
 
 

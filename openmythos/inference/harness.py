@@ -22,9 +22,10 @@ from tqdm import tqdm
 from openmythos.config import HaltingKind
 from openmythos.errors import InputError
 from openmythos.inference.generate import generate
-from openmythos.inference.language_model import HoldBack, load
+from openmythos.inference.language_model import load
 from openmythos.inference.sampling import Sampling
-from openmythos.inference.scoring import Request, Score, make_requests, score
+from openmythos.inference.scoring import Continuation, Score, encode_pairs, score
+from openmythos.inference.stops import HoldBack
 from openmythos.inference.thinking import Thinking
 
 NEW_TOKENS = 256
@@ -86,25 +87,21 @@ class HarnessModel(LM):  # type: ignore[misc]  # the harness is not there when t
         if device is not None:
             self.lm.model.to(_device(device))
         self._device = self.lm.model.embed.weight.device
-        self.thinking = Thinking(
-            loops=self.lm.model.config.mean_loops if loops is None else loops,
-            halting=halting,
-            threshold=threshold,
-        )
+        self.thinking = Thinking(loops=loops, halting=halting, threshold=threshold)
         end = self.lm.tokenizer.end_id
-        self._score([Request((end,), (end,))])  # refuses loops or a rule that do not fit
+        self._score([Continuation((end,), (end,))])  # refuses loops or a rule that do not fit
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation in nats, and whether greedy decoding gives it."""
         pairs = [(one.args[0], one.args[1]) for one in requests]
-        asked = make_requests(self.lm.tokenizer, pairs)
+        asked = encode_pairs(self.lm.tokenizer, pairs)
         self._tell_cut(sum(one.cut(self.lm.model.config.max_length) > 0 for one in asked))
         return [(one.log_likelihood, one.greedy) for one in self._score(asked)]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
         """Log-likelihood of each whole text in nats, in windows of the model's max_length."""
         texts = self.lm.tokenizer.encode_batch([one.args[0] for one in requests])
-        asked = [Request((self.lm.tokenizer.end_id,), tuple(token_ids)) for token_ids in texts]
+        asked = [Continuation((self.lm.tokenizer.end_id,), tuple(token_ids)) for token_ids in texts]
         return [one.log_likelihood for one in self._score(asked)]
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
@@ -168,21 +165,14 @@ class HarnessModel(LM):  # type: ignore[misc]  # the harness is not there when t
                 return shown
         return shown + hold.push(text.finish()) + hold.finish()
 
-    def _score(self, asked: Sequence[Request]) -> list[Score]:
+    def _score(self, asked: Sequence[Continuation]) -> list[Score]:
         with tqdm(desc="openmythos reads", disable=len(asked) < 2) as bar:
 
             def progress(done: int, total: int) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            return score(
-                self.lm.model,
-                asked,
-                loops=self.thinking.loops,
-                halting=self.thinking.halting,
-                threshold=self.thinking.threshold,
-                progress=progress,
-            )
+            return score(self.lm.model, asked, self.thinking, progress=progress)
 
     def _tell_cut(self, count: int) -> None:
         if count:

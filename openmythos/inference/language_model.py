@@ -9,20 +9,27 @@ from typing import Literal, get_args
 
 import torch
 
-from openmythos.config import CachePolicy, HaltingKind, MythosConfig, WeightsKind
+from openmythos.config import CONFIG_FILE, CachePolicy, HaltingKind, MythosConfig, WeightsKind
 from openmythos.errors import CheckpointError, InputError, TokenizerError
 from openmythos.inference.generate import generate
 from openmythos.inference.precision import quicker
 from openmythos.inference.sampling import Sampling
 from openmythos.inference.shipped import REASONER, find_model, shipped
+from openmythos.inference.stops import HoldBack, check_stops
 from openmythos.inference.thinking import Thinking
 from openmythos.model.files import load_model
 from openmythos.model.quantised import quantise
 from openmythos.model.transformer import OpenMythos
 from openmythos.numbers import whole
 from openmythos.training.checkpoint import is_checkpoint
-from openmythos.training.evaluate import keep_trained_length, trained_length
-from openmythos.training.run import SETTINGS, TOKENIZER, load_from_run, unfinished
+from openmythos.training.run import (
+    SETTINGS,
+    TOKENIZER,
+    keep_trained_length,
+    load_from_run,
+    model_in,
+    trained_length,
+)
 from openmythos.training.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -166,11 +173,7 @@ class LanguageModel:
         """Yield text as `stream` does, with its choices in two dataclasses."""
         if not isinstance(prompt, str):
             raise InputError(f"prompt={prompt!r} must be a string")
-        for text in stop:
-            if not isinstance(text, str):
-                raise InputError(f"stop holds {text!r}, must hold strings")
-            if not text:
-                raise InputError("stop must hold no empty string: it would end every text at once")
+        check_stops(stop)
         token_ids = [self.tokenizer.end_id, *self.tokenizer.encode(prompt)]
         room = self.model.config.max_length - len(token_ids)
         if room < 1:
@@ -204,70 +207,6 @@ class LanguageModel:
             yield Piece(rest, None, loops)
 
 
-class HoldBack:
-    """Lets text through up to a stop string, holding back what may be the start of one.
-
-    The first stop to be complete ends the text (of two that end together, the longer), so that
-    it does not matter how the text was cut into pieces. Each character is looked at once.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops, self.held, self.stopped = stops, "", False
-        self.stop: str | None = None  # the one that ended the text
-        self._begun = [Begun(stop) for stop in stops]
-
-    def push(self, text: str) -> str:
-        """Take new text; return what can be shown now."""
-        if self.stopped:
-            return ""
-        if not self._begun:
-            return text
-        held, self.held = self.held, ""
-        for end, character in enumerate(text, start=len(held) + 1):
-            complete = [begun.stop for begun in self._begun if begun.take(character)]
-            if complete:
-                self.stopped, self.stop = True, max(complete, key=len)
-                return (held + text)[: end - len(self.stop)]
-        text = held + text
-        keep = max(begun.length for begun in self._begun)
-        self.held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def finish(self) -> str:
-        """Return what was held back and turned out to be text."""
-        rest, self.held = self.held, ""
-        return rest
-
-
-class Begun:
-    """How much of one stop string a text ends with: Knuth, Morris and Pratt's search.
-
-    A character that does not go on with the stop falls back to the longest beginning that the text
-    still ends with, and no character is read again: all of a text takes steps in proportion to it.
-    """
-
-    def __init__(self, stop: str) -> None:
-        self.stop, self.length = stop, 0
-        self._borders = [0]  # grown as far as a text has come, or long stops would cost at once
-
-    def take(self, character: str) -> bool:
-        """Go on by one character; True: the stop is complete, and nothing more may come."""
-        while self.length and self.stop[self.length] != character:
-            self.length = self._border(self.length)
-        self.length += self.stop[self.length] == character
-        return self.length == len(self.stop)
-
-    def _border(self, length: int) -> int:
-        """Longest proper beginning of the stop's first `length` characters that also ends them."""
-        borders, stop = self._borders, self.stop
-        while len(borders) < length:
-            character, border = stop[len(borders)], borders[-1]
-            while border and stop[border] != character:
-                border = borders[border - 1]
-            borders.append(border + (stop[border] == character))
-        return borders[length - 1]
-
-
 def load(name: str | Path, weights: WeightsKind | Literal["auto"] | None = None) -> LanguageModel:
     """Load a model's folder, or a training run's: its finished model, else its last checkpoint.
 
@@ -296,9 +235,8 @@ def load(name: str | Path, weights: WeightsKind | Literal["auto"] | None = None)
             f"model={str(name)!r} must be the folder of a model or of a run, or the name of a "
             f"model that comes with the package ({names})"
         )
-    if (folder / "model").is_dir() and not unfinished(folder):
-        folder = folder / "model"
-    if (folder / "config.json").is_file():
+    folder = model_in(folder)
+    if (folder / CONFIG_FILE).is_file():
         MythosConfig.load(folder)  # what is wrong there is said first
         if not (folder / TOKENIZER).is_file():
             raise TokenizerError(_without_tokenizer(name, folder))
@@ -308,7 +246,7 @@ def load(name: str | Path, weights: WeightsKind | Literal["auto"] | None = None)
         if not (is_checkpoint(folder) or (folder / SETTINGS).is_file()):
             raise CheckpointError(
                 f"model={str(folder)!r} must hold {SETTINGS}, as a training run does, or "
-                "config.json, as a model does: choose another folder"
+                f"{CONFIG_FILE}, as a model does: choose another folder"
             )
         model, tokenizer = load_from_run(folder)
     return LanguageModel(_with_weights(model, weights), tokenizer, trained_length(folder))
@@ -316,7 +254,10 @@ def load(name: str | Path, weights: WeightsKind | Literal["auto"] | None = None)
 
 def _without_tokenizer(name: str | Path, folder: Path) -> str:
     if folder == find_model(REASONER):
-        return f"model={str(name)!r} must be one that reads text: walks are for `openmythos reason`"
+        return (
+            f"model={str(name)!r} must be one that reads text: walks are for `openmythos reason`, "
+            "or openmythos.inference.reasoner.load_reasoner"
+        )
     return (
         f"model={str(name)!r} must have a {TOKENIZER} beside its weights: save it by "
         "LanguageModel.save, or give save_pretrained its tokenizer"

@@ -49,8 +49,6 @@ class Pages:
         self.promised = 0
         """Pages that sequences may still take."""
         self.cached = 0
-        self.hits = 0
-        """Columns found, ever."""
         self.evictions = 0
         """Columns given up for their pages, ever."""
         self._free = list(range(total - 1, -1, -1))

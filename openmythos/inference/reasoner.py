@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int64
 from openmythos.config import HaltingKind
 from openmythos.errors import CheckpointError, InputError
 from openmythos.inference.shipped import REASONER, find_model
+from openmythos.inference.thinking import Thinking
 from openmythos.model.transformer import OpenMythos
 from openmythos.tasks.hops import Chains
 from openmythos.tasks.rooms import HOUSE
@@ -59,41 +60,36 @@ class Reasoner:
 
     @torch.inference_mode()
     def solve(
-        self,
-        token_ids: Int64[np.ndarray, "1 sequence"],
-        *,
-        loops: int | None = None,
-        halting: HaltingKind = "none",
-        threshold: float | None = None,
+        self, token_ids: Int64[np.ndarray, "1 sequence"], thinking: Thinking | None = None
     ) -> Trace:
         """Work one chain.
 
         Args:
             token_ids: an entity, then relations or no-ops.
-            loops: most loops; default: as many as `enough` says.
-            halting: when a place leaves the core before.
-            threshold: the rule's bound; None is its own default.
+            thinking: loops, halting rule and threshold; where it names no loops, as many as
+                `enough` says. The cache's policy plays no part.
 
         Raises:
             InputError: not a chain, longer than the model's max_length, or loops below 1.
         """
+        thinking = thinking or Thinking()
         chain = HOUSE.follow(token_ids)
         if token_ids.shape[1] > self.model.config.max_length:
             raise InputError(
                 f"walk has {token_ids.shape[1]} words, must have at most "
                 f"max_length={self.model.config.max_length}"
             )
-        budget = self.enough(int(chain.hops[0, -1])) if loops is None else loops
+        enough = self.enough(int(chain.hops[0, -1]))
         out = self.model(
             torch.from_numpy(token_ids),
-            budget,
-            halting=halting,
-            threshold=threshold,
+            enough if thinking.loops is None else thinking.loops,
+            halting=thinking.halting,
+            threshold=thinking.threshold,
             return_states=True,
         )
         entities = slice(0, HOUSE.entities)
         named = [self.model.decode(h)[0, :, entities].argmax(-1) for h in out.states]
-        return Trace(chain, torch.stack(named).numpy(), out.loops[0].numpy(), halting)
+        return Trace(chain, torch.stack(named).numpy(), out.loops[0].numpy(), thinking.halting)
 
     def enough(self, hops: int) -> int:
         """Return loops that suffice for so many hops: a quarter more than one each, and eight."""

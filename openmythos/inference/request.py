@@ -13,6 +13,7 @@ import numpy as np
 
 from openmythos.errors import InputError
 from openmythos.inference.sampling import Sampling
+from openmythos.inference.stops import check_stops
 from openmythos.inference.thinking import Thinking
 from openmythos.numbers import whole
 
@@ -117,11 +118,7 @@ class Request:
         if isinstance(stop, str):
             raise InputError(f"stop={stop!r} must be a tuple of strings: write ({stop!r},)")
         self._take("stop", tuple(self.stop))
-        for text in self.stop:
-            if not isinstance(text, str):
-                raise InputError(f"stop holds {text!r}, must hold strings")
-            if not text:
-                raise InputError("stop must hold no empty string: it would end every text at once")
+        check_stops(self.stop)
 
     def _check_drafts(self) -> None:
         if self.constraint is not None:

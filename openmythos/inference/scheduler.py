@@ -235,7 +235,6 @@ class Scheduler:
             job.unopened = job.choices - 1
             job.tracks.append(track)
             self.tracks.append(track)
-            self.pages.hits += len(columns)
         for column in reversed(columns):
             self.pages.release(column)
         return track

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from openmythos.config import HaltingKind
+from openmythos.inference.thinking import Thinking
 from openmythos.model.call import check_loops
 from openmythos.model.transformer import OpenMythos, cross_entropy
 from openmythos.training.tokenizer import Tokenizer
@@ -28,15 +28,15 @@ MOST_SLOTS = 1 << 15
 
 
 @dataclass(frozen=True)
-class Request:
-    """A continuation to be scored behind a context of at least one token."""
+class Continuation:
+    """Tokens to be scored behind a context of at least one."""
 
     context: tuple[int, ...]
-    continuation: tuple[int, ...]
+    token_ids: tuple[int, ...]
 
     def cut(self, max_length: int) -> int:
         """Count the tokens of the context that do not fit before the continuation's last."""
-        return max(0, len(self.context) + len(self.continuation) - 1 - max_length)
+        return max(0, len(self.context) + len(self.token_ids) - 1 - max_length)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Score:
     """Loops taken to predict its tokens, all together."""
 
 
-def make_requests(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Request]:
+def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Continuation]:
     """Turn contexts and continuations into tokens.
 
     A context begins with the end mark, as documents do in training. Spaces that end it go to the
@@ -65,60 +65,56 @@ def make_requests(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> lis
     ]
     contexts, continuations = tokenizer.encode_batch(kept), tokenizer.encode_batch(rest)
     return [
-        Request((tokenizer.end_id, *before), tuple(after))
+        Continuation((tokenizer.end_id, *before), tuple(after))
         for before, after in zip(contexts, continuations, strict=True)
     ]
 
 
-def windows(request: Request, max_length: int) -> Iterator[Request]:
-    """Yield parts of a request that a model of this length can take, every token scored once.
+def windows(one: Continuation, max_length: int) -> Iterator[Continuation]:
+    """Yield parts of a continuation that a model of this length can take, every token scored once.
 
-    A continuation that fits is one part, its context cut on the left. A longer one is taken apart
-    into parts of `max_length` tokens, each behind as much of what precedes it as fits.
+    One that fits is one part, its context cut on the left. A longer one is taken apart into parts
+    of `max_length` tokens, each behind as much of what precedes it as fits.
     """
-    whole = request.context + request.continuation
-    for start in range(len(request.context), len(whole), max_length):
+    whole = one.context + one.token_ids
+    for start in range(len(one.context), len(whole), max_length):
         end = min(start + max_length, len(whole))
-        yield Request(whole[max(0, end - max_length - 1) : start], whole[start:end])
+        yield Continuation(whole[max(0, end - max_length - 1) : start], whole[start:end])
 
 
 @torch.inference_mode()
 def score(
     model: OpenMythos,
-    requests: Sequence[Request],
+    continuations: Sequence[Continuation],
+    thinking: Thinking,
     *,
-    loops: int | None = None,
-    halting: HaltingKind = "none",
-    threshold: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Score]:
-    """Score every request; equal ones once, so that their scores are equal to the bit.
+    """Score every continuation; equal ones once, so that their scores are equal to the bit.
 
     Args:
         model: in evaluation mode.
-        requests: what to score; may be longer than the model's max_length.
-        loops: most loops a token takes, 1 or more; default: the model's mean.
-        halting: when a token leaves the core before.
-        threshold: the rule's bound; None is its own default.
-        progress: called after each batch with the parts of different requests done and all there
-            are.
+        continuations: what to score; may be longer than the model's max_length.
+        thinking: loops, halting rule and threshold. The cache's policy plays no part.
+        progress: called after each batch with the parts of different continuations done and all
+            there are.
 
     Raises:
         InputError: loops or rule do not fit the model, or a token id is out of range.
     """
-    loops = model.config.mean_loops if loops is None else loops
+    loops = thinking.loops_of(model.config)
     check_loops(loops, 1, 1)
-    # In another turn of a batch, or with other padding, the same request is rounded otherwise.
-    numbers = {request: number for number, request in enumerate(dict.fromkeys(requests))}
+    # In another turn of a batch, or with other padding, the same one is rounded otherwise.
+    numbers = {one: number for number, one in enumerate(dict.fromkeys(continuations))}
     parts = [
         (number, part)
-        for request, number in numbers.items()
-        for part in windows(request, model.config.max_length)
+        for one, number in numbers.items()
+        for part in windows(one, model.config.max_length)
     ]
     scores = [Score(0.0, True, 0)] * len(numbers)
     done = 0
     for batch in _batches(parts, min(MOST_TOKENS, MOST_SLOTS // loops)):
-        for number, new in _score_batch(model, batch, loops, halting, threshold):
+        for number, new in _score_batch(model, batch, thinking):
             old = scores[number]
             scores[number] = Score(
                 old.log_likelihood + new.log_likelihood,
@@ -128,12 +124,12 @@ def score(
             done += 1
         if progress is not None:
             progress(done, len(parts))
-    return [scores[numbers[request]] for request in requests]
+    return [scores[numbers[one]] for one in continuations]
 
 
 @dataclass(frozen=True)
 class _Group:
-    """A context and all continuations behind it, each with its request's number."""
+    """A context and the tokens of all continuations behind it, each with its number."""
 
     context: tuple[int, ...]
     continuations: list[tuple[int, tuple[int, ...]]]
@@ -147,14 +143,14 @@ class _Group:
         return self.continuations[turn] if turn < len(self.continuations) else (-1, ())
 
 
-def _batches(parts: Sequence[tuple[int, Request]], most_tokens: int) -> Iterator[list[_Group]]:
+def _batches(parts: Sequence[tuple[int, Continuation]], most_tokens: int) -> Iterator[list[_Group]]:
     """Group parts by context, and groups of similar length into batches of about so many tokens."""
     by_context: dict[object, _Group] = {}
     for place, (number, part) in enumerate(parts):
         # A single token is no context worth sharing: those are scored beside each other.
         key = part.context if len(part.context) > 1 else place
         group = by_context.setdefault(key, _Group(part.context, []))
-        group.continuations.append((number, part.continuation))
+        group.continuations.append((number, part.token_ids))
     groups = sorted(by_context.values(), key=lambda g: (len(g.context), g.longest), reverse=True)
     batch: list[_Group] = []
     for group in groups:
@@ -168,19 +164,17 @@ def _batches(parts: Sequence[tuple[int, Request]], most_tokens: int) -> Iterator
 
 
 def _score_batch(
-    model: OpenMythos,
-    groups: Sequence[_Group],
-    loops: int,
-    halting: HaltingKind,
-    threshold: float | None,
+    model: OpenMythos, groups: Sequence[_Group], thinking: Thinking
 ) -> Iterator[tuple[int, Score]]:
     """Yield the number and score of every continuation of the groups."""
-    device = model.embed.weight.device
+    device, loops = model.embed.weight.device, thinking.loops_of(model.config)
+    rule = {"halting": thinking.halting, "threshold": thinking.threshold}
     room = max(len(group.context) - 1 + group.longest for group in groups)
-    cache = model.new_cache(len(groups), room, loops=loops)
+    # With a rule few tokens take all loops, and a cache grows where one does.
+    cache = model.new_cache(len(groups), room, loops=min(loops, model.config.mean_loops))
     shared, mask = _padded([group.context[:-1] for group in groups], device)
     if shared.numel():
-        model(shared, loops, cache=cache, mask=mask, halting=halting, threshold=threshold)
+        model(shared, loops, cache=cache, mask=mask, **rule)
     for turn in range(max(len(group.continuations) for group in groups)):
         # A group that has no more continuations pauses: its row is padding.
         rows = [group.turn(turn) for group in groups]
@@ -188,7 +182,7 @@ def _score_batch(
         seen = [(first, *ids)[: len(ids)] for first, (_, ids) in zip(last, rows, strict=True)]
         token_ids, mask = _padded(seen, device)
         targets, _ = _padded([ids for _, ids in rows], device)
-        out = model(token_ids, loops, cache=cache, mask=mask, halting=halting, threshold=threshold)
+        out = model(token_ids, loops, cache=cache, mask=mask, **rule)
         cache.rollback(mask.sum(1).tolist())
         losses = cross_entropy(out.logits, targets).cpu().double()  # not every GPU has float64
         nats = (losses * mask.cpu()).sum(1).tolist()

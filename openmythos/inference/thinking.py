@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from openmythos.config import CachePolicy, HaltingKind
+from openmythos.config import CachePolicy, HaltingKind, MythosConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,3 +21,7 @@ class Thinking:
     """The rule's bound. Default: its own, which the gate learns in training."""
     cache_policy: CachePolicy = "per_loop"
     """A cache slot for every loop, as trained, or only for the last: as many times smaller."""
+
+    def loops_of(self, config: MythosConfig) -> int:
+        """Return the most loops that a token of this model takes."""
+        return config.mean_loops if self.loops is None else self.loops

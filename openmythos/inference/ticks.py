@@ -9,71 +9,31 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from openmythos.config import CachePolicy
 from openmythos.errors import InputError, MythosError
 from openmythos.inference.generate import check_room, not_empty
-from openmythos.inference.language_model import HoldBack, LanguageModel
+from openmythos.inference.language_model import LanguageModel
 from openmythos.inference.noise import draw_at
 from openmythos.inference.pages import Pages
 from openmythos.inference.passes import Passes, layout
-from openmythos.inference.request import (
-    Constraint,
-    Event,
-    FinishEvent,
-    FinishReason,
-    PromptEvent,
-    Request,
-    TokenEvent,
-)
+from openmythos.inference.request import Constraint, Event, FinishReason, Request
 from openmythos.inference.scheduler import Job, Row, Scheduler, Track
 from openmythos.inference.speculation import drafting, verify
+from openmythos.inference.stops import HoldBack
+from openmythos.inference.work import Choice, Top, Work
 from openmythos.model.call import check_loops
-from openmythos.model.halting import Rule, make_rule
-from openmythos.training.tokenizer import TextStream
-
-Top = tuple[tuple[int, float], ...]
 
 
-@dataclass(eq=False)
-class Choice:
-    """What one choice has written."""
-
-    text: TextStream
-    hold: HoldBack
-    constraint: Constraint | None
-    new_tokens: int = 0
-    loops: int = 0
-    finished: bool = False
-
-
-@dataclass(eq=False)
-class Work:
-    """A request on its way through the engine."""
-
-    request: Request
-    emit: Callable[[Event], None]
-    job: Job
-    seed: int
-    choices: list[Choice]
-    cached_tokens: int = 0
-    prompt_loops: list[int] = field(default_factory=list)
-    """Loops of the prompt's positions, as they come through the coda."""
-    prompt_logprobs: list[tuple[float, Top]] = field(default_factory=list)
-
-    @property
-    def finished(self) -> bool:
-        """Whether every choice has ended."""
-        return all(choice.finished for choice in self.choices)
-
-
-@dataclass
+@dataclass(kw_only=True)
 class Counts:
-    """What has been done since the start."""
+    """What an engine has done since its start."""
 
     ticks: int = 0
     row_loops: int = 0
@@ -82,17 +42,9 @@ class Counts:
     """Of admitted requests."""
     cached_tokens: int = 0
     """Of these, taken from the prefix cache."""
-    new_tokens: int = 0
-    new_token_loops: int = 0
-    """Loops of the positions that new tokens were drawn from."""
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     """Of those drafted, the ones that turned out to be true."""
-    requests: int = 0
-    finished: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
-    )
-    """Choices that ended, by reason."""
 
 
 class Ticker:
@@ -128,8 +80,6 @@ class Ticker:
         self.counts = Counts()
         self._number = 0
 
-    # Requests come and go
-
     def prepare(self, request: Request) -> None:
         """Check what a request's own validation cannot know; may run on any thread.
 
@@ -137,22 +87,22 @@ class Ticker:
             InputError: the model, the tokenizer or the pages cannot serve it.
         """
         config, thinking = self.model.config, request.thinking
+        loops = thinking.loops_of(config)
         check_room(len(request.token_ids), request.max_new_tokens, config.max_length)
-        check_loops(self._loops(request), 1, 1)
+        check_loops(loops, 1, 1)
         if max(request.token_ids) >= self.tokenizer.vocab_size:
             raise InputError(
                 f"token_ids holds {max(request.token_ids)}, must be below vocab_size="
                 f"{self.tokenizer.vocab_size}: encode with this model's tokenizer"
             )
-        if thinking.cache_policy not in ("per_loop", "last"):
+        if thinking.cache_policy not in get_args(CachePolicy):
             raise InputError(
-                f"cache_policy={thinking.cache_policy!r} must be one of per_loop, last"
+                f"cache_policy={thinking.cache_policy!r} must be one of "
+                f"{', '.join(get_args(CachePolicy))}"
             )
-        self._rule(request)  # raises where it cannot be made
-        if request.draft_loops is not None and request.draft_loops >= self._loops(request):
-            raise InputError(
-                f"draft_loops={request.draft_loops} must be below loops={self._loops(request)}"
-            )
+        self.model.rule(thinking.halting, thinking.threshold)  # raises where it cannot be made
+        if request.draft_loops is not None and request.draft_loops >= loops:
+            raise InputError(f"draft_loops={request.draft_loops} must be below loops={loops}")
         if request.choices > self.scheduler.budget:
             raise InputError(
                 f"choices={request.choices} must be at most {self.scheduler.budget}, the rows of "
@@ -167,18 +117,8 @@ class Ticker:
                 "more pages"
             )
 
-    def _loops(self, request: Request) -> int:
-        loops = request.thinking.loops
-        return self.model.config.mean_loops if loops is None else loops
-
-    def _rule(self, request: Request) -> Rule | None:
-        thinking = request.thinking
-        learned = self.model.core.learned_exits()
-        rule = make_rule(thinking.halting, thinking.threshold, learned, self.model.readout)
-        return None if thinking.halting == "none" else rule
-
     def _job(self, request: Request, number: int) -> Job:
-        thinking, loops = request.thinking, self._loops(request)
+        thinking, loops = request.thinking, request.thinking.loops_of(self.model.config)
         halting = thinking.halting, thinking.threshold
         shared = self.prefix_sharing and thinking.cache_policy == "per_loop"
         return Job(
@@ -211,11 +151,12 @@ class Ticker:
         ]
         seed = secrets.randbits(63) if seed is None else seed
         work = Work(request, emit, job, seed, choices)
-        used = {other.halting for other in self.works}
-        self.passes.keep_rules(used, job.halting, lambda: self._rule(request))
+        thinking, used = request.thinking, {other.halting for other in self.works}
+        self.passes.rules.have(
+            job.halting, lambda: self.model.rule(thinking.halting, thinking.threshold), used
+        )
         self.works[job] = work
         self.scheduler.add(job)
-        self.counts.requests += 1
         return work
 
     def end(self, work: Work, reason: FinishReason, error: str | None = None) -> None:
@@ -226,7 +167,7 @@ class Ticker:
         self.works.pop(work.job, None)
         for choice, state in enumerate(work.choices):
             if not state.finished:
-                self._tell_finish(work, choice, reason, error=error)
+                work.tell_finish(choice, reason, error)
 
     def fail(self, error: str) -> None:
         """End all requests in flight with an error; those that wait go on waiting."""
@@ -238,8 +179,6 @@ class Ticker:
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not self.works
-
-    # A tick
 
     def tick(self) -> None:
         """Admit what fits, run every row planned for a loop, and carry on what leaves.
@@ -341,7 +280,7 @@ class Ticker:
         tracks = [row.track]
         if row.position == len(work.request.token_ids) - 1:
             if work.request.prompt_logprobs:
-                self._tell_prompt(work)
+                work.tell_prompt()
             if not work.request.max_new_tokens:
                 self.end(work, "length")
                 return False
@@ -366,24 +305,10 @@ class Ticker:
         right, dropped = verify(track, token_id)
         self.passes.stand_up(dropped)
         self.counts.accepted_tokens += right is True
-        choice.new_tokens += 1
-        choice.loops += loops
-        self.counts.new_tokens += 1
-        self.counts.new_token_loops += loops
-        logprob: float | None = None
-        top: Top = ()
+        logprob: tuple[float | None, Top] = (None, ())
         if request.logprobs is not None:
-            logprob, top = _logprobs(logits, token_id, request.logprobs)
-        work.emit(
-            TokenEvent(
-                choice=track.choice,
-                token_id=token_id,
-                text=text,
-                loops=loops,
-                logprob=logprob,
-                top_logprobs=top,
-            )
-        )
+            logprob = _logprobs(logits, token_id, request.logprobs)
+        work.tell_token(track.choice, token_id, text, loops, logprob)
         if choice.constraint is not None and token_id != self.tokenizer.end_id:
             choice.constraint.accept(token_id)
             ends = ends or choice.constraint.finished()
@@ -398,44 +323,9 @@ class Ticker:
     ) -> None:
         self.passes.stand_up([*track.rows, *track.done.values()])
         self.scheduler.finish(track)
-        self._tell_finish(work, track.choice, reason, error=error)
+        work.tell_finish(track.choice, reason, error)
         if work.finished:
             del self.works[work.job]
-
-    # What callers hear
-
-    def _tell_prompt(self, work: Work) -> None:
-        work.emit(
-            PromptEvent(
-                logprobs=(None, *(logprob for logprob, _ in work.prompt_logprobs)),
-                top_logprobs=((), *(top for _, top in work.prompt_logprobs)),
-                loops=tuple(work.prompt_loops),
-            )
-        )
-
-    def _tell_finish(
-        self, work: Work, choice: int, reason: FinishReason, error: str | None = None
-    ) -> None:
-        state = work.choices[choice]
-        text = ""
-        if not state.hold.stopped:
-            text = state.hold.push(state.text.finish()) + state.hold.finish()
-        state.finished = True
-        self.counts.finished[reason] += 1
-        work.emit(
-            FinishEvent(
-                choice=choice,
-                reason=reason,
-                text=text,
-                stop=state.hold.stop,
-                error=error,
-                prompt_tokens=len(work.request.token_ids),
-                cached_tokens=work.cached_tokens,
-                new_tokens=state.new_tokens,
-                loops=state.loops,
-                prompt_loops=sum(work.prompt_loops),
-            )
-        )
 
 
 def told(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import some_ids, tiny
+from typecheck import unchecked
 
 from openmythos.errors import InputError
 from openmythos.inference.generate import generate
@@ -100,6 +101,21 @@ def test_the_one_slot_cache_writes_and_is_smaller():
     assert tokens[:, 0].tolist() == prompt_only[:, 0].tolist()  # the prompt keeps all loops
 
 
+@pytest.mark.parametrize("policy", ["per_loop", "last"])
+def test_a_rule_has_no_more_slots_than_its_tokens_take_loops(monkeypatch, policy):
+    model, caches = tiny(), []
+    made = model.new_cache
+
+    def kept(*sizes, **options):
+        caches.append(made(*sizes, **options))
+        return caches[-1]
+
+    monkeypatch.setattr(model, "new_cache", kept)
+    thinking = Thinking(loops=500, halting="delta", threshold=0.45, cache_policy=policy)
+    written(model, some_ids(), thinking=thinking)
+    assert caches[0].slots < 100
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -122,9 +138,27 @@ def test_the_one_slot_cache_writes_and_is_smaller():
             {"thinking": Thinking(halting="act")},
             "halting='act' needs a model trained with it",
         ),
+        ({"token_ids": some_ids()[0]}, "token_ids has shape (7,), must be (batch, sequence)"),
+        ({"token_ids": [[1, 2]]}, "token_ids is list, must be a torch.Tensor"),
+        ({"token_ids": some_ids() + 50}, "token_ids holds "),
+        ({"mask": torch.ones(2, 6, dtype=torch.bool)}, "mask has shape (2, 6), must be (2, 7)"),
+        (
+            {"mask": torch.tensor([[True] * 7, [False] * 7])},
+            "mask marks no token of prompt 1: each must have one at least",
+        ),
+        ({"vocab_size": 0}, "vocab_size=0 must be an integer of 1 or more"),
+        ({"vocab_size": 2.5}, "vocab_size=2.5 must be an integer of 1 or more"),
     ],
 )
 def test_what_cannot_be_written_is_refused(options, sentence):
-    with pytest.raises(InputError) as error:
-        next(generate(tiny(), some_ids(), **{"max_new_tokens": 4, **options}))
+    asked = {"token_ids": some_ids(), "max_new_tokens": 4, **options}
+    with unchecked(), pytest.raises(InputError) as error:
+        generate(tiny(), **asked)
     assert str(error.value).startswith(sentence)
+
+
+def test_loops_of_each_prompt_are_refused():
+    with unchecked(), pytest.raises(InputError, match="must be an integer, the budget of every"):
+        generate(
+            tiny(), some_ids(), max_new_tokens=4, thinking=Thinking(loops=torch.tensor([3, 3]))
+        )

@@ -11,7 +11,8 @@ from typecheck import unchecked
 
 from openmythos.inference.grading import LENGTH, grade
 from openmythos.inference.language_model import LanguageModel
-from openmythos.inference.tasks import Question
+from openmythos.inference.thinking import Thinking
+from openmythos.tasks.question_sets import Question
 from openmythos.training.tokenizer import Tokenizer
 
 TEXT = "the cat sat on the mat; a rat ate: yes, no, nobody. Question: was it? naïve 😀\nAnswer: "
@@ -60,7 +61,7 @@ def size(answer, comparison):
     "how", [{"loops": 1}, {"loops": 4}, {"loops": 4, "halting": "gate", "threshold": 0.5}], ids=str
 )
 def test_the_accuracies_of_a_choice_are_those_of_plain_loops(lm, how):
-    result = grade(lm, CHOICE, "choice", **how)
+    result = grade(lm, CHOICE, "choice", Thinking(**how))
     scored = [[nats(lm, c, a, **how) for a in answers] for c, answers, _ in CHOICES]
     losses = [[loss for loss, *_ in row] for row in scored]
     picked = {}
@@ -102,7 +103,7 @@ def check_bits(result, gold, coded=None):
 
 def test_the_error_of_bits_per_byte_is_near_that_of_leaving_each_question_out(lm):
     questions = [Question(("the cat",), (TEXT[n : n + 3 + n % 5],)) for n in range(30)]
-    whole = grade(lm, questions, "text", loops=2).bits_per_byte
+    whole = grade(lm, questions, "text", Thinking(loops=2)).bits_per_byte
     bits = [nats(lm, "the cat", q.gold, 2)[0] / math.log(2) for q in questions]
     sizes = [len(q.gold.encode()) for q in questions]
     left = [(sum(bits) - b) / (sum(sizes) - n) for b, n in zip(bits, sizes, strict=True)]
@@ -114,7 +115,7 @@ def test_a_word_counts_where_every_token_of_it_is_the_likeliest(lm):
     likeliest = int(lm.model(torch.tensor([[0]]), 3).logits[0, -1].argmax())
     token = lm.tokenizer.decode([likeliest])
     questions = [*WORD, Question(("",), (token,))]
-    result = grade(lm, questions, "word", loops=3)
+    result = grade(lm, questions, "word", Thinking(loops=3))
     scored = [nats(lm, q.contexts[0], q.gold, 3) for q in questions]
     points = [float(greedy) for _, greedy, _ in scored]
     assert points[-1] == 1
@@ -130,11 +131,11 @@ def test_a_word_counts_where_every_token_of_it_is_the_likeliest(lm):
 def test_questions_whose_context_was_cut_are_counted(lm):
     long = "the cat sat on the mat; " * 30
     questions = [CHOICE[0], Question((long,) * 2, (" yes", " no"), 0), CHOICE[3]]
-    assert grade(lm, questions, "choice", loops=1).cut == 1
-    assert grade(lm, CHOICE, "choice", loops=1).cut == 0
+    assert grade(lm, questions, "choice", Thinking(loops=1)).cut == 1
+    assert grade(lm, CHOICE, "choice", Thinking(loops=1)).cut == 0
 
 
 def test_answers_that_are_equally_likely_share_the_point(lm):
     questions = [Question(("it",) * 2, (" sat", " sat"), right) for right in (0, 1, 1)]
-    accuracy = grade(lm, questions, "choice", loops=2).accuracy
+    accuracy = grade(lm, questions, "choice", Thinking(loops=2)).accuracy
     assert {figure.value for figure in accuracy.values()} == {0.5}

@@ -20,7 +20,8 @@ from tiny import tiny
 
 import openmythos as library
 from openmythos.errors import InputError
-from openmythos.inference.scoring import Request, make_requests, score
+from openmythos.inference.scoring import Continuation, encode_pairs, score
+from openmythos.inference.thinking import Thinking
 from openmythos.training.tokenizer import Tokenizer
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
@@ -91,13 +92,13 @@ def asked(*arguments):
 )
 def test_likelihoods_are_those_of_scoring(make, folder, how):
     lm, pairs = library.load(folder), [("the cat", " sat"), ("", "the"), ("the cat ", "ate")]
-    expected = score(lm.model, make_requests(lm.tokenizer, pairs), **how)
+    expected = score(lm.model, encode_pairs(lm.tokenizer, pairs), Thinking(**how))
     answers = make(**how, batch_size=1).loglikelihood(asked(*pairs))
     assert answers == [(one.log_likelihood, one.greedy) for one in expected]
     text = TEXT * 3
     ids = lm.tokenizer.encode(text)
     assert len(ids) > lm.model.config.max_length
-    (one,) = score(lm.model, [Request((lm.tokenizer.end_id,), tuple(ids))], **how)
+    (one,) = score(lm.model, [Continuation((lm.tokenizer.end_id,), tuple(ids))], Thinking(**how))
     rolled = make(**how).loglikelihood_rolling(asked((text,), ("",)))
     assert rolled == [pytest.approx(one.log_likelihood), 0.0]
 
@@ -269,10 +270,12 @@ def test_the_harness_runs_all_kinds_of_tasks(folder, tmp_path):
     results = json.loads(path.read_text())["results"]
     assert results["written"]["exact_match,none"] == 1
     pairs = [(row["text"], answer) for row in rows for answer in (" sat", " ate")]
-    nats = [s.log_likelihood for s in score(lm.model, make_requests(lm.tokenizer, pairs), loops=3)]
+    thinking = Thinking(loops=3)
+    scores = score(lm.model, encode_pairs(lm.tokenizer, pairs), thinking)
+    nats = [one.log_likelihood for one in scores]
     right = [nats[0] > nats[1], nats[2] > nats[3]]
     assert results["choices"]["acc,none"] == sum(right) / 2
-    whole = make_requests(lm.tokenizer, [("", row["text"]) for row in rows])
-    bits = -sum(one.log_likelihood for one in score(lm.model, whole, loops=3)) / math.log(2)
+    whole = encode_pairs(lm.tokenizer, [("", row["text"]) for row in rows])
+    bits = -sum(one.log_likelihood for one in score(lm.model, whole, thinking)) / math.log(2)
     size = sum(len(row["text"].encode()) for row in rows)
     assert results["whole"]["bits_per_byte,none"] == pytest.approx(bits / size)

@@ -8,6 +8,7 @@ from tiny import tiny
 from openmythos.errors import CheckpointError, InputError
 from openmythos.inference.reasoner import Reasoner, load_reasoner
 from openmythos.inference.shipped import find_model, shipped
+from openmythos.inference.thinking import Thinking
 from openmythos.tasks.rooms import HOUSE
 
 
@@ -22,7 +23,7 @@ def chain(hops=4, slots=6):
 
 def test_beliefs_are_the_answers_at_each_number_of_loops(reasoner):
     walk = chain()
-    trace = reasoner.solve(walk.token_ids, loops=3)
+    trace = reasoner.solve(walk.token_ids, Thinking(loops=3))
     assert trace.beliefs.shape == (3, 7)
     for loops in (1, 2, 3):
         logits = reasoner.model(torch.from_numpy(walk.token_ids), loops).logits
@@ -34,7 +35,8 @@ def test_beliefs_are_the_answers_at_each_number_of_loops(reasoner):
 
 
 def test_a_place_that_has_stopped_keeps_its_belief(reasoner):
-    trace = reasoner.solve(chain().token_ids, loops=6, halting="delta", threshold=0.9)
+    thinking = Thinking(loops=6, halting="delta", threshold=0.9)
+    trace = reasoner.solve(chain().token_ids, thinking)
     assert trace.stopped.min() < 6
     for place, stopped in enumerate(trace.stopped):
         later = trace.beliefs[stopped - 1 :, place]

@@ -9,38 +9,32 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, final, get_args
+from typing import Annotated, Any, TypeVar, final
 
 from anyio import to_thread
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends
+from fastapi import Request as HttpRequest
 from pydantic import Field
 from starlette.responses import Response
 
 from openmythos.config import HaltingKind
-from openmythos.errors import InputError
 from openmythos.inference.language_model import LanguageModel
 from openmythos.inference.playground.lens import Lens, look
 from openmythos.inference.playground.walks import WalkBody, Walks
-from openmythos.inference.request import Event, FinishEvent
-from openmythos.inference.server.answers import Answer, Usage, finish_of, text_of, tokens_of
-from openmythos.inference.server.errors import ApiError, busy, invalid, json_response
+from openmythos.inference.request import Event, FinishEvent, Request
+from openmythos.inference.server.answers import finish_of, respond, text_of, tokens_of
+from openmythos.inference.server.errors import busy, gone, invalid, json_response
 from openmythos.inference.server.logprobs import token_text
-from openmythos.inference.server.schemas import (
-    Body,
-    CompletionBody,
-    Count,
-    StreamOptions,
-    TokenId,
-    refuse_model,
-)
+from openmythos.inference.server.schemas import Body, CompletionBody, Count, StreamOptions, TokenId
 from openmythos.inference.server.serving import Loaded, Serving, serving
 from openmythos.inference.server.settings import ServerSettings
-from openmythos.inference.server.stream import STREAMED, EventStream
-from openmythos.inference.server.translate import of_completion
+from openmythos.inference.server.stream import STREAMED
+from openmythos.inference.server.translate import check_max_loops, of_completion
 from openmythos.inference.shipped import REASONER
 from openmythos.inference.thinking import Thinking
-from openmythos.model.halting import make_rule
+from openmythos.model.halting import halting_kinds
 from openmythos.model.transformer import OpenMythos
 from openmythos.training.tokenizer import Tokenizer
 
@@ -87,43 +81,50 @@ def playground(reasoner: str | Path = REASONER) -> APIRouter:
         return json_response({**known, "reasoner": walks.describe()})
 
     @router.post("/stream", response_class=Response, responses=STREAMED)
-    async def stream(body: CompletionBody, server: Server) -> Response:
+    async def stream(body: CompletionBody, server: Server, http: HttpRequest) -> Response:
         """Continue a text: a stream of tokens with their ids, loops and losses."""
-        loaded = server.ready()
-        refuse_model(body.model, server.name)
-        body = body.model_copy(update={"stream": True, "logprobs": 0})
-        body.check()
-        if body.choices != 1 or body.echo or not isinstance(body.prompt, str):
-            raise invalid("prompt must be one text, and n and echo be left out", "prompt")
-        requests, _ = await to_thread.run_sync(of_completion, body, loaded, server.settings)
-        answer = Answer(
-            kind="play",
-            object="playground.tokens",
-            model=server.name,
-            writers=[TokenWriter(requests[0].token_ids, loaded.lm.tokenizer)],
-            choices=1,
-            mailbox=server.submit(requests, most=server.settings.max_unread),
-            usage=Usage([len(requests[0].token_ids)]),
-        )
-        chunks = answer.chunks(StreamOptions(include_usage=True))
-        return EventStream(chunks, answer.mailbox, server.settings.send_seconds)
+        body = streamed(body)
+        read = partial(read_stream, body, server.settings)
+        return await respond(body, http, server, read, prefix="play", named="playground.tokens")
 
     @router.post("/lens")
-    async def lens(body: LensBody, server: Server, request: Request) -> Response:
+    async def lens(body: LensBody, server: Server, http: HttpRequest) -> Response:
         """Show what the model would say at each place of a text after each loop."""
         loaded = server.ready()
         body.refuse_unknown()
         thinking = check_lens(body, loaded, server.settings)
-        return json_response(await turns.take(lambda: see(body, loaded.lm, thinking), request))
+        return json_response(await turns.take(lambda: see(body, loaded.lm, thinking), http))
 
     @router.post("/walk")
-    async def walk(body: WalkBody, server: Server, request: Request) -> Response:
+    async def walk(body: WalkBody, server: Server, http: HttpRequest) -> Response:
         """Solve a walk through rooms, and show what is believed after each loop."""
         server.ready()
         body.refuse_unknown()
-        return json_response(await turns.take(lambda: walks.solve(body), request))
+        return json_response(await turns.take(lambda: walks.solve(body), http))
 
     return router
+
+
+def streamed(body: CompletionBody) -> CompletionBody:
+    """Return a body that asks for what the page shows: a stream of losses, and at its end usage."""
+    options = {"include_usage": True, "continuous_usage_stats": False}
+    given = body.stream_options or StreamOptions()
+    update = {"stream": True, "logprobs": 0, "stream_options": given.model_copy(update=options)}
+    return body.model_copy(update=update)
+
+
+def read_stream(
+    body: CompletionBody, settings: ServerSettings, loaded: Loaded
+) -> tuple[list[Request], list[TokenWriter]]:
+    """Return the request for a stream, and its writer.
+
+    Raises:
+        ApiError, InputError: it is not one text, or a field does not fit.
+    """
+    if body.choices != 1 or body.echo or not isinstance(body.prompt, str):
+        raise invalid("prompt must be one text, and n and echo be left out", "prompt")
+    requests, _ = of_completion(body, loaded, settings)
+    return requests, [TokenWriter(requests[0].token_ids, loaded.lm.tokenizer)]
 
 
 @final
@@ -136,7 +137,7 @@ class Turns:
     def __init__(self) -> None:
         self._lock, self._taken = asyncio.Lock(), 0
 
-    async def take(self, work: Callable[[], T], request: Request) -> T:
+    async def take(self, work: Callable[[], T], http: HttpRequest) -> T:
         """Wait for a turn and return what `work` returns.
 
         Raises:
@@ -149,8 +150,8 @@ class Turns:
         self._taken += 1
         try:
             async with self._lock:
-                if await request.is_disconnected():
-                    raise ApiError(499, "the client has gone", code="client_gone")
+                if await http.is_disconnected():
+                    raise gone()
                 return await to_thread.run_sync(work)
         finally:
             self._taken -= 1
@@ -217,12 +218,9 @@ def rules(model: OpenMythos) -> list[dict[str, Any]]:
     A gate that was never trained cannot.
     """
     learned, found = model.core.learned_exits(), []
-    for name in get_args(HaltingKind):
-        try:
-            rule = make_rule(name, None, learned, model.readout)
-        except InputError:  # `act` is part of models that were trained with it
-            continue
-        threshold = getattr(rule, "threshold", None)
+    for name in halting_kinds(model.config):
+        rule = model.rule(name)
+        threshold = None if rule is None else rule.threshold
         fires = name not in learned or bool(learned[name].weight.any())
         found.append({"name": name, "threshold": threshold, "fires": fires})
     return found
@@ -247,18 +245,16 @@ def check_lens(body: LensBody, loaded: Loaded, settings: ServerSettings) -> Thin
         )
     if body.first >= count:
         raise invalid(f"first={body.first} must be below the {count} tokens of token_ids", "first")
-    loops = loaded.lm.model.config.mean_loops if body.loops is None else body.loops
-    if loops > settings.max_loops:
-        raise invalid(
-            f"loops={loops} must be at most {settings.max_loops}, this server's max_loops", "loops"
-        )
+    thinking = Thinking(loops=body.loops, halting=body.halting, threshold=body.threshold)
+    loops = thinking.loops_of(loaded.lm.model.config)
+    check_max_loops(loops, settings)
     if (count - body.first) * loops > MOST_CELLS:
         raise invalid(
             f"first={body.first} with loops={loops} must leave at most {MOST_CELLS // loops} of "
             f"{count} places: raise it to {count - MOST_CELLS // loops}",
             "first",
         )
-    return Thinking(loops=loops, halting=body.halting, threshold=body.threshold)
+    return thinking
 
 
 def see(body: LensBody, lm: LanguageModel, thinking: Thinking) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from openmythos.inference.reasoner import Reasoner, Trace, load_reasoner
 from openmythos.inference.server.errors import ApiError, invalid
 from openmythos.inference.server.schemas import Body
 from openmythos.inference.shipped import find_model
+from openmythos.inference.thinking import Thinking
 from openmythos.tasks.rooms import DOORS, HOUSE, ROOMS, WAIT, WORDS, read_walk
 
 MOST_WORDS, MOST_LOOPS = 128, 256
@@ -78,11 +79,8 @@ class Walks:
                 raise ApiError(404, str(error), code="no_reasoner") from None
         hops = int(HOUSE.follow(token_ids).hops[0, -1])
         loops = min(MOST_LOOPS, self._reasoner.enough(hops)) if body.loops is None else body.loops
-        return told(
-            self._reasoner.solve(
-                token_ids, loops=loops, halting=body.halting, threshold=body.threshold
-            )
-        )
+        thinking = Thinking(loops=loops, halting=body.halting, threshold=body.threshold)
+        return told(self._reasoner.solve(token_ids, thinking))
 
 
 def walk_of(body: WalkBody) -> Int64[np.ndarray, "1 sequence"]:

@@ -5,18 +5,28 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, final, runtime_checkable
 
 from anyio import to_thread
 from fastapi import Request as HttpRequest
+from starlette.responses import Response
 
-from openmythos.inference.request import Event, FinishEvent, PromptEvent, TokenEvent
-from openmythos.inference.server.errors import ApiError, gone, invalid, json_text, unavailable
+from openmythos.inference.request import Event, FinishEvent, PromptEvent, Request, TokenEvent
+from openmythos.inference.server.errors import (
+    ApiError,
+    gone,
+    invalid,
+    json_text,
+    text_response,
+    unavailable,
+)
 from openmythos.inference.server.json_output import TOO_COMPLEX
 from openmythos.inference.server.mailbox import Mailbox
-from openmythos.inference.server.schemas import StreamOptions
+from openmythos.inference.server.schemas import Generation, StreamOptions, refuse_model
+from openmythos.inference.server.serving import Loaded, Serving
+from openmythos.inference.server.stream import EventStream
 
 T = TypeVar("T")
 MOST_AT_ONCE = 32
@@ -39,6 +49,54 @@ class Writer(Protocol):
     def whole(self, events: Sequence[Event]) -> dict[str, Any]:
         """Return the choice from all of its events."""
         ...
+
+
+async def respond(
+    body: Generation,
+    http: HttpRequest,
+    server: Serving,
+    read: Callable[[Loaded], tuple[Sequence[Request], Sequence[Writer]]],
+    *,
+    prefix: str,
+    named: str,
+) -> Response:
+    """Check a body, let the engine answer it, and return the answer: whole, or as a stream.
+
+    Args:
+        body: what is asked.
+        http: who asks, and may go away.
+        server: of the model.
+        read: makes of the body a request for each prompt, and a writer for each choice.
+        prefix: what the answer's id begins with.
+        named: its `object`.
+
+    Raises:
+        ApiError, InputError: the body does not fit, or the server cannot take it now.
+    """
+    loaded = server.ready()
+    refuse_model(body.model, server.name)
+    body.check()
+    # In a thread: long texts and schemas take a while, in which others want their tokens.
+    requests, writers = await to_thread.run_sync(read, loaded)
+    settings = server.settings
+    answer = Answer(
+        prefix=prefix,
+        object=named,
+        model=server.name,
+        writers=writers,
+        choices=body.choices,
+        mailbox=server.submit(
+            requests, most=settings.max_unread * len(writers) if body.stream else None
+        ),
+        usage=Usage([len(request.token_ids) for request in requests]),
+    )
+    if body.stream:
+        chunks = answer.chunks(body.stream_options or StreamOptions())
+        return EventStream(chunks, answer.mailbox, settings.send_seconds)
+    try:
+        return text_response(await unless_gone(http, answer.whole()))
+    finally:
+        answer.mailbox.close()
 
 
 @final
@@ -79,8 +137,8 @@ class Usage:
 class Answer:
     """The frame that is the same in every chunk of one answer."""
 
-    kind: str
-    """Prefix of its id."""
+    prefix: str
+    """Of its id."""
     object: str
     model: str
     writers: Sequence[Writer]
@@ -93,7 +151,7 @@ class Answer:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "id", f"{self.kind}-{uuid.uuid4().hex}")
+        object.__setattr__(self, "id", f"{self.prefix}-{uuid.uuid4().hex}")
 
     async def whole(self) -> str:
         """Wait for every choice and return the answer as JSON.

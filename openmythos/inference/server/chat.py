@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, final
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
-from openmythos.inference.request import Event
-from openmythos.inference.server.answers import (
-    Answer,
-    Usage,
-    finish_of,
-    text_of,
-    tokens_of,
-    unless_gone,
-)
-from openmythos.inference.server.errors import text_response
+from openmythos.inference.request import Event, Request
+from openmythos.inference.server.answers import finish_of, respond, text_of, tokens_of
 from openmythos.inference.server.logprobs import chat_logprob
-from openmythos.inference.server.schemas import (
-    ChatBody,
-    ChatCompletion,
-    StreamOptions,
-    refuse_model,
-)
-from openmythos.inference.server.serving import Serving, serving
-from openmythos.inference.server.stream import STREAMED, EventStream
+from openmythos.inference.server.schemas import ChatBody, ChatCompletion
+from openmythos.inference.server.serving import Loaded, Serving, serving
+from openmythos.inference.server.settings import ServerSettings
+from openmythos.inference.server.stream import STREAMED
 from openmythos.inference.server.translate import of_chat
 from openmythos.training.tokenizer import Tokenizer
 
@@ -40,29 +28,17 @@ async def reply(
     body: ChatBody, request: HttpRequest, server: Annotated[Serving, Depends(serving)]
 ) -> Response:
     """Reply to a conversation."""
-    loaded = server.ready()
-    refuse_model(body.model, server.name)
-    body.check()
-    asked = await to_thread.run_sync(of_chat, body, loaded, server.settings)
-    settings, streams = server.settings, bool(body.stream)
-    answer = Answer(
-        kind="chatcmpl",
-        object="chat.completion.chunk" if streams else "chat.completion",
-        model=server.name,
-        writers=[ChatWriter(body, loaded.lm.tokenizer) for _ in range(body.choices)],
-        choices=body.choices,
-        mailbox=server.submit(
-            [asked], most=settings.max_unread * body.choices if streams else None
-        ),
-        usage=Usage([len(asked.token_ids)]),
-    )
-    if streams:
-        chunks = answer.chunks(body.stream_options or StreamOptions())
-        return EventStream(chunks, answer.mailbox, settings.send_seconds)
-    try:
-        return text_response(await unless_gone(request, answer.whole()))
-    finally:
-        answer.mailbox.close()
+    named = "chat.completion.chunk" if body.stream else "chat.completion"
+    read = partial(_read, body, server.settings)
+    return await respond(body, request, server, read, prefix="chatcmpl", named=named)
+
+
+def _read(
+    body: ChatBody, settings: ServerSettings, loaded: Loaded
+) -> tuple[list[Request], list[ChatWriter]]:
+    """Return the request, and a writer for each choice."""
+    asked = of_chat(body, loaded, settings)  # first: it checks how many choices there are
+    return [asked], [ChatWriter(body, loaded.lm.tokenizer) for _ in range(body.choices)]
 
 
 @final

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, final
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
 from openmythos.inference.request import Event, PromptEvent, Request
-from openmythos.inference.server.answers import (
-    Answer,
-    Usage,
-    finish_of,
-    text_of,
-    tokens_of,
-    unless_gone,
-)
-from openmythos.inference.server.errors import text_response
+from openmythos.inference.server.answers import finish_of, respond, text_of, tokens_of
 from openmythos.inference.server.logprobs import CompletionLogprobs, Offsets
-from openmythos.inference.server.schemas import (
-    Completion,
-    CompletionBody,
-    StreamOptions,
-    refuse_model,
-)
+from openmythos.inference.server.schemas import Completion, CompletionBody
 from openmythos.inference.server.serving import Loaded, Serving, serving
 from openmythos.inference.server.settings import ServerSettings
-from openmythos.inference.server.stream import STREAMED, EventStream
+from openmythos.inference.server.stream import STREAMED
 from openmythos.inference.server.translate import of_completion
 from openmythos.training.tokenizer import Tokenizer
 
@@ -41,33 +28,12 @@ async def complete(
     body: CompletionBody, request: HttpRequest, server: Annotated[Serving, Depends(serving)]
 ) -> Response:
     """Continue text or token ids."""
-    loaded = server.ready()
-    refuse_model(body.model, server.name)
-    body.check()
-    settings = server.settings
-    # In a thread: long texts and schemas take a while, in which others want their tokens.
-    requests, writers = await to_thread.run_sync(_read, body, loaded, settings)
-    most = settings.max_unread * body.choices * len(requests) if body.stream else None
-    answer = Answer(
-        kind="cmpl",
-        object="text_completion",
-        model=server.name,
-        writers=writers,
-        choices=body.choices,
-        mailbox=server.submit(requests, most=most),
-        usage=Usage([len(asked.token_ids) for asked in requests]),
-    )
-    if body.stream:
-        chunks = answer.chunks(body.stream_options or StreamOptions())
-        return EventStream(chunks, answer.mailbox, settings.send_seconds)
-    try:
-        return text_response(await unless_gone(request, answer.whole()))
-    finally:
-        answer.mailbox.close()
+    read = partial(_read, body, server.settings)
+    return await respond(body, request, server, read, prefix="cmpl", named="text_completion")
 
 
 def _read(
-    body: CompletionBody, loaded: Loaded, settings: ServerSettings
+    body: CompletionBody, settings: ServerSettings, loaded: Loaded
 ) -> tuple[list[Request], list[CompletionWriter]]:
     """Return a request for each prompt, and a writer for each choice."""
     requests, starts = of_completion(body, loaded, settings)

@@ -169,7 +169,7 @@ class _Engine(Collector):
 
 def engine_metrics(now: Statistics, metrics: Metrics) -> list[Metric]:
     """Return what an engine says of itself."""
-    gauge, total = metrics.gauge, metrics.total
+    gauge, total, done = metrics.gauge, metrics.total, now.done
     return [
         gauge("num_requests_running", "Requests in flight", now.running),
         gauge("num_requests_waiting", "Requests that wait for admission", now.waiting),
@@ -179,8 +179,10 @@ def engine_metrics(now: Statistics, metrics: Metrics) -> list[Metric]:
             now.pages_used / now.pages_total,
         ),
         gauge("core_rows", "Positions in the core", now.rows),
-        total("prefix_cache_queries", "Prompt tokens looked up in the cache", now.prompt_tokens),
-        total("prefix_cache_hits", "Prompt tokens found in the cache", now.cached_tokens),
-        total("ticks", "Passes of the core", now.ticks),
-        total("row_loops", "Positions that a pass of the core took, together", now.row_loops),
+        total("prefix_cache_queries", "Prompt tokens looked up in the cache", done.prompt_tokens),
+        total("prefix_cache_hits", "Prompt tokens found in the cache", done.cached_tokens),
+        total("spec_decode_num_draft_tokens", "Tokens drafted", done.drafted_tokens),
+        total("spec_decode_num_accepted_tokens", "Drafts that proved true", done.accepted_tokens),
+        total("ticks", "Passes of the core", done.ticks),
+        total("row_loops", "Positions that a pass of the core took, together", done.row_loops),
     ]

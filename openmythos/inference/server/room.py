@@ -20,22 +20,21 @@ times the likeliest tokens and the one that stands there. As JSON they have up t
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What decides how many tokens fit behind a prompt."""
+class Asked:
+    """A prompt and what is asked for it, as far as it decides how many tokens fit behind it."""
 
     token_ids: tuple[int, ...]
     """The prompt."""
-    asked: int | None
-    """Most tokens of a choice; None: `usual`, or as many as fit."""
+    most: int | None
+    """Tokens that a choice may have; None: `usual`, or as many as fit."""
     usual: int
     fields: tuple[str, str]
-    """What the request calls its prompt and `asked`."""
+    """What the request calls its prompt and `most`."""
     choices: int
     """Of this prompt."""
     answered: int
     """Choices of the whole answer."""
     thinking: Thinking
-    """With the number of loops."""
     logprobs: int | None
     """Likeliest tokens that are wanted at each place; None: no log-probabilities."""
     echoed: bool
@@ -44,20 +43,20 @@ class Wish:
     """Whether tokens go out as they come."""
 
 
-def room(wish: Wish, loaded: Loaded) -> int:
+def room(asked: Asked, loaded: Loaded) -> int:
     """Return the most tokens to make: as many as asked, or as usual where so many fit.
 
     Raises:
         ApiError: they do not fit.
     """
-    read = _read(wish, loaded)
-    if wish.asked is not None:
-        _check_cached(wish, loaded, wish.asked)
-        return wish.asked
-    most = min(wish.usual, read, _shown(wish))
-    fitting = most if loaded.pages is None else _cached(wish, loaded, loaded.pages, most)
+    read = _read(asked, loaded)
+    if asked.most is not None:
+        _check_cached(asked, loaded, asked.most)
+        return asked.most
+    most = min(asked.usual, read, _shown(asked))
+    fitting = most if loaded.pages is None else _cached(asked, loaded, loaded.pages, most)
     if not fitting:
-        _check_cached(wish, loaded, 1)
+        _check_cached(asked, loaded, 1)
     return fitting
 
 
@@ -73,11 +72,11 @@ def check_cells(requests: Sequence[Request], field: str, streamed: bool) -> None
         ApiError: more than `MOST_CELLS`.
     """
     cells = sum(
-        asked.choices
-        * (asked.logprobs + 1)
-        * (asked.max_new_tokens * (not streamed) + len(asked.token_ids) * asked.prompt_logprobs)
-        for asked in requests
-        if asked.logprobs is not None
+        one.choices
+        * (one.logprobs + 1)
+        * (one.max_new_tokens * (not streamed) + len(one.token_ids) * one.prompt_logprobs)
+        for one in requests
+        if one.logprobs is not None
     )
     if cells > MOST_CELLS:
         echoed = ", prompt with echo" if requests[0].prompt_logprobs else ""
@@ -94,64 +93,65 @@ def too_long(message: str, param: str) -> ApiError:
     return invalid(message, param, "context_length_exceeded")
 
 
-def _read(wish: Wish, loaded: Loaded) -> int:
+def _read(asked: Asked, loaded: Loaded) -> int:
     """Return how many tokens the model still takes behind the prompt; enough, where asked."""
-    (prompt, field), count = wish.fields, len(wish.token_ids)
+    (prompt, field), count = asked.fields, len(asked.token_ids)
     left = loaded.max_length - count
-    if left < (0 if wish.asked == 0 else 1):
+    if left < (0 if asked.most == 0 else 1):
         raise too_long(
             f"{prompt} has {count} tokens, must leave room within "
             f"max_model_len={loaded.max_length}: shorten it",
             prompt,
         )
-    if wish.asked is not None and wish.asked > left:
+    if asked.most is not None and asked.most > left:
         raise too_long(
-            f"{field}={wish.asked} after a prompt of {count} tokens must end by "
+            f"{field}={asked.most} after a prompt of {count} tokens must end by "
             f"max_model_len={loaded.max_length}: at most {left} fit",
             field,
         )
     return left
 
 
-def _shown(wish: Wish) -> int:
+def _shown(asked: Asked) -> int:
     """Return how many tokens' log-probabilities an answer has place for: at least one's."""
-    if wish.logprobs is None or wish.streamed:
-        return wish.usual
-    positions = MOST_CELLS // (wish.answered * (wish.logprobs + 1))
-    return max(1, positions - len(wish.token_ids) * wish.echoed)
+    if asked.logprobs is None or asked.streamed:
+        return asked.usual
+    positions = MOST_CELLS // (asked.answered * (asked.logprobs + 1))
+    return max(1, positions - len(asked.token_ids) * asked.echoed)
 
 
-def _cached(wish: Wish, loaded: Loaded, pages: int, most: int) -> int:
+def _cached(asked: Asked, loaded: Loaded, pages: int, most: int) -> int:
     """Return how many tokens, at most `most`, the cache's pages hold for every choice."""
-    return bisect_right(range(1, most + 1), pages, key=lambda new: _pages(wish, loaded, new))
+    return bisect_right(range(1, most + 1), pages, key=lambda new: _pages(asked, loaded, new))
 
 
-def _check_cached(wish: Wish, loaded: Loaded, new: int) -> None:
-    needed = _pages(wish, loaded, new)
+def _check_cached(asked: Asked, loaded: Loaded, new: int) -> None:
+    needed = _pages(asked, loaded, new)
     if loaded.pages is None or needed <= loaded.pages:
         return
-    field = "loops" if wish.asked is None else wish.fields[1]
-    least = "" if wish.asked is None else f"{field}={wish.asked} with "
+    loops = asked.thinking.loops_of(loaded.lm.model.config)
+    field = "loops" if asked.most is None else asked.fields[1]
+    least = "" if asked.most is None else f"{field}={asked.most} with "
     raise invalid(
-        f"{least}loops={wish.thinking.loops} and n={wish.choices} after a prompt of "
-        f"{len(wish.token_ids)} tokens needs {needed} pages of the server's cache, must need at "
+        f"{least}loops={loops} and n={asked.choices} after a prompt of "
+        f"{len(asked.token_ids)} tokens needs {needed} pages of the server's cache, must need at "
         f"most {loaded.pages}: ask for less of these, or start the server with a larger "
         "--cache-bytes",
         field,
     )
 
 
-def _pages(wish: Wish, loaded: Loaded, new: int) -> int:
+def _pages(asked: Asked, loaded: Loaded, new: int) -> int:
     """Return how many pages the engine promises for so many new tokens of each choice."""
-    loops, model = wish.thinking.loops, loaded.lm.model
-    loops = model.config.mean_loops if loops is None else loops
+    model, thinking = loaded.lm.model, asked.thinking
+    loops = thinking.loops_of(model.config)
     job = Job(
         number=0,
-        token_ids=wish.token_ids,
+        token_ids=asked.token_ids,
         max_new_tokens=new,
         loops=loops,
-        choices=wish.choices,
+        choices=asked.choices,
         priority=0,
-        layout=layout(model, loops, wish.thinking.cache_policy),
+        layout=layout(model, loops, thinking.cache_policy),
     )
     return job.pages

@@ -14,6 +14,7 @@ from pydantic.json_schema import SkipJsonSchema
 from openmythos.config import CachePolicy, HaltingKind
 from openmythos.inference.server.errors import ApiError, invalid, shortened
 from openmythos.inference.server.serving import State
+from openmythos.inference.stops import check_stops
 
 Int64 = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -213,7 +214,7 @@ class Generation(Body):
         """Check what one field says about another.
 
         Raises:
-            ApiError: fields that do not fit together, or ask for what is not done here.
+            ApiError, InputError: fields that do not fit together, or ask for what is not done here.
         """
         for part, path in (
             (self, ""),
@@ -233,8 +234,7 @@ class Generation(Body):
             raise invalid(
                 f"stop has {longest} characters, must have at most {MOST_STOP}: shorten it", "stop"
             )
-        if not all(self.stops):
-            raise invalid("stop must hold no empty string: it would end every text at once", "stop")
+        check_stops(self.stops)
 
 
 class CompletionBody(Generation):
@@ -256,7 +256,7 @@ class CompletionBody(Generation):
         """Check what one field says about another.
 
         Raises:
-            ApiError: fields that do not fit together, or ask for what is not done here.
+            ApiError, InputError: fields that do not fit together, or ask for what is not done here.
         """
         super().check()
         if self.best_of not in (None, self.choices):

@@ -11,7 +11,7 @@ from openmythos.inference.request import Constraint, Request
 from openmythos.inference.sampling import Sampling
 from openmythos.inference.server.errors import invalid
 from openmythos.inference.server.json_output import JsonGrammars
-from openmythos.inference.server.room import Wish, check_cells, room, too_long
+from openmythos.inference.server.room import Asked, check_cells, room, too_long
 from openmythos.inference.server.schemas import ChatBody, ChatMessage, CompletionBody, Generation
 from openmythos.inference.server.serving import Loaded
 from openmythos.inference.server.settings import ServerSettings
@@ -40,14 +40,14 @@ def of_completion(
         _request(
             body,
             loaded,
-            Wish(
+            Asked(
                 token_ids=tuple(token_ids),
-                asked=body.max_tokens,
+                most=body.max_tokens,
                 usual=16,
                 fields=("prompt", "max_tokens"),
                 choices=body.choices,
                 answered=body.choices * count,
-                thinking=_thinking(body, loaded, settings),
+                thinking=_thinking(body, settings),
                 logprobs=body.logprobs,
                 echoed=bool(body.echo) and body.logprobs is not None,
                 streamed=bool(body.stream),
@@ -68,11 +68,11 @@ def of_chat(body: ChatBody, loaded: Loaded, settings: ServerSettings) -> Request
     _check_choices(1, body, settings)
     if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs must go with logprobs=true", "top_logprobs")
-    asked, name = body.max_completion_tokens, "max_completion_tokens"
+    most, name = body.max_completion_tokens, "max_completion_tokens"
     if body.max_tokens is not None:
-        if asked is not None and asked != body.max_tokens:
+        if most is not None and most != body.max_tokens:
             raise invalid("max_tokens must be left out beside max_completion_tokens", "max_tokens")
-        asked, name = body.max_tokens, "max_tokens"
+        most, name = body.max_tokens, "max_tokens"
     messages = [_message(message, place) for place, message in enumerate(body.messages)]
     _check_fits([message.content for message in messages], loaded, "messages")
     try:
@@ -82,14 +82,14 @@ def of_chat(body: ChatBody, loaded: Loaded, settings: ServerSettings) -> Request
     request = _request(
         body,
         loaded,
-        Wish(
+        Asked(
             token_ids=tuple(token_ids),
-            asked=asked,
+            most=most,
             usual=settings.chat_tokens,
             fields=("messages", name),
             choices=body.choices,
             answered=body.choices,
-            thinking=_thinking(body, loaded, settings),
+            thinking=_thinking(body, settings),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             echoed=False,
             streamed=bool(body.stream),
@@ -99,28 +99,33 @@ def of_chat(body: ChatBody, loaded: Loaded, settings: ServerSettings) -> Request
     return request
 
 
-def _thinking(body: Generation, loaded: Loaded, settings: ServerSettings) -> Thinking:
-    loops = loaded.lm.model.config.mean_loops if body.loops is None else body.loops
-    if body.loops is not None and loops > settings.max_loops:
+def check_max_loops(loops: int, settings: ServerSettings) -> None:
+    """Raise `ApiError` where more loops are asked for than the server allows."""
+    if loops > settings.max_loops:
         raise invalid(
             f"loops={loops} must be at most {settings.max_loops}, this server's max_loops", "loops"
         )
+
+
+def _thinking(body: Generation, settings: ServerSettings) -> Thinking:
+    if body.loops is not None:
+        check_max_loops(body.loops, settings)
     return Thinking(
-        loops=loops,
+        loops=body.loops,
         halting=body.halting or "none",
         threshold=body.threshold,
         cache_policy=body.cache_policy or "per_loop",
     )
 
 
-def _request(body: Generation, loaded: Loaded, wish: Wish) -> Request:
-    most, constraint = room(wish, loaded), _constraint(body, loaded.grammars)
+def _request(body: Generation, loaded: Loaded, asked: Asked) -> Request:
+    most, constraint = room(asked, loaded), _constraint(body, loaded.grammars)
     if body.draft_loops is not None and constraint is not None:
         raise invalid("draft_loops must be left out with response_format", "draft_loops")
     return Request(
-        token_ids=wish.token_ids,
+        token_ids=asked.token_ids,
         max_new_tokens=most,
-        thinking=wish.thinking,
+        thinking=asked.thinking,
         sampling=Sampling(
             temperature=1.0 if body.temperature is None else body.temperature,
             top_k=max(0, body.top_k or 0),
@@ -130,10 +135,10 @@ def _request(body: Generation, loaded: Loaded, wish: Wish) -> Request:
         ),
         stop=body.stops,
         stop_at_end=not body.ignore_eos,
-        choices=wish.choices,
+        choices=asked.choices,
         priority=-(body.priority or 0),  # as vLLM has it, lower comes first; the engine's is higher
-        logprobs=wish.logprobs,
-        prompt_logprobs=wish.echoed,
+        logprobs=asked.logprobs,
+        prompt_logprobs=asked.echoed,
         constraint=constraint,
         draft_loops=body.draft_loops,
     )

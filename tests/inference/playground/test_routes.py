@@ -13,6 +13,7 @@ from tiny import tiny
 from openmythos.inference.playground import routes
 from openmythos.inference.playground.routes import STATIC, playground
 from openmythos.inference.reasoner import Reasoner
+from openmythos.inference.thinking import Thinking
 from openmythos.model.halting import HALTING
 from openmythos.tasks.rooms import HOUSE, ROOMS, read_walk
 
@@ -194,7 +195,7 @@ def test_a_walk_is_solved_as_the_reasoner_solves_it(client, reasoner):
     walk = "library red green wait gold"
     told = post(client, "walk", walk=walk, loops=4, halting="delta", threshold=0.9)
     own = Reasoner(type(language_model().model).from_pretrained(reasoner))
-    trace = own.solve(read_walk(walk), loops=4, halting="delta", threshold=0.9)
+    trace = own.solve(read_walk(walk), Thinking(loops=4, halting="delta", threshold=0.9))
     assert told["walk"] == walk.split()
     assert told["beliefs"] == trace.beliefs.tolist()
     assert told["truth"] == HOUSE.follow(read_walk(walk)).answers[0].tolist()

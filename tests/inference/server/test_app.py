@@ -54,6 +54,9 @@ def test_metrics_count_tokens_loops_and_time():
         ("num_requests_running",): 2,
         ("num_requests_waiting",): 0,
         ("kv_cache_usage_perc",): 0.25,
+        ("prefix_cache_queries_total",): 0,
+        ("spec_decode_num_draft_tokens_total",): 0,
+        ("spec_decode_num_accepted_tokens_total",): 0,
     }
     for (name, *labels), value in expected.items():
         assert values[(f"openmythos:{name}", *labels)] == value, name

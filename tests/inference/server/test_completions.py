@@ -8,6 +8,7 @@ from fake_engine import SAID, client_of, error_of, events_of, language_model, wa
 from openmythos.inference.server import answers, room
 from openmythos.inference.server.logprobs import CompletionLogprobs
 from openmythos.inference.server.schemas import Completion
+from openmythos.inference.thinking import Thinking
 
 TEXT = "The mice ran"
 
@@ -122,7 +123,7 @@ def test_null_means_the_default(client):
     request = client.engine.runs[-1].request
     assert request.sampling.temperature == request.sampling.top_p == 1
     assert (request.max_new_tokens, request.choices) == (16, 1)
-    assert (request.thinking.loops, request.thinking.halting) == (3, "none")
+    assert request.thinking == Thinking()
 
 
 def test_the_usual_length_is_cut_where_less_fits(client):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import threading
 
 import pytest
@@ -157,7 +158,11 @@ def test_drafts_give_the_text_of_the_full_depth(client):
     fields = {"prompt": PROMPT, "max_tokens": 12, "loops": 5, "seed": 3, "temperature": 1}
     plain, drafted = complete(client, **fields), complete(client, **fields, draft_loops=2)
     assert drafted["choices"] == plain["choices"]
-    assert client.engine.statistics().drafted_tokens
+    done, page = client.engine.statistics().done, client.get("/metrics").text
+    assert 0 < done.accepted_tokens <= done.drafted_tokens
+    for name, count in (("draft", done.drafted_tokens), ("accepted", done.accepted_tokens)):
+        counted = rf"openmythos:spec_decode_num_{name}_tokens_total{{.*}} {float(count)}$"
+        assert re.search(counted, page, re.M)
 
 
 def test_a_reply_without_a_limit_is_fitted_to_the_pages_there_are(lm):

@@ -10,7 +10,7 @@ import pytest
 from question_sets import CHOICES, WORDS, choice_rows, row, word_rows, write_package
 
 from openmythos.errors import DataError, InputError
-from openmythos.inference.tasks import TASKS, Question, TaskName, credit, floors, read_task
+from openmythos.tasks.question_sets import TASKS, Question, TaskName, credit, floors, read_task
 
 
 @pytest.fixture
