@@ -17,6 +17,7 @@ from torch import Tensor
 
 from openmythos.config import MythosConfig
 from openmythos.errors import InputError
+from openmythos.model.accounting import training_flops
 from openmythos.model.transformer import OpenMythos, cross_entropy
 from openmythos.training.machine import Machine, matmul_peak, measure, seconds_of
 from openmythos.training.optimizer import build_optimizers
@@ -205,7 +206,7 @@ def _training(config: MythosConfig, machine: Machine, device: torch.device) -> T
         optimizers.step()
 
     tokens = batch * length
-    flops = 3.0 * tokens * model.flops(length // 2, loops)
+    flops = training_flops(model, tokens, length // 2, loops)
     return Task("training", batch, length, loops, step, tokens, flops)
 
 

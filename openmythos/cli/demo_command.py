@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from openmythos.cli.process import program
 from openmythos.config import MythosConfig
 from openmythos.errors import ConfigError
-from openmythos.training.run import check_folder, finished
-from openmythos.training.settings import OptimizerConfig, TrainConfig
+from openmythos.training.run import SETTINGS, check_folder, finished
+from openmythos.training.settings import CorpusName, OptimizerConfig, Source, TrainConfig
 
 if TYPE_CHECKING:
     from openmythos.inference.language_model import LanguageModel
     from openmythos.training.trainer import Trainer
 
 MODEL = MythosConfig.preset("nano")
-CORPUS = {"corpus": "embedded"}
+CORPUS: CorpusName = "embedded"
 RECIPE = TrainConfig(
     steps=640,
     batch_size=4,
@@ -114,7 +114,7 @@ def _delete(run: Path) -> None:
 
 
 def _check_deletable(run: Path) -> None:
-    if run.exists() and not (run / "settings.json").is_file():
+    if run.exists() and not (run / SETTINGS).is_file():
         raise ConfigError(f"run={run} must be a training run to be deleted: choose another folder")
 
 
@@ -124,13 +124,13 @@ def _train(settings: Settings) -> None:
     from openmythos.training.trainer import Stopped
 
     trainer: Trainer
-    if (settings.run / "settings.json").is_file():
+    if (settings.run / SETTINGS).is_file():
         trainer = open_run(settings.run)
         print(f"Going on with the demo in {settings.run}, at step {trainer.step}.")
     else:
         print("Training a recurrent-depth transformer on a novel and messages of presidents.")
         recipe = dataclasses.replace(RECIPE, steps=settings.steps)
-        trainer = start_run(settings.run, MODEL, recipe, source=CORPUS)
+        trainer = start_run(settings.run, MODEL, recipe, source=Source(corpus=CORPUS))
     with Progress(trainer) as progress:
         try:
             trainer.fit(progress.report)
@@ -157,7 +157,7 @@ def _ppmd() -> float | None:
     from openmythos.training.corpus import open_corpus
     from openmythos.training.ppmd import bits_per_byte
 
-    corpus = open_corpus(CORPUS["corpus"])
+    corpus = open_corpus(CORPUS)
     return bits_per_byte(corpus.validation_documents(), corpus.training_documents())
 
 

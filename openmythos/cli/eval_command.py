@@ -23,14 +23,15 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from openmythos.cli.known_text import warn_of_known
 from openmythos.config import HaltingKind
 from openmythos.errors import InputError
-from openmythos.inference.tasks import TaskName
+from openmythos.tasks.question_sets import TaskName
+from openmythos.training.settings import CorpusName
 
 if TYPE_CHECKING:
     from openmythos.inference.language_model import LanguageModel
@@ -44,7 +45,7 @@ class Settings:
     model: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
     """Folder of a model, or of a training run. May be left out with --task."""
 
-    corpus: Literal["embedded", "sotu"] | None = None
+    corpus: CorpusName | None = None
     """A corpus with a name, whose held-out side is measured."""
 
     text: Path | None = None
@@ -160,7 +161,7 @@ def _measure(
     """Measure at every depth and, where one is asked for, with a rule."""
     from openmythos.training.evaluate import evaluate, evaluate_halting, tokenised
 
-    ruled, token_bytes, how = None, lm.tokenizer.token_bytes, asdict(reading)
+    ruled, token_bytes, depths = None, lm.tokenizer.token_bytes, sorted(set(settings.loops))
     with tokenised(documents, lm.tokenizer, reading.enough) as file:
         if settings.halting != "none":
             ruled = evaluate_halting(
@@ -169,10 +170,10 @@ def _measure(
                 token_bytes,
                 halting=settings.halting,
                 threshold=settings.threshold,
-                budget=max(settings.loops, default=0),
-                **how,
+                budget=max(depths, default=0),
+                reading=reading,
             )
-        return evaluate(lm.model, file, token_bytes, sorted(set(settings.loops)), **how), ruled
+        return evaluate(lm.model, file, token_bytes, depths, reading=reading), ruled
 
 
 def _check(settings: Settings) -> None:

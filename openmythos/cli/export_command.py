@@ -18,13 +18,14 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from openmythos.cli.known_text import warn_of_known
 from openmythos.config import CONFIG_FILE, WeightsKind
 from openmythos.errors import InputError
+from openmythos.training.settings import CorpusName
 
 if TYPE_CHECKING:
     from openmythos.inference.language_model import LanguageModel
@@ -45,7 +46,7 @@ class Settings:
     weights: WeightsKind = "int8"
     """What matrices are stored as; norms and routers are fp32 in all of them."""
 
-    corpus: Literal["embedded", "sotu"] | None = None
+    corpus: CorpusName | None = None
     """Measure on a corpus with a name, on its held-out side."""
 
     text: Path | None = None
@@ -135,9 +136,9 @@ def _bits(
 ) -> Evaluation:
     from openmythos.training.evaluate import evaluate, tokenised
 
-    token_bytes, how = lm.tokenizer.token_bytes, asdict(reading)
+    token_bytes, depths = lm.tokenizer.token_bytes, sorted(set(loops))
     with tokenised(documents, lm.tokenizer, reading.enough) as file:
-        return evaluate(lm.model, file, token_bytes, sorted(set(loops)), **how)
+        return evaluate(lm.model, file, token_bytes, depths, reading=reading)
 
 
 def _by_depth(result: Evaluation) -> dict[int, float]:

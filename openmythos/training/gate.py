@@ -10,7 +10,7 @@ its threshold is chosen on held-out text.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openmythos.config import HaltingKind
-from openmythos.errors import ConfigError
+from openmythos.errors import ConfigError, InputError
 from openmythos.model.halting import LearnedExit
 from openmythos.model.transformer import OpenMythos, cross_entropy
 from openmythos.training.optimizer import is_sharded
@@ -71,7 +71,7 @@ class Labelled(NamedTuple):
 def train_gate(
     model: OpenMythos,
     batch: Callable[[int], Labelled],
-    held_out: Sequence[Labelled],
+    held_out: Iterable[Labelled],
     *,
     steps: int = 100,
     budget: int | None = None,
@@ -82,10 +82,12 @@ def train_gate(
 ) -> GateReport:
     """Train `model.core.gate` and set its threshold; nothing else of the model changes.
 
+    It works in evaluation mode, and leaves the model in the mode that it had.
+
     Args:
         model: trained.
         batch: gives what a step learns from.
-        held_out: what the threshold is chosen on.
+        held_out: what the threshold is chosen on; any iterable, read through once.
         steps: batches; each serves for `UPDATES` steps of the optimizer.
         budget: most loops; default: twice the model's mean.
         margin: nats by which a state may be worse than the best later one.
@@ -97,20 +99,58 @@ def train_gate(
 
     Raises:
         ConfigError: the model is sharded.
+        InputError: nothing is held out, or a target is no token id; in what is held out before any
+            work, and in a batch before a step learns from it.
     """
     if any(is_sharded(parameter) for parameter in model.parameters()):
         raise ConfigError(
             "model must be whole for its gate's training, is sharded: gather its state dict, and "
             "load it into a model of one process"
         )
+    held_out = list(held_out)
+    if not held_out:
+        raise InputError("held_out holds nothing, must hold text to choose the threshold on")
+    for asked in held_out:
+        _check_targets("held_out", asked, model.config.vocab_size)
+    budget, was_training = budget or 2 * model.config.mean_loops, model.training
+    if cost is None:
+        cost = margin if lost_accuracy is None else math.inf
+    most = 1.0 if lost_accuracy is None else lost_accuracy
     model.eval()
-    gate, budget = model.core.gate, budget or 2 * model.config.mean_loops
+    try:
+        _learn(model, batch, steps, budget, margin, lr)
+        return _choose_threshold(model, held_out, budget, cost, most)
+    finally:
+        model.core.gate.requires_grad_(False)
+        model.train(was_training)
+
+
+def _check_targets(name: str, asked: Labelled, vocab_size: int) -> None:
+    least, most = (int(x) for x in asked.targets.aminmax())
+    if least < 0 or most >= vocab_size:
+        raise InputError(
+            f"{name} has the target {least if least < 0 else most}, must have token ids from 0 to "
+            f"{vocab_size - 1}: every place counts, so leave out those that ask for nothing"
+        )
+
+
+def _learn(
+    model: OpenMythos,
+    batch: Callable[[int], Labelled],
+    steps: int,
+    budget: int,
+    margin: float,
+    lr: float,
+) -> None:
+    """Fit the gate to which states are fit to stop at."""
+    gate = model.core.gate
     gate.start_anew()
     optimizer = torch.optim.AdamW(gate.parameters(), lr=lr, weight_decay=0.0)
-    for parameter in gate.parameters():
-        parameter.requires_grad_(True)
+    gate.requires_grad_(True)
     for step in range(steps):
-        states, losses = _trajectory(model, batch(step), budget)
+        asked = batch(step)
+        _check_targets(f"batch({step})", asked, model.config.vocab_size)
+        states, losses = _trajectory(model, asked, budget)
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
         wanted = fit_to_stop(losses, margin).float()
@@ -119,12 +159,6 @@ def train_gate(
             loss = F.binary_cross_entropy_with_logits(_scores(gate, states), wanted)
             loss.backward()
             optimizer.step()
-    for parameter in gate.parameters():
-        parameter.requires_grad_(False)
-    if cost is None:
-        cost = margin if lost_accuracy is None else math.inf
-    most = 1.0 if lost_accuracy is None else lost_accuracy
-    return _choose_threshold(model, held_out, budget, cost, most)
 
 
 @torch.no_grad()

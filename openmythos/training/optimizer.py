@@ -50,17 +50,18 @@ class Group(NamedTuple):
 GROUPS: dict[str, Group] = {
     # The first word found in a parameter's name decides. A vector never decays and is AdamW's.
     "embed": Group("adamw", decays=False),
-    "head": Group("adamw", decays=True),
     "router": Group("adamw", decays=True),
     "lora": Group("adamw", decays=True),
     "injection": Group("adamw", decays=False),
     "core_output": Group("adamw", decays=False),  # C of the state's readout, a dynamics parameter
-    "gate": Group("adamw", decays=True),
     "norm": Group("adamw", decays=False),
     "scale": Group("adamw", decays=False),  # one gain per head: a table of vectors, not a matrix
     "bias": Group("adamw", decays=False),
     "attention": Group("muon", decays=True),
     "feed_forward": Group("muon", decays=True),
+    # Behind the two, in which a gate, or a map over heads, is a matrix as others are.
+    "gate": Group("adamw", decays=True),
+    "head": Group("adamw", decays=True),
 }
 
 

@@ -2,26 +2,33 @@
 
 run/settings.json       model, training, corpus and tokenizer, as they were at the start
 run/tokenizer.json
-run/train.bin           tokenised text, made anew where it is missing or of other text
+run/train.bin           tokenised text, made anew from it where missing
 run/validation.bin
 run/metrics.jsonl       one line a step, and one a measurement
 run/step-00000120/      checkpoints
-run/model/              the finished model, for `openmythos.load`
+run/model/              the finished model, for `openmythos.load`, with how long its training's
+                        windows were in training.json
+run/.openmythos.lock    which process trains the run, while one does
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Iterator
+import secrets
+import sys
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openmythos.config import MythosConfig
+from openmythos.config import CONFIG_FILE, MythosConfig
 from openmythos.errors import CheckpointError, ConfigError
 from openmythos.files import write_atomically
-from openmythos.training.settings import OptimizerConfig, TrainConfig
+from openmythos.numbers import at_least
+from openmythos.training.settings import Log, OptimizerConfig, Source, TrainConfig
 
 if TYPE_CHECKING:
     from openmythos.model.transformer import OpenMythos
@@ -32,6 +39,10 @@ METRICS = "metrics.jsonl"
 MODEL = "model"
 TOKENIZER = "tokenizer.json"
 """Of the finished model's files, the one that is written last."""
+TRAINED = "training.json"
+"""In a model's folder, `{"length": tokens in a window of its training}`."""
+LOCK = ".openmythos.lock"
+"""Hidden, so that it is no text; named otherwise than unfinished files, which are removed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +51,8 @@ class Settings:
 
     model: MythosConfig
     train: TrainConfig
-    source: dict[str, Any]
-    """Where the text came from: corpus or path, field, share held out."""
+    source: Source
+    """Where the text comes from."""
     start_from: str | None = None
     """The folder of the model whose weights it started from; None: fresh weights."""
 
@@ -50,7 +61,7 @@ class Settings:
         content = {
             "model": json.loads(self.model.to_json()),
             "train": dataclasses.asdict(self.train),
-            "source": self.source,
+            "source": self.source.as_json(),
             "start_from": self.start_from,
         }
         write_atomically(run / SETTINGS, (json.dumps(content, indent=2) + "\n").encode())
@@ -68,9 +79,7 @@ class Settings:
         try:
             content = json.loads(path.read_bytes().decode())
             model = MythosConfig.from_json(json.dumps(content["model"]), str(path))
-            source = content["source"]
-            if not ("corpus" in source or {"text", "field", "held_out"} <= set(source)):
-                raise ValueError("source must name a corpus or a text")
+            source = Source.from_json(content["source"])
             start = content.get("start_from")  # runs from before it was kept have none
             return cls(model, train_config(content["train"]), source, start)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -96,6 +105,95 @@ def check_folder(run: Path) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfMachine:
+    """What a run may be given anew when it goes on, as the machine needs it; None: as before."""
+
+    accumulation: int | None = None
+    checkpoint_activations: bool | None = None
+    threads: int | None = None
+    save_every: int | None = None
+    keep: int | None = None
+    log: Log | None = None
+
+    def applied(self, train: TrainConfig) -> TrainConfig:
+        """Return a training with these settings in place of its own.
+
+        Raises:
+            ConfigError: they do not fit it.
+        """
+        given = {name: x for name, x in dataclasses.asdict(self).items() if x is not None}
+        return dataclasses.replace(train, **given)
+
+    @classmethod
+    def of(cls, train: TrainConfig) -> OfMachine:
+        """Return those of a training."""
+        return cls(**{field.name: getattr(train, field.name) for field in dataclasses.fields(cls)})
+
+
+class RunLock:
+    """Keeps other processes from training a run: until its release, or the end of its process.
+
+    A forked process shares it, and does not release it by its own end. Where the system or the
+    folder has no locks, nothing is kept from anybody; nor is a second one of the same process,
+    where a name may still hold the trainer before.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self._close: weakref.finalize[[int], RunLock] | None = None
+
+    def take(self) -> None:
+        """Take it where it is not taken.
+
+        Raises:
+            CheckpointError: another process has it.
+        """
+        if self._close is None and (descriptor := _locked(self.run)) is not None:
+            # Closed and not unlocked: a forked process that did so would unlock it for all.
+            self._close = weakref.finalize(self, os.close, descriptor)
+
+    def release(self) -> None:
+        """Let others train the run; nothing happens the second time."""
+        if self._close is not None:
+            self._close()
+            self._close = None
+
+
+_OURS = secrets.token_hex(8)
+"""Tells this process from one of the same number in another container."""
+
+
+def _locked(run: Path) -> int | None:
+    """Return the descriptor of the locked file; None where there are no locks, or it is ours."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    try:
+        descriptor = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:  # whatever is wrong with the folder, what is written next tells it
+        return None
+    us = f"{os.getpid()} {_OURS}"
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, us.encode())
+    except BlockingIOError:
+        holder = os.read(descriptor, 100).decode(errors="replace")
+        os.close(descriptor)
+        if holder == us:
+            return None
+        pid = holder.partition(" ")[0] or "another"
+        raise CheckpointError(
+            f"run={run} must be trained by one process at a time, and process {pid} is at it: "
+            "wait for its end, or stop it"
+        ) from None
+    except OSError:  # no locks here, or no room for the number
+        pass
+    return descriptor
+
+
 def finished(run: Path) -> bool:
     """Whether a run has written all of its model, the last thing that it does."""
     return (run / MODEL / TOKENIZER).is_file()
@@ -106,13 +204,79 @@ def unfinished(folder: Path) -> bool:
     return (folder / SETTINGS).is_file() and not finished(folder)
 
 
+def model_in(folder: Path) -> Path:
+    """Return where a folder's model lies: in its `model`, as a finished run's, or in itself."""
+    model = folder / MODEL
+    return model if model.is_dir() and not unfinished(folder) else folder
+
+
+def run_of(folder: Path) -> Path:
+    """Return the run that a checkpoint lies in; any other folder as it is."""
+    from openmythos.training.checkpoint import is_checkpoint
+
+    return folder.parent if is_checkpoint(folder) else folder
+
+
+def config_in(folder: Path) -> MythosConfig:
+    """Return the config of a model, of a run or of one of its checkpoints.
+
+    Raises:
+        CheckpointError: the folder holds none of these, or a damaged one.
+    """
+    model, run = model_in(folder), run_of(folder)
+    if not (model / CONFIG_FILE).is_file() and (run / SETTINGS).is_file():
+        return Settings.load(run).model
+    return MythosConfig.load(model)
+
+
+def trained_length(folder: Path) -> int | None:
+    """Return how many tokens a window had in the training of a folder's model; None: not known.
+
+    Args:
+        folder: of a model, of a run, or of what is in a run: its model or a checkpoint.
+
+    Raises:
+        CheckpointError: what should say it is damaged.
+    """
+    if (folder / TRAINED).is_file():
+        return _kept_length(folder / TRAINED)
+    folder = folder.resolve()  # a relative path may have no name of its own
+    run = folder.parent if folder.name == MODEL else run_of(folder)
+    return Settings.load(run).train.length if (run / SETTINGS).is_file() else None
+
+
+def keep_trained_length(folder: Path, length: int) -> None:
+    """Write into a model's folder how many tokens a window of its training had.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / TRAINED, (json.dumps({"length": length}) + "\n").encode())
+    except OSError as error:
+        raise CheckpointError(f"folder={folder} must be writable: {error}") from error
+
+
+def _kept_length(path: Path) -> int:
+    try:
+        length = json.loads(path.read_bytes())["length"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f'{path} must be {{"length": tokens}}, but: {error!r}. Mend or delete it'
+        ) from error
+    if not at_least(length, 1):
+        raise CheckpointError(f"{path} has {length=}, must have 1 or more: mend or delete it")
+    return int(length)
+
+
 def train_config(fields: dict[str, Any]) -> TrainConfig:
     """Build a `TrainConfig` from what `dataclasses.asdict` made of one."""
     return TrainConfig(**{**fields, "optimizer": OptimizerConfig(**fields["optimizer"])})
 
 
 def metrics(run: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of `metrics.jsonl`; a torn one is passed over."""
+    """Yield the lines of `metrics.jsonl`, NaN where one has null; a torn one is passed over."""
     path = run / METRICS
     if not path.is_file():
         raise CheckpointError(f"run={run} must hold {METRICS}: it is not a training run")
@@ -122,14 +286,30 @@ def metrics(run: Path) -> Iterator[dict[str, Any]]:
         except (ValueError, RecursionError):
             continue
         if isinstance(found, dict) and "step" in found:
-            yield found
+            yield _every_number(found, lambda number: math.nan if number is None else number)
+
+
+def metrics_line(line: dict[str, Any]) -> str:
+    """Return a line for `metrics.jsonl`: null stands for NaN and infinity, which JSON has not."""
+    finite = _every_number(
+        line, lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
+    )
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def _every_number(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, dict):
+        return {name: _every_number(part, change) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_every_number(part, change) for part in value]
+    return change(value)
 
 
 def cut_metrics(run: Path, step: int) -> None:
     """Forget the metrics of steps that a resumed run will make again."""
     if (run / METRICS).is_file():
         kept = [
-            json.dumps(line) + "\n"
+            metrics_line(line)
             for line in metrics(run)
             if line["step"] < step and not {"final", "gate"} & set(line)
         ]
@@ -152,10 +332,9 @@ def load_from_run(folder: Path) -> tuple[OpenMythos, Tokenizer]:
     from openmythos.training import checkpoint
     from openmythos.training.tokenizer import Tokenizer
 
-    chosen = folder if checkpoint.is_checkpoint(folder) else None
-    run = folder if chosen is None else folder.parent
+    run = run_of(folder)
     settings = Settings.load(run)
-    if (newest := chosen or checkpoint.latest(run)) is None:
+    if (newest := checkpoint.latest(run) if run == folder else folder) is None:
         raise CheckpointError(f"run={run} must have a checkpoint: train it further")
     with torch.device("meta"):
         model = OpenMythos(settings.model)

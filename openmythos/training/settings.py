@@ -7,16 +7,56 @@ torch could be imported.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from openmythos.config import check_types
 from openmythos.errors import ConfigError
 
+CorpusName = Literal["embedded", "sotu"]
 DepthLaw = Literal["fixed", "near", "uniform", "poisson", "lognormal_poisson"]
-
-
 MatrixOptimizer = Literal["muon", "adamw"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a training's text comes from: a corpus that has a name, or text of one's own."""
+
+    corpus: CorpusName | None = None
+    """Its split is its own."""
+    text: Path | None = None
+    """A .txt, .jsonl or .parquet file, or a folder of them."""
+    field: str = "text"
+    """Name of the text's field in JSONL and Parquet."""
+    held_out: float = 0.05
+    """Share of the documents of `text` that is held out."""
+
+    def __post_init__(self) -> None:
+        if (self.corpus is None) == (self.text is None):
+            raise ConfigError("one of corpus and text must be given, and not both")
+        for name in ("field", "held_out"):
+            value = getattr(self, name)
+            if self.text is None and value != type(self).__dataclass_fields__[name].default:
+                raise ConfigError(
+                    f"{name}={value!r} must go with text: a corpus with a name is split already"
+                )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what a run's settings keep of it."""
+        if self.text is None:
+            return {"corpus": self.corpus}
+        return {"text": str(self.text), "field": self.field, "held_out": self.held_out}
+
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Any]) -> Source:
+        """Return what `as_json` was made of; ValueError where it is not whole."""
+        if "corpus" in kept:
+            return cls(corpus=kept["corpus"])
+        if not {"text", "field", "held_out"} <= set(kept):
+            raise ValueError("source must name a corpus or a text")
+        return cls(text=Path(kept["text"]), field=kept["field"], held_out=kept["held_out"])
 
 
 @dataclass(frozen=True, kw_only=True)

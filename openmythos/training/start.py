@@ -5,19 +5,37 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import shutil
+import warnings
 from pathlib import Path
-from typing import Any
 
 from openmythos.config import MythosConfig
-from openmythos.errors import CheckpointError, ConfigError
+from openmythos.errors import CheckpointError, ConfigError, DataError
 from openmythos.model.transformer import OpenMythos
 from openmythos.training import checkpoint
-from openmythos.training.corpus import Corpus, check_size, open_corpus, open_text, prepare
+from openmythos.training.corpus import (
+    RUN_MARK,
+    Corpus,
+    check_size,
+    open_corpus,
+    open_text,
+    prepare,
+)
 from openmythos.training.memory import check_fits
-from openmythos.training.run import SETTINGS, Settings, check_folder, train_config
-from openmythos.training.settings import TrainConfig, decay_begins, same_until
+from openmythos.training.run import (
+    SETTINGS,
+    TOKENIZER,
+    OfMachine,
+    RunLock,
+    Settings,
+    check_folder,
+    train_config,
+)
+from openmythos.training.settings import Source, TrainConfig, decay_begins, same_until
+from openmythos.training.token_file import TokenFile
 from openmythos.training.tokenizer import Tokenizer
 from openmythos.training.trainer import Trainer, check_tensorboard, check_unchanged
+
+VALIDATION = "validation.bin"
 
 
 def start_run(
@@ -25,7 +43,7 @@ def start_run(
     model: MythosConfig,
     train: TrainConfig,
     *,
-    source: dict[str, Any],
+    source: Source,
     tokenizer: Path | None = None,
     start_from: Path | None = None,
 ) -> Trainer:
@@ -35,7 +53,7 @@ def start_run(
         run: a folder that holds no run yet.
         model: the shape; its vocab_size becomes the tokenizer's.
         train: the training.
-        source: `{"corpus": name}`, or `{"text": path, "field": ..., "held_out": ...}`.
+        source: of the text.
         tokenizer: a `tokenizer.json`; default: learned from the training documents.
         start_from: a model's folder whose weights and tokenizer to start from.
 
@@ -44,11 +62,7 @@ def start_run(
             one that was there, tokens and tokenizer may be new.
     """
     check_folder(run)
-    if (run / SETTINGS).exists():
-        raise ConfigError(
-            f"run={run} holds a run already: resume it with --resume {shlex.quote(str(run))}, or "
-            "choose another folder"
-        )
+    _check_new(run)
     if start_from is None:
         check_fits(model)
         _check_length(train, model)
@@ -65,16 +79,24 @@ def start_run(
         start = OpenMythos.from_pretrained(start_from)
         model = _extended(start.config, model, tokens, start_from)
         _check_length(train, model)
+    if model.learned_act and train.backprop_loops is not None:
+        raise ConfigError(
+            f"backprop_loops={train.backprop_loops} must be left out with learned_act: exits are "
+            "learnt from all loops"
+        )
     if train.train == "adapters" and not model.lora_rank:
         raise ConfigError("train='adapters' must go with lora_rank of 1 or more: there are none")
-    made = not run.exists()
+    made, lock = _make(run), RunLock(run)
+    lock.take()
+    _check_new(run)  # another process may have been quicker, and its run is not ours to delete
     try:
-        run.mkdir(parents=True, exist_ok=True)
         training, validation = prepare(corpus, tokens, run, least_tokens=least)
-        tokens.save(run / "tokenizer.json")
+        tokens.save(run / TOKENIZER)
         start_name = None if start_from is None else str(start_from)
         settings = Settings(model, train, _remembered(source), start_name)
-        trainer = Trainer(run, settings, tokens, training, validation)
+        trainer = Trainer(
+            run, settings, tokens, training, validation, lock=lock, split=corpus.split
+        )
         if start is not None:
             _take_weights(trainer, start)
         checkpoint.remove_leftovers(run)
@@ -84,46 +106,144 @@ def start_run(
     except BaseException:
         if made:  # nothing is left of a run that did not start
             shutil.rmtree(run, ignore_errors=True)
+        lock.release()
         raise
     return trainer
 
 
-def open_run(run: Path, *, steps: int | None = None) -> Trainer:
+def open_run(
+    run: Path, *, steps: int | None = None, of_machine: OfMachine | None = None
+) -> Trainer:
     """Return the trainer of an existing run, at its newest whole checkpoint.
+
+    Its text is not opened where its tokens are whole, and may have changed or gone.
 
     Args:
         run: its folder.
         steps: a new number of steps, for a run whose learning rate has not begun to decay; the
-            run then is, to the bit, one that was started with this number.
+            run then is, to the bit, one that was started with this number. Where that one would
+            choose otherwise whether to compile its layers, it is so but for rounding, and warned.
+        of_machine: settings in place of the run's own; warned where they change its rounding.
 
     Raises:
-        MythosError: the folder is no run, or something in it does not fit.
+        MythosError: the folder is no run, another process trains it, or something in it does not
+            fit.
     """
     settings = Settings.load(run)
     check_folder(run)
-    check_fits(settings.model)
+    train = (of_machine or OfMachine()).applied(settings.train)
     if steps is not None:
-        train = dataclasses.replace(settings.train, steps=steps)
-        settings = dataclasses.replace(settings, train=train)
+        train = dataclasses.replace(train, steps=steps)
+    if train.log == "tensorboard":
+        check_tensorboard()
+    lock = RunLock(run)
+    lock.take()
+    try:
+        settings_now = dataclasses.replace(settings, train=train)
+        trainer = _opened(run, settings_now, lock, other_steps=steps is not None)
+        if train != settings.train:
+            trainer.settings.save(run)
+    except BaseException:
+        lock.release()
+        raise
+    if steps is not None:
+        _tell_compiling(trainer)
+    return trainer
+
+
+def _opened(run: Path, settings: Settings, lock: RunLock, *, other_steps: bool) -> Trainer:
+    """The trainer of a run that goes on with these settings."""
+    check_fits(settings.model)
     tokens = Tokenizer.load(run)
-    least = max(settings.train.tokens_per_step, settings.train.length + 1)
-    corpus = _open(settings.source)
     newest = checkpoint.latest(run)
+    text: str | None = None
     if newest is not None:  # before anything is tokenised anew
         state = checkpoint.state_of(newest)
-        check_unchanged(state, newest, tokenizer=tokens.fingerprint, text=corpus.fingerprint)
-        if steps is not None:
-            _check_until(checkpoint.step_of(newest), train_config(state["train"]), settings.train)
-    training, validation = prepare(corpus, tokens, run, least_tokens=least)
-    trainer = Trainer(run, settings, tokens, training, validation)
+        text = state["text"]
+        check_unchanged(state, newest, tokenizer=tokens.fingerprint)
+    found = _kept_tokens(run, tokens, text)
+    if found is None:
+        corpus = _open(settings.source)
+        if newest is not None:
+            check_unchanged(state, newest, text=corpus.fingerprint)
+        least = max(settings.train.tokens_per_step, settings.train.length + 1)
+        found = prepare(corpus, tokens, run, least_tokens=least)
+    if newest is not None:
+        before = train_config(state["train"])
+        if other_steps:
+            _check_until(checkpoint.step_of(newest), before, settings.train)
+        _tell_rounding(before, state["threads"], settings.train)
+    trainer = Trainer(run, settings, tokens, *found, lock=lock)
     if not trainer.resume() and settings.start_from is not None:
         raise CheckpointError(
             f"run={run} must have a checkpoint, as it began with the weights of "
             f"{settings.start_from}: start it anew with --start-from"
         )
-    if steps is not None:
-        settings.save(run)
     return trainer
+
+
+def _kept_tokens(
+    run: Path, tokens: Tokenizer, text: str | None
+) -> tuple[TokenFile, TokenFile] | None:
+    """A run's tokens, where both sides are whole, of its tokenizer and of one text.
+
+    Args:
+        run: its folder.
+        tokens: its tokenizer.
+        text: fingerprint of its text, as its checkpoint has it; None: it has no checkpoint.
+    """
+    try:
+        training, validation = TokenFile(run / RUN_MARK), TokenFile(run / VALIDATION)
+    except DataError:  # missing, or damaged: `prepare` tells which, and mends or refuses
+        return None
+    text = training.source_fingerprint if text is None else text
+    both = (training, validation)
+    return both if all(side.comes_from(text, tokens.fingerprint) for side in both) else None
+
+
+def _tell_rounding(before: TrainConfig, threads: int, now: TrainConfig) -> None:
+    """Warn of settings of the machine that make the run another one by rounding."""
+    pairs = {
+        "accumulation": (before.accumulation, now.accumulation),
+        "threads": (threads, now.threads or threads),
+    }
+    changed = [f"{name}={new} for {old}" for name, (old, new) in pairs.items() if old != new]
+    if changed:
+        warnings.warn(
+            f"{', '.join(changed)}: the run goes on, but by rounding not to the bit as it would "
+            "have",
+            stacklevel=4,
+        )
+
+
+def _tell_compiling(trainer: Trainer) -> None:
+    """Warn where a run of the new number of steps would choose otherwise whether to compile."""
+    choice, chosen = trainer.config.compile, trainer.compiled
+    if choice != "auto" or chosen is None or chosen == trainer.compiling_pays(choice):
+        return
+    stay, others = ("compiled", "not compiled") if chosen else ("not compiled", "compiled")
+    warnings.warn(
+        f"until={trainer.config.steps}: layers stay {stay}, and those of a run started with this "
+        f"number would be {others}: its weights differ by rounding",
+        stacklevel=3,
+    )
+
+
+def _make(run: Path) -> bool:
+    """Make a folder; return whether it was not there before."""
+    try:
+        run.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _check_new(run: Path) -> None:
+    if (run / SETTINGS).exists():
+        raise ConfigError(
+            f"run={run} holds a run already: resume it with --resume {shlex.quote(str(run))}, or "
+            "choose another folder"
+        )
 
 
 def _check_until(step: int, before: TrainConfig, now: TrainConfig) -> None:
@@ -143,17 +263,18 @@ def _check_length(train: TrainConfig, model: MythosConfig) -> None:
         )
 
 
-def _open(source: dict[str, Any]) -> Corpus:
-    if "corpus" in source:
-        return open_corpus(source["corpus"])
-    return open_text(source["text"], field=source["field"], held_out=source["held_out"])
+def _open(source: Source) -> Corpus:
+    if source.text is not None:
+        return open_text(source.text, field=source.field, held_out=source.held_out)
+    assert source.corpus is not None
+    return open_corpus(source.corpus)
 
 
-def _remembered(source: dict[str, Any]) -> dict[str, Any]:
+def _remembered(source: Source) -> Source:
     """A relative path would mean another file when the run is resumed from elsewhere."""
-    if "text" not in source:
+    if source.text is None:
         return source
-    return {**source, "text": str(Path(source["text"]).resolve())}
+    return dataclasses.replace(source, text=source.text.resolve())
 
 
 def _tokenizer(

@@ -5,6 +5,7 @@ document followed by the end mark. The ids are read as a ring, so that the first
 too: the end mark that closes the last document.
 """
 
+import errno
 import functools
 import json
 import zlib
@@ -23,6 +24,9 @@ from openmythos.training.tokenizer import Tokenizer
 _FORMAT = "openmythos tokens 1"
 _HEADER_BYTES = 4096
 _TEXT_AT_ONCE = 1 << 20  # characters that are tokenised together
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of the system that more free space would mend."""
 
 
 @final
@@ -142,9 +146,10 @@ def write_tokens(
     try:
         write_atomically(path, content)
     except OSError as error:
+        room = "make room for about as many bytes as the text has, or choose another folder"
+        advice = room if error.errno in NO_ROOM else "choose another folder"
         raise DataError(
-            f"tokens={str(path)!r} must be written, but {error.strerror}: make room for about "
-            "as many bytes as the text has, or choose another folder"
+            f"tokens={str(path)!r} must be written, but {error.strerror}: {advice}"
         ) from error
 
 

@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from openmythos.errors import TokenizerError
 from openmythos.files import write_atomically
+from openmythos.training.run import TOKENIZER
 
 END = "<|end|>"
 """Marks the end of a document; id 0 in tokenizers trained here."""
@@ -87,7 +88,7 @@ class Tokenizer:
         """
         path = Path(path)
         if path.is_dir():
-            path = path / "tokenizer.json"
+            path = path / TOKENIZER
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -114,7 +115,7 @@ class Tokenizer:
         """Writes a `tokenizer.json` (into `path` when that is a folder), whole or not at all."""
         path = Path(path)
         if path.is_dir():
-            path = path / "tokenizer.json"
+            path = path / TOKENIZER
         write_atomically(path, self._inner.to_str(pretty=True).encode())
 
     def encode(self, text: str) -> list[int]:

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from openmythos.config import MythosConfig
 from openmythos.errors import CheckpointError, ConfigError
+from openmythos.model.accounting import training_flops
 from openmythos.model.files import fill, storable
 from openmythos.model.transformer import MythosOutput, OpenMythos, cross_entropy
 from openmythos.training import checkpoint
@@ -32,9 +33,10 @@ from openmythos.training.compiled import compiled_layers, compiling_pays
 from openmythos.training.depth import backprop_loops, sample_loops
 from openmythos.training.evaluate import (
     Evaluation,
+    HaltingEvaluation,
+    Reading,
     evaluate,
-    keep_trained_length,
-    usual_stride,
+    evaluate_halting,
 )
 from openmythos.training.gate import GateReport, Labelled, train_gate
 from openmythos.training.machine import Machine, default_device, matmul_peak, measure
@@ -43,13 +45,17 @@ from openmythos.training.run import (
     METRICS,
     MODEL,
     TOKENIZER,
+    OfMachine,
+    RunLock,
     Settings,
     cut_metrics,
+    keep_trained_length,
     metrics,
+    metrics_line,
     train_config,
 )
-from openmythos.training.settings import same_until, schedule
-from openmythos.training.token_file import TokenFile
+from openmythos.training.settings import Compile, same_until, schedule
+from openmythos.training.token_file import NO_ROOM, TokenFile
 from openmythos.training.tokenizer import Tokenizer
 
 Report = Callable[[dict[str, Any]], None]
@@ -63,6 +69,14 @@ class Stopped(Exception):  # noqa: N818 (not an error)
     """The run was asked to stop; its checkpoint is written."""
 
 
+class Measured(NamedTuple):
+    """What a model gives on held-out text."""
+
+    by_depth: Evaluation
+    act: HaltingEvaluation | None
+    """With its own exits, where they are learnt with it."""
+
+
 class Trainer:
     """Trains a model in a run's folder.
 
@@ -73,6 +87,8 @@ class Trainer:
         training: tokens to learn from.
         validation: held-out tokens.
         device: where to train; default: CUDA, else MPS, else the CPU.
+        lock: of the run, released when the training ends; default: taken while it lasts.
+        split: how the text was divided, for people to read; None: it was not looked at.
     """
 
     def __init__(
@@ -83,7 +99,11 @@ class Trainer:
         training: TokenFile,
         validation: TokenFile,
         device: torch.device | None = None,
+        *,
+        lock: RunLock | None = None,
+        split: str | None = None,
     ) -> None:
+        self._lock, self.split = lock or RunLock(run), split
         self.run, self.settings, self.tokenizer = run, settings, tokenizer
         self.training, self.validation = training, validation
         self.config, self.model_config = settings.train, settings.model
@@ -91,7 +111,7 @@ class Trainer:
         self.threads = self.config.threads or torch.get_num_threads()
         self.machine: Machine | None = None
         self.compiled: bool | None = None
-        self._layers: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        self._layers: Callable[[], contextlib.AbstractContextManager[None]] | None = None
         with training_threads(self.threads):
             self.model = OpenMythos(self.model_config, seed=self.config.seed).to(self.device)
         self.model.core.checkpointing = self.config.checkpoint_activations
@@ -118,10 +138,14 @@ class Trainer:
 
         Raises:
             Stopped: the run was interrupted; `resume` goes on from the checkpoint.
-            CheckpointError: a checkpoint cannot be written.
+            CheckpointError: a checkpoint cannot be written, or another process trains the run.
         """
-        with training_threads(self.threads):
-            return self._fit(report)
+        self._lock.take()
+        try:
+            with training_threads(self.threads):
+                return self._fit(report)
+        finally:
+            self._lock.release()
 
     def _fit(self, report: Report) -> OpenMythos:
         self.prepare()
@@ -129,21 +153,34 @@ class Trainer:
             (self.run / MODEL / TOKENIZER).unlink(missing_ok=True)
         with self._stop_on_signals(), self._metrics(report) as write:
             while self.step < self.config.steps:
-                write(self.one_step())
+                write(self._one_step())
                 self._between_steps(write)
             self._finish(write)
         return self.model
 
     def prepare(self) -> None:
-        """Decide precision and kernels once; a resumed run takes over what was decided."""
+        """Decide precision and kernels once; a resumed run takes over what was decided.
+
+        Raises:
+            ConfigError: layers are to be compiled, as those of the steps before were, and torch
+                cannot compile here.
+        """
+        if self._layers is not None:
+            return
         if self.machine is None:
             self.machine = measure(self.config.precision, self.device)
-        if self.compiled is None:
-            depths = np.full(self.config.batch_size, self.model_config.mean_loops)
-            flops = self.config.steps * self._flops(depths)
-            self.compiled = compiling_pays(self.config.compile, flops, self.device)
+        wanted = self.config.compile
+        if self.compiled is not None:
+            wanted = "always" if self.compiled else "never"
+        self.compiled = self.compiling_pays(wanted)
+        self._layers = contextlib.nullcontext
         if self.compiled:
             self._layers = compiled_layers(self.model, sizes_vary=self.config.depth != "fixed")
+
+    def compiling_pays(self, wanted: Compile) -> bool:
+        """Whether a run of these settings that began now would be compiled."""
+        depths = np.full(self.config.batch_size, self.model_config.mean_loops)
+        return compiling_pays(wanted, self.config.steps * self._flops(depths), self.device)
 
     def _between_steps(self, write: Report) -> None:
         done = self.step == self.config.steps
@@ -178,8 +215,8 @@ class Trainer:
     @property
     def measures_all(self) -> bool:
         """Whether a measurement on the way takes all of the held-out text, and not its start."""
-        length = self.config.length
-        windows = self.validation.windows(length, usual_stride(length))
+        reading = Reading.of(self.config.length)
+        windows = self.validation.windows(reading.length, reading.stride)
         last = windows.length - int(windows.first[-1])  # tokens that the last window adds
         return self.config.evaluate_tokens > self.validation.tokens - last
 
@@ -231,7 +268,7 @@ class Trainer:
         with (self.run / METRICS).open("a", encoding="utf-8") as file:
 
             def write(line: dict[str, Any]) -> None:
-                file.write(json.dumps(line) + "\n")
+                file.write(metrics_line(line))
                 file.flush()
                 if board is not None:
                     for name, value in scalars(line):
@@ -245,9 +282,11 @@ class Trainer:
     def one_step(self) -> dict[str, Any]:
         """Take one optimizer step; return its line of metrics."""
         with training_threads(self.threads):
+            self.prepare()
             return self._one_step()
 
     def _one_step(self) -> dict[str, Any]:
+        assert self._layers is not None
         started = time.perf_counter()
         config, step = self.config, self.step
         self.optimizers.set_lr(schedule(step, config.steps, config.optimizer))
@@ -255,7 +294,8 @@ class Trainer:
         self.model.train()
         samples = np.arange(step * config.batch_size, (step + 1) * config.batch_size)
         depth = self._depth(samples)
-        total, loads, flops = 0.0, None, 0.0
+        total, flops = 0.0, 0.0
+        loads: Tensor | None = None
         for part in np.split(np.arange(config.batch_size), config.accumulation):
             with self._layers():
                 out, loss = self._forward(samples[part], depth[part])
@@ -266,7 +306,8 @@ class Trainer:
             total += float(loss.detach())
             flops += self._flops(depth[part])
             if (counted := out.loads) is not None:
-                loads = _add(loads, counted)
+                of_all_loops = counted.sum(0, keepdim=True)  # parts may differ in depth
+                loads = of_all_loops if loads is None else loads + of_all_loops
         norm = self.optimizers.step()
         if loads is not None and math.isfinite(norm) and config.train == "all":
             self.model.core.rebalance(loads)
@@ -323,13 +364,15 @@ class Trainer:
 
     def _flops(self, depth: Any) -> float:
         """Floating-point operations of a step on sequences of these depths."""
-        keys, model = self.config.length // 2, self.model
-        once = model.flops(keys, 0)
-        loop = model.core.flops(keys)
-        with_gradient = np.minimum(depth, self._window())
-        factor = 4 if self.config.checkpoint_activations else 3
-        loops = (depth - with_gradient) + factor * with_gradient
-        return float(self.config.length * (3 * once * len(depth) + loop * loops.sum()))
+        length = self.config.length
+        return training_flops(
+            self.model,
+            length * len(depth),
+            length // 2,
+            float(depth.mean()),
+            learning=float(np.minimum(depth, self._window()).mean()),
+            recomputed=self.config.checkpoint_activations,
+        )
 
     def _line(
         self,
@@ -342,13 +385,15 @@ class Trainer:
     ) -> dict[str, Any]:
         loss = total / self.config.tokens_per_step
         bytes_per_token = self.training.bytes / self.training.tokens
+        scale = schedule(self.step - 1, self.config.steps, self.config.optimizer)
         line = {
             "step": self.step - 1,
             "loss": loss,
             "bits_per_byte": loss / math.log(2) / bytes_per_token,
             "gradient_norm": norm,
             "loops": float(depth.mean()),
-            "lr": schedule(self.step - 1, self.config.steps, self.config.optimizer),
+            "muon_lr": scale * self.config.optimizer.muon_lr,
+            "adam_lr": scale * self.config.optimizer.adam_lr,
             "skipped": self.optimizers.skipped,
             "tokens_per_second": self.config.tokens_per_step / seconds,
             "peak_share": flops / seconds / (self.machine.peak if self.machine else math.inf),
@@ -359,27 +404,36 @@ class Trainer:
             line["load_max_over_mean"] = float((by_expert.amax(-1) / by_expert.mean(-1)).max())
         return line
 
-    def _evaluate(self, max_tokens: int | None) -> Evaluation:
+    def _evaluate(self, max_tokens: int | None) -> Measured:
         mean = self.model_config.mean_loops
         loops = sorted({1, 2, 4, 8, 16, mean}) if mean > 1 else [1]
+        text = (self.model, self.validation, self.tokenizer.token_bytes)
+        reading, act = Reading.of(self.config.length, max_tokens), None
         with self._autocast():
-            return evaluate(
-                self.model,
-                self.validation,
-                self.tokenizer.token_bytes,
-                loops,
-                length=self.config.length,
-                max_tokens=max_tokens,
-            )
+            by_depth = evaluate(*text, loops, reading=reading)
+            if self.model_config.learned_act:
+                act = evaluate_halting(*text, halting="act", budget=mean, reading=reading)
+        return Measured(by_depth, act)
 
-    def _score(self, result: Evaluation) -> float:
-        return result.bits_per_byte[result.loops.index(self.model_config.mean_loops)]
+    def _score(self, result: Measured) -> float:
+        """Bits per byte as the model is trained to run: with its exits, or with its mean loops."""
+        if result.act is not None:
+            return result.act.bits_per_byte
+        depths = result.by_depth
+        return depths.bits_per_byte[depths.loops.index(self.model_config.mean_loops)]
 
-    def _measurement(self, result: Evaluation) -> dict[str, Any]:
+    def _measurement(self, result: Measured) -> dict[str, Any]:
+        depths = result.by_depth
         line: dict[str, Any] = {
             "step": self.step - 1,
-            "validation": dict(zip(map(str, result.loops), result.bits_per_byte, strict=True)),
+            "validation": dict(zip(map(str, depths.loops), depths.bits_per_byte, strict=True)),
         }
+        if (act := result.act) is not None:
+            line["act"] = {
+                "bits_per_byte": act.bits_per_byte,
+                "mean_loops": act.mean_loops,
+                "budget": act.budget,
+            }
         return line | self._inside()
 
     @torch.no_grad()
@@ -434,9 +488,19 @@ class Trainer:
             "compiled": self.compiled,
             "torch": torch.__version__,
         }
-        return checkpoint.save(
-            self.run, self.step, tensors, state, keep=self.config.keep, bits_per_byte=bits_per_byte
-        )
+        keep = self.config.keep
+        try:
+            return checkpoint.save(
+                self.run, self.step, tensors, state, keep=keep, bits_per_byte=bits_per_byte
+            )
+        except CheckpointError as error:
+            why = error.__cause__
+            if isinstance(why, OSError) and why.errno not in NO_ROOM:
+                raise CheckpointError(
+                    f"run={self.run} must take a checkpoint, but: {why}. Mend that and "
+                    "resume; earlier checkpoints are intact"
+                ) from why
+            raise
 
     def resume(self) -> bool:
         """Go on from the newest whole checkpoint; False where there is none.
@@ -456,7 +520,7 @@ class Trainer:
             return False
         found = checkpoint.load(newest)
         self._check(found.state, found.step, newest)
-        self.threads = found.state["threads"]
+        self.threads = self.config.threads or found.state["threads"]
         with training_threads(self.threads):
             self._take(found, newest)
         cut_metrics(self.run, self.step)
@@ -475,6 +539,7 @@ class Trainer:
 
     def _check(self, state: dict[str, Any], step: int, where: Path) -> None:
         before = train_config(state["train"])  # with the fields that have come since
+        before = OfMachine.of(self.config).applied(before)
         model = MythosConfig.from_json(json.dumps(state["model"]))
         if same_until(step, before, self.config):
             before = self.config
@@ -521,16 +586,6 @@ def _denormals_are_0() -> bool:
     """Whether this thread takes them for 0, which torch can be told but not asked."""
     denormal = torch.ones((), dtype=torch.int32).view(torch.float32)
     return int((denormal * 1).view(torch.int32)) == 0
-
-
-def _add(total: Tensor | None, loads: Tensor) -> Tensor:
-    """Sum loads by loop; parts of a batch may differ in depth."""
-    if total is None:
-        return loads
-    longer, shorter = (total, loads) if len(total) >= len(loads) else (loads, total)
-    longer = longer.clone()
-    longer[: len(shorter)] += shorter
-    return longer
 
 
 def check_unchanged(state: dict[str, Any], where: Path, **now: str) -> None:

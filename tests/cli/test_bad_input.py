@@ -61,6 +61,11 @@ SENTENCES = [
     ("train --text TEXT --run TEXT", "must be a folder, and is a file"),
     ("train --text TEXT --run TEXT/a.png", "rhyme.txt is a file: choose another path"),
     ("train --resume RUN --until 100", "until=100 must be left out at step 3: the learning rate"),
+    ("train --resume RUN --steps 1000", "steps must be left out with --resume: to train to that"),
+    ("train --resume RUN --steps=9", "to train to that step, give --until 9"),
+    ("train --resume RUN --preset nano", "preset must be left out with --resume: a run goes on"),
+    ("train --resume RUN --held-out 0.05", "held_out must be left out with --resume: a run goes"),
+    ("train --resume RUN --batch_size 16", "batch_size must be left out with --resume: a run"),
     ("train --text TEXT --run RUN", "holds a run already"),
     ("train --text TEXT --steps 0", "steps=0 must be 1 or more"),
     ("train --text TEXT --model.kv-heads 3", "kv_heads=3 must divide num_heads=4"),
@@ -69,6 +74,11 @@ SENTENCES = [
     ("demo --train yes --steps 0", "steps=0 must be 1 or more"),
     ("train --text TEXT --train adapters", "train='adapters' must go with lora_rank of 1 or more"),
     ("train --text TEXT --start-from RUN --preset tiny", "preset=tiny must be left out with"),
+    ("train --text TEXT --start-from RUN --preset nano", "preset=nano must be left out with"),
+    (
+        "train --text TEXT --start-from openmythos-lm --model.mean-loops 4",
+        "mean_loops=4 must be left out with --start-from: the shape is that model's own, with",
+    ),
     (
         "train --text TEXT --start-from openmythos-lm --model.experts 4",
         "experts=4 must be left out with --start-from: the shape is that model's own",

@@ -12,7 +12,15 @@ from command_line import RHYME, SHAPE, TRAINING, answer, openmythos, printed
 
 import openmythos as library
 from openmythos import MythosConfig, OpenMythos
-from openmythos.cli import chat_command, demo_command, loop_colours, main, shipped_demo
+from openmythos.cli import (
+    chat_command,
+    demo_command,
+    loop_colours,
+    main,
+    parse,
+    shipped_demo,
+    train_command,
+)
 from openmythos.cli.chat_command import Chat
 from openmythos.cli.demo_command import OPENING, RULE
 from openmythos.cli.loop_colours import LoopColours
@@ -24,8 +32,8 @@ from openmythos.inference.shipped import find_model
 from openmythos.scales import SCALES
 from openmythos.training import corpus
 from openmythos.training.corpus import read_documents
-from openmythos.training.evaluate import evaluate, evaluate_halting, tokenised
-from openmythos.training.run import metrics
+from openmythos.training.evaluate import Reading, evaluate, evaluate_halting, tokenised
+from openmythos.training.run import OfMachine, metrics
 from openmythos.training.settings import TrainConfig
 from openmythos.training.tokenizer import Tokenizer
 
@@ -230,9 +238,9 @@ def test_eval_gives_the_librarys_figures_of_the_whole_text(run, text, tmp_path):
     lm, documents = library.load(run), read_documents(text)
     with tokenised(documents, lm.tokenizer) as file:
         sizes = lm.tokenizer.token_bytes
-        expected = evaluate(lm.model, file, sizes, [1, 3], length=16)
+        expected = evaluate(lm.model, file, sizes, [1, 3], reading=Reading.of(16))
         rule = {"halting": "delta", "threshold": 0.5, "budget": 3}
-        ruled = evaluate_halting(lm.model, file, sizes, length=16, **rule)
+        ruled = evaluate_halting(lm.model, file, sizes, reading=Reading.of(16), **rule)
     assert result["bytes"] == len(documents[0].encode())
     assert list(result["bits_per_byte"].values()) == pytest.approx(expected.bits_per_byte)
     assert result["halting"]["bits_per_byte"] == pytest.approx(ruled.bits_per_byte)
@@ -377,8 +385,8 @@ def test_eval_tokenises_no_more_documents_than_it_measures(run, tmp_path, monkey
     assert [result["tokens"] for result in some] == [16, 16, 48]
     lm, documents = library.load(run), read_documents(path)
     with tokenised(documents, lm.tokenizer) as file:  # all of it
-        how = {"length": 16, "stride": 16, "max_tokens": 33}
-        whole = evaluate(lm.model, file, lm.tokenizer.token_bytes, [1], **how)
+        reading = Reading(length=16, stride=16, max_tokens=33)
+        whole = evaluate(lm.model, file, lm.tokenizer.token_bytes, [1], reading=reading)
     assert some[2]["bits_per_byte"]["1"] == whole.bits_per_byte[0]
     assert everything["tokens"] > 10 * whole.tokens
 
@@ -405,6 +413,16 @@ def test_info_of_a_run_is_that_of_its_model(run):
     assert "parameters" in printed("info", run)
 
 
+def test_info_of_a_checkpoint_is_that_of_its_run(run, tmp_path):
+    checkpoint = next(run.glob("step-*"))
+    assert answer("info", checkpoint)["config"] == answer("info", run)["config"]
+    assert "parameters" in printed("info", checkpoint)
+    shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    alone = openmythos("info", tmp_path / checkpoint.name)
+    assert alone.code == 2
+    assert "config.json must exist" in alone.err
+
+
 def test_info_knows_the_models_in_the_package():
     report = json.loads(openmythos("info", "openmythos-reasoner", "--json").out)
     model = OpenMythos.from_pretrained(find_model("openmythos-reasoner"))
@@ -419,6 +437,21 @@ def test_resuming_a_finished_run_says_so_and_does_nothing(run):
         f"{run} is finished already, with all of its 3 steps\n",
     )
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_is_given_anew_what_was_typed_beside_resume_and_no_more(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        "openmythos.training.start.open_run", lambda *run, **how: given.append(how) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        main(["train", "--resume", str(tmp_path), "--save-every", "100", "--until=9"])
+    assert given == [{"steps": 9, "of_machine": OfMachine(save_every=100)}]
+
+
+def test_a_shape_that_is_the_models_own_may_be_named_with_start_from(run):
+    flags = ["--start-from", str(run), f"--model.mean-loops={SHAPE['mean_loops']}"]
+    assert train_command._start(parse(train_command, "train", flags)) == run / "model"
 
 
 def test_info_counts_operations_at_the_depths_asked_for():

@@ -8,14 +8,15 @@ from command_line import TRAINING, answer, openmythos, printed
 import openmythos as library
 from openmythos.model.quantised import Int8Weight
 from openmythos.training.corpus import read_documents
-from openmythos.training.evaluate import evaluate, tokenised, trained_length
+from openmythos.training.evaluate import Reading, evaluate, tokenised
+from openmythos.training.run import trained_length
 
 
 def bits(folder, text, loops):
     lm, documents = library.load(folder), read_documents(text)
     with tokenised(documents, lm.tokenizer) as file:
-        length = TRAINING["length"]
-        return evaluate(lm.model, file, lm.tokenizer.token_bytes, loops, length=length)
+        reading = Reading.of(TRAINING["length"])
+        return evaluate(lm.model, file, lm.tokenizer.token_bytes, loops, reading=reading)
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])

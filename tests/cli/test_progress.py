@@ -70,6 +70,20 @@ def test_skipped_steps_come_before_the_figures_that_a_narrow_terminal_drops(show
     assert "loss 7.123  2 skipped" in shown(60, skipped=2)
 
 
+@pytest.mark.parametrize("split", ["2 of 40 documents are held out", None])
+def test_a_run_that_starts_says_how_its_text_was_divided(terminal, split):
+    made = terminal()
+    made.trainer.config.tokens_per_step = 64
+    made.trainer.run, made.trainer.split = "runs/a", split
+    made.trainer.training = SimpleNamespace(tokens=900, bytes=4000)
+    made.trainer.validation = SimpleNamespace(tokens=90, bytes=400)
+    with made:
+        pass
+    said = f"text: {split}; 4,000 bytes to train on, 400 held out"
+    assert (said in made.console.file.getvalue()) == (split is not None)
+    assert "None" not in made.console.file.getvalue()
+
+
 def test_a_measurement_says_how_much_of_the_text_it_took(terminal):
     point, end = {"1": 3.0, "8": 2.5}, {"1": 3.1, "8": 2.6}
     made = terminal()
@@ -119,3 +133,10 @@ def test_the_figures_of_a_short_run_are_not_those_of_its_first_step(terminal):
         made.report({"step": step, "skipped": 0, **LINE, "loss": 10.0 - step})
     shown = float(made.console.file.getvalue().split("loss ")[1].split()[0])
     assert shown < 5  # 6.49 if the first counted as all before it
+
+
+@pytest.mark.parametrize(("skipped", "told"), [(2, False), (40, True)])
+def test_the_end_of_a_run_that_skipped_many_steps_says_so(terminal, skipped, told):
+    made = terminal(steps=60)
+    made.report({"step": 59, "skipped": skipped, **LINE})
+    assert ("were skipped" in made.console.file.getvalue()) == told

@@ -109,6 +109,18 @@ def test_the_network_without_a_key_is_warned_of(monkeypatch):
     assert "is open to the network" not in result.err
 
 
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.8.0.1", "::1", "0:0:0:0:0:0:0:1"])
+def test_this_machine_is_known_by_its_addresses(host):
+    assert serve_command.is_near(host)
+
+
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "::12", "10.0.0.1", "127.example.org", "localhost.example.org"]
+)
+def test_what_only_begins_like_this_machine_is_another(host):
+    assert not serve_command.is_near(host)
+
+
 def test_a_key_is_the_flags_or_the_environments(monkeypatch):
     monkeypatch.delenv(serve_command.KEY, raising=False)
     assert serve_command.with_key(ServerSettings()).api_key is None

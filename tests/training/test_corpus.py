@@ -5,19 +5,32 @@ import json
 import os
 import sys
 from collections import Counter
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from openmythos.errors import DataError
-from openmythos.training.corpus import left_out, open_corpus, open_text, prepare, read_documents
+from openmythos.training.corpus import (
+    _CORPORA,
+    left_out,
+    open_corpus,
+    open_text,
+    prepare,
+    read_documents,
+)
+from openmythos.training.settings import CorpusName
 from openmythos.training.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.train(["a loop thinks again and again"], vocab_size=270)
+
+
+def test_every_name_of_a_corpus_has_a_reader():
+    assert tuple(_CORPORA) == get_args(CorpusName)
 
 
 def write_jsonl(path, texts, field="text"):
@@ -85,6 +98,28 @@ def test_of_few_documents_about_the_share_is_held_out_and_never_the_longest(tmp_
 def test_of_documents_that_are_all_too_long_the_shortest_is_held_out(tmp_path):
     texts = ["long " * 400, "longer " * 400]
     assert sides(open_text(write_jsonl(tmp_path / "a.jsonl", texts))) == (texts[1:], texts[:1])
+
+
+def test_where_whole_documents_are_too_little_the_end_of_the_longest_is_held_out(tmp_path):
+    books = ["\n\n".join(f"Book {book}, paragraph {i}." for i in range(90)) for book in range(3)]
+    books[1] += "\n\nAnd a last one."
+    texts = [*books, "Read me."]
+    corpus = open_text(write_jsonl(tmp_path / "a.jsonl", texts))
+    training, (validation,) = sides(corpus)
+    assert books[1] == training[1] + validation
+    assert [training[0], *training[2:]] == [books[0], books[2], "Read me."]
+    assert 0.04 < len(validation) / sum(map(len, texts)) < 0.07
+    assert "of the longest of 4 documents" in corpus.split
+
+
+def test_a_run_inside_the_folder_of_its_text_is_not_read(tmp_path):
+    (tmp_path / "a.txt").write_text("A text.\n" * 40, encoding="utf-8")
+    run = tmp_path / "runs" / "first"
+    before = open_text(tmp_path).fingerprint
+    (run / "step-1").mkdir(parents=True)
+    for name in ("train.bin", "metrics.jsonl", "step-1/notes.txt"):
+        (run / name).write_text('{"step": 1}\n', encoding="utf-8")
+    assert open_text(tmp_path).fingerprint == before
 
 
 def test_copies_of_a_single_document_are_divided_at_the_same_place(tmp_path):
@@ -322,3 +357,9 @@ def test_documents_can_be_read_undivided(tmp_path):
         read_documents(tmp_path / "b.txt")
     with pytest.raises(DataError, match="must exist"):
         read_documents(tmp_path / "c.txt")
+
+
+def test_a_row_whose_text_is_null_is_left_out(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": null}\n{"text": "two"}\n', encoding="utf-8")
+    assert read_documents(path) == ["one", "two"]

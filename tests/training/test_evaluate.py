@@ -7,16 +7,8 @@ import torch
 from tiny import tiny
 from torch.testing import assert_close
 
-from openmythos.errors import CheckpointError, DataError, InputError
-from openmythos.training.evaluate import (
-    TRAINED,
-    Reading,
-    evaluate,
-    evaluate_halting,
-    keep_trained_length,
-    tokenised,
-    trained_length,
-)
+from openmythos.errors import DataError, InputError
+from openmythos.training.evaluate import Reading, evaluate, evaluate_halting, tokenised
 from openmythos.training.tokenizer import Tokenizer
 
 DOCUMENTS = ["the cat sat on the mat", "the rat ate; naïve 😀", "and the cat sat again on it"]
@@ -56,9 +48,8 @@ def plain(model, tokenizer, loops, length, stride, **halting):
 @pytest.mark.parametrize(("length", "stride"), [(8, 4), (8, 8), (9, 2), (64, None)])
 def test_bits_per_byte_at_each_depth_are_those_of_plain_loops(model, tokenizer, length, stride):
     with tokenised(DOCUMENTS, tokenizer) as file, torch.no_grad():
-        result = evaluate(
-            model, file, tokenizer.token_bytes, [1, 2, 5], length=length, stride=stride
-        )
+        reading = Reading.usual(None, 64, length=length, stride=stride)
+        result = evaluate(model, file, tokenizer.token_bytes, [1, 2, 5], reading=reading)
         for loops, bits in zip(result.loops, result.bits_per_byte, strict=True):
             step = length // 2 if stride is None else stride
             expected, _, tokens, size = plain(model, tokenizer, loops, length, step)
@@ -71,7 +62,7 @@ def test_a_rule_is_measured_with_the_loops_it_takes(model, tokenizer, halting, t
     rule = {"halting": halting, "threshold": threshold}
     with tokenised(DOCUMENTS, tokenizer) as file, torch.no_grad():
         result = evaluate_halting(
-            model, file, tokenizer.token_bytes, budget=6, length=8, stride=4, **rule
+            model, file, tokenizer.token_bytes, budget=6, reading=Reading.of(8), **rule
         )
         bits, loops, tokens, size = plain(model, tokenizer, 6, 8, 4, **rule)
     assert_close(result.bits_per_byte, bits)
@@ -82,24 +73,20 @@ def test_a_rule_is_measured_with_the_loops_it_takes(model, tokenizer, halting, t
 
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_a_quick_look_measures_the_first_tokens(model, tokenizer, batch_size):
-    options = {"length": 8, "stride": 8, "batch_size": batch_size}
+    options = {
+        "reading": Reading(length=8, stride=8, max_tokens=10),
+        "batch_size": batch_size,
+    }
     with tokenised(DOCUMENTS, tokenizer) as file:
-        quick = evaluate(model, file, tokenizer.token_bytes, [2], max_tokens=10, **options)
+        quick = evaluate(model, file, tokenizer.token_bytes, [2], **options)
     assert quick.tokens == 16
 
 
-@pytest.mark.parametrize("content", ['{"length": 0}', "{}", "[16]", "{", '{"length": "16"}'])
-def test_a_damaged_note_of_the_training_is_refused(tmp_path, content):
-    (tmp_path / TRAINED).write_text(content)
-    with pytest.raises(CheckpointError, match=r"training\.json .*[mM]end or delete it"):
-        trained_length(tmp_path)
-
-
-def test_a_folder_that_says_nothing_of_its_training_has_no_length(tmp_path):
-    assert trained_length(tmp_path) is None
-    assert trained_length(tmp_path / "nowhere") is None
-    keep_trained_length(tmp_path / "model", 12)
-    assert trained_length(tmp_path / "model") == 12
+def test_without_a_reading_windows_are_the_models_longest(model, tokenizer):
+    with tokenised(DOCUMENTS, tokenizer) as file:
+        usual = evaluate(model, file, tokenizer.token_bytes, [1])
+        longest = evaluate(model, file, tokenizer.token_bytes, [1], reading=Reading.of(64))
+    assert usual == longest
 
 
 def test_enough_documents_are_those_that_hold_the_windows(tokenizer):
@@ -117,22 +104,24 @@ def test_enough_documents_are_those_that_hold_the_windows(tokenizer):
 def test_the_model_is_left_in_the_mode_it_was_in(model, tokenizer):
     model.train()
     with tokenised(DOCUMENTS, tokenizer) as file:
-        evaluate(model, file, tokenizer.token_bytes, [1], length=8)
+        evaluate(model, file, tokenizer.token_bytes, [1], reading=Reading.of(8))
         assert model.training
     model.eval()
 
 
 @pytest.mark.parametrize(
-    ("loops", "options", "error", "sentence"),
+    ("loops", "reading", "error", "sentence"),
     [
-        ([], {"length": 8}, InputError, "loops must hold a depth of 1 or more, and holds none"),
-        ([0], {"length": 8}, InputError, "loops=0 must be 1 or more"),
-        ([1], {"length": 65}, InputError, "length=65 must be from 1 to the model's max_length=64"),
-        ([1], {"length": 8, "stride": 9}, DataError, "stride=9 must be from 1 to length=8"),
-        ([1], {"length": 8, "stride": 0}, DataError, "stride=0 must be from 1 to length=8"),
-        ([1], {"length": 8, "max_tokens": 0}, InputError, "max_tokens=0 must be 1 or more"),
+        ([], (8, 4), InputError, "loops must hold a depth of 1 or more, and holds none"),
+        ([0], (8, 4), InputError, "loops=0 must be 1 or more"),
+        ([1], (65, 4), InputError, "length=65 must be from 1 to the model's max_length=64"),
+        ([1], (0, 4), InputError, "length=0 must be from 1 to the model's max_length=64"),
+        ([1], (8, 9), DataError, "stride=9 must be from 1 to length=8"),
+        ([1], (8, 0), DataError, "stride=0 must be from 1 to length=8"),
+        ([1], (8, 4, 0), InputError, "max_tokens=0 must be 1 or more"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(model, tokenizer, loops, options, error, sentence):
+def test_what_cannot_be_measured_is_refused(model, tokenizer, loops, reading, error, sentence):
+    windows = Reading(**dict(zip(("length", "stride", "max_tokens"), reading, strict=False)))
     with tokenised(DOCUMENTS, tokenizer) as file, pytest.raises(error, match=sentence):
-        evaluate(model, file, tokenizer.token_bytes, loops, **options)
+        evaluate(model, file, tokenizer.token_bytes, loops, reading=windows)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from openmythos.errors import InputError
 from openmythos.model.transformer import cross_entropy
 from openmythos.training import gate
 from openmythos.training.gate import CHANCES, Labelled, train_gate
@@ -46,6 +47,44 @@ def test_a_threshold_is_the_lowest_that_costs_no_more_than_it_may(limits, chosen
     model = tiny(experts=0, gate_size=4)
     report = train_gate(model, asked_of, [asked_of(1)], steps=1, budget=4, margin=5.0, **limits)
     assert report.threshold == chosen == pytest.approx(float(model.core.gate.threshold))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_held_out_text_may_come_once_and_the_model_keeps_its_mode(training):
+    model, every = tiny(experts=0, gate_size=4).train(training), [asked_of(1), asked_of(2)]
+    reports = [
+        train_gate(model, asked_of, held_out, steps=1, budget=3)
+        for held_out in (every, iter(every))
+    ]
+    assert reports[0] == reports[1]
+    assert {module.training for module in model.modules()} == {training}
+    assert not any(parameter.requires_grad for parameter in model.core.gate.parameters())
+
+
+def padded(seed):
+    asked = asked_of(seed)
+    return Labelled(asked.token_ids, asked.targets.index_fill(1, torch.tensor([3]), -100))
+
+
+@pytest.mark.parametrize(
+    ("batch", "held_out", "sentence"),
+    [
+        (asked_of, [], "held_out holds nothing, must hold text to choose the threshold on"),
+        (asked_of, [asked_of(1), padded(2)], "held_out has the target -100, must have token ids"),
+        (
+            padded,
+            [asked_of(1)],
+            r"batch\(0\) has the target -100, must have token ids from 0 to 49",
+        ),
+    ],
+    ids=["nothing", "held out", "batch"],
+)
+def test_what_a_gate_cannot_learn_from_is_refused_before_work(batch, held_out, sentence):
+    model = tiny(experts=0, gate_size=4).train()
+    model.register_forward_hook(lambda *_: pytest.fail("the model was run"))
+    with pytest.raises(InputError, match=sentence):
+        train_gate(model, batch, held_out, steps=1, budget=3)
+    assert model.training
 
 
 @pytest.mark.parametrize("h0", ["zeros", "e"])

@@ -8,6 +8,8 @@ from torch.testing import assert_close
 
 from openmythos.config import AttentionKind, FeedForwardKind, MythosConfig
 from openmythos.errors import CheckpointError, ConfigError
+from openmythos.model.adapters import LoopLinear
+from openmythos.model.experts import Experts
 from openmythos.model.transformer import OpenMythos
 from openmythos.training.optimizer import (
     LR_FACTORS,
@@ -188,6 +190,8 @@ NAMES = {
     "core.layers.0.attention.q_up.weight": ((24, 12), "muon", True),
     "core.layers.0.attention.kv_down.weight": ((12, 24), "muon", True),
     "core.layers.0.attention.kv_up.weight": ((48, 8), "muon", True),
+    "core.layers.0.attention.gate.weight": ((12, 24), "muon", True),
+    "core.layers.0.attention.head_mix": ((6, 6), "muon", True),
     "core.layers.0.attention.lora.out.up": ((3, 24, 2), "adamw", True),
     "core.layers.0.attention.q_lora.down.weight": ((2, 24), "adamw", True),
     "core.layers.0.feed_forward.router.weight": ((5, 24), "adamw", True),
@@ -237,9 +241,11 @@ def test_muon_takes_the_models_linear_maps_and_experts_and_nothing_else(attentio
         model = OpenMythos(config)
     named, splits = dict(model.named_parameters()), model.fused_splits()
     matrices = {name for name, p in named.items() if group_of(name, p).optimizer == "muon"}
-    maps = {name.removesuffix(".weight").rpartition(".")[2] for name in matrices}
-    assert maps <= {"qkv", "out", "q_down", "q_up", "kv_down", "kv_up", "w_in", "w_out"}
-    assert {"out", "w_in", "w_out"} <= maps
+    wanted = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, LoopLinear)}
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            wanted |= {f"{name}.w_in", f"{name}.w_out"}
+    assert matrices == wanted
     assert splits.keys() <= matrices
     build_optimizers(named.items(), OptimizerConfig(), fused_splits=splits)
 

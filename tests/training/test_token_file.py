@@ -1,4 +1,5 @@
 import errno
+import os
 
 import numpy as np
 import pytest
@@ -138,15 +139,21 @@ def test_too_few_tokens_leave_the_old_file_as_it_was(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["train.bin"]
 
 
-def test_a_full_disk_is_said_and_leaves_the_old_file_as_it_was(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "advice"), [(errno.ENOSPC, "make room for about"), (errno.EACCES, "choose another")]
+)
+def test_a_disk_that_refuses_is_said_and_leaves_the_old_file_as_it_was(
+    tmp_path, monkeypatch, number, advice
+):
     path = token_file(tmp_path, tokens=50).path
     before = path.read_bytes()
 
-    def full(_descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def refuse(_descriptor):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(DataError, match="must be written, but No space left on device"):
+    monkeypatch.setattr("os.fsync", refuse)
+    sentence = f"must be written, but {os.strerror(number)}: {advice}"
+    with pytest.raises(DataError, match=sentence):
         write_tokens(path, ["abc"], BYTES, source="test", least_tokens=1)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["train.bin"]

@@ -1,6 +1,7 @@
 """A run: it learns, resumes to the bit, and refuses what does not fit."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -21,9 +22,17 @@ from openmythos import MythosConfig, OpenMythos, Tokenizer
 from openmythos.cli.train_command import _better
 from openmythos.errors import CheckpointError, ConfigError, DataError
 from openmythos.training import checkpoint, compiled, machine, memory
-from openmythos.training.evaluate import evaluate, trained_length
-from openmythos.training.run import METRICS, Settings, finished, load_from_run, metrics
-from openmythos.training.settings import OptimizerConfig, TrainConfig
+from openmythos.training.evaluate import Reading, evaluate, evaluate_halting
+from openmythos.training.run import (
+    METRICS,
+    OfMachine,
+    Settings,
+    finished,
+    load_from_run,
+    metrics,
+    trained_length,
+)
+from openmythos.training.settings import OptimizerConfig, Source, TrainConfig
 from openmythos.training.start import open_run, start_run
 from openmythos.training.trainer import Stopped, Trainer, scalars
 
@@ -53,7 +62,7 @@ def text(tmp_path_factory):
 
 
 def source(text):
-    return {"text": str(text), "field": "text", "held_out": 0.1}
+    return Source(text=text, held_out=0.1)
 
 
 def start(run, text, model=None, **train):
@@ -102,7 +111,7 @@ def test_the_curve_ends_with_the_last_step_on_the_text_it_began_with(tmp_path, t
     assert [(line["step"], line.get("final", False)) for line in curve] == [(3, False), (7, False)]
     assert (end["step"], end["final"]) == (7, True)
     for line, tokens in ((curve[-1], 64), (end, None)):
-        measured = trainer._evaluate(tokens).bits_per_byte
+        measured = trainer._evaluate(tokens).by_depth.bits_per_byte
         assert list(line["validation"].values()) == pytest.approx(measured)
     assert curve[-1]["validation"] != end["validation"]
     assert checkpoint.score(checkpoint.latest(run)) == curve[-1]["validation"]["2"]
@@ -125,7 +134,7 @@ def test_held_out_text_that_is_measured_whole_is_not_measured_again(
     assert (trainer.measures_all, len(measured)) == (whole, 1 if whole else 2)
     point, end = [line for line in metrics(tmp_path / "run") if "validation" in line]
     assert (end == point | {"final": True}) == whole
-    again = trainer._evaluate(None)
+    again = trainer._evaluate(None).by_depth
     assert list(end["validation"].values()) == list(again.bits_per_byte)
     assert again.tokens == trainer.validation.tokens
 
@@ -136,7 +145,7 @@ def test_a_run_knows_whether_its_measurements_take_all_of_the_text(tmp_path, tex
     count = trainer.validation.tokens
     for tokens in range(max(1, count - 20), count + 3):
         trainer.config = dataclasses.replace(trainer.config, evaluate_tokens=tokens)
-        assert trainer.measures_all == (trainer._evaluate(tokens).tokens == count), tokens
+        assert trainer.measures_all == (trainer._evaluate(tokens).by_depth.tokens == count), tokens
 
 
 def takes_denormals_for_0():
@@ -298,6 +307,84 @@ def test_steps_cannot_change_once_the_learning_rate_decays(tmp_path, text):
     assert Settings.load(run).train.steps == 6
 
 
+def test_other_steps_that_would_be_compiled_otherwise_are_told(tmp_path, text, monkeypatch):
+    run = tmp_path / "run"
+    trainer = start(run, text, optimizer=STEADY)
+    trainer._stop = True
+    with pytest.raises(Stopped):
+        trainer.fit()
+    open_run(run, steps=9)
+    monkeypatch.setattr("openmythos.training.trainer.compiling_pays", lambda *_: True)
+    sentence = "until=10: layers stay not compiled, and those of a run started with this number"
+    with pytest.warns(UserWarning, match=sentence):
+        open_run(run, steps=10)
+
+
+def stopped(run, text, **train):
+    """A run with a checkpoint of its first step."""
+    trainer = start(run, text, **train)
+    trainer._stop = True
+    with pytest.raises(Stopped):
+        trainer.fit()
+    return run
+
+
+def test_what_the_machine_needs_can_be_given_anew(tmp_path, text):
+    run = stopped(tmp_path / "run", text)
+    quiet = OfMachine(checkpoint_activations=True, save_every=1, keep=5)
+    trainer = open_run(run, of_machine=quiet)  # a warning would be an error
+    assert trainer.model.core.checkpointing
+    with pytest.warns(UserWarning, match="accumulation=2 for 1, threads=2 for 1: the run goes on"):
+        trainer = open_run(run, of_machine=OfMachine(accumulation=2, threads=2))
+    assert trainer.threads == 2
+    assert OfMachine.of(Settings.load(run).train) == dataclasses.replace(
+        quiet, accumulation=2, threads=2, log="none"
+    )
+    trainer.fit()
+    assert trainer.step == 8
+    open_run(run)
+    before = (run / "settings.json").read_bytes()
+    with pytest.raises(ConfigError, match="accumulation=3 must divide batch_size=4"):
+        open_run(run, of_machine=OfMachine(accumulation=3))
+    assert (run / "settings.json").read_bytes() == before
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_run_goes_on_with_its_tokens_where_its_text_is_gone(tmp_path, text, begun):
+    whole, cut, own = tmp_path / "whole", tmp_path / "cut", tmp_path / "own.txt"
+    shutil.copy(text, own)
+    start(whole, own, steps=3).fit()
+    if begun:
+        stopped(cut, own, steps=3)
+    else:
+        start(cut, own, steps=3)
+    own.unlink()
+    open_run(cut).fit()
+    assert same(whole, cut)
+    (cut / "validation.bin").unlink()
+    with pytest.raises(DataError, match="must exist"):
+        open_run(cut)
+    shutil.copy(text, own)
+    open_run(cut)
+    assert (cut / "validation.bin").is_file()
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.ENOSPC, "Free some space"), (errno.EACCES, "Mend that and resume")],
+)
+def test_room_is_asked_for_only_where_there_is_none(tmp_path, text, monkeypatch, number, advice):
+    trainer = start(tmp_path / "run", text)
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("openmythos.training.checkpoint._put_in_place", refuse)
+    with pytest.raises(CheckpointError, match=f"{os.strerror(number)}.*{advice}.*are intact"):
+        trainer.save()
+
+
 KILLED = """
 import sys
 from pathlib import Path
@@ -404,6 +491,64 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, text):
     assert (line["skipped"], trainer.step) == (1, 1)
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name])
+
+
+def test_the_metrics_of_a_run_that_diverged_are_json_all_the_same(tmp_path, text):
+    run = tmp_path / "run"
+    trainer = start(run, text, steps=2)
+    trainer.model.core.layers[0].feed_forward.w_out.register_hook(lambda g: g * math.inf)
+    trainer.fit()
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    lines = (run / METRICS).read_text(encoding="utf-8").splitlines()
+    norms = [json.loads(x, parse_constant=refuse).get("gradient_norm", 0) for x in lines]
+    assert norms[:2] == [None, None]
+    assert [math.isnan(x["gradient_norm"]) for x in metrics(run) if "loss" in x] == [True, True]
+
+
+def test_the_rates_that_are_told_are_those_that_were_applied(tmp_path, text):
+    trainer = start(tmp_path / "run", text)
+    line = trainer.one_step()
+    applied = {type(o).__name__: o.param_groups[0]["lr"] for o in trainer.optimizers.optimizers}
+    assert applied == {"Muon": line["muon_lr"], "AdamW": line["adam_lr"]}
+
+
+def test_a_step_by_itself_is_computed_as_those_of_a_whole_run(tmp_path, text):
+    alone = start(tmp_path / "alone", text, precision="bf16")
+    losses = [alone.one_step()["loss"] for _ in range(2)]
+    start(tmp_path / "run", text, precision="bf16", steps=8).fit()
+    assert losses == [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line][:2]
+
+
+def test_a_compiled_run_says_what_it_lacks_where_nothing_compiles(tmp_path, text, monkeypatch):
+    run = tmp_path / "run"
+    trainer = start(run, text, save_every=1)
+    trainer.machine, trainer.compiled = machine.Machine("fp32", "a test", 1.0), True
+    trainer.save()
+    monkeypatch.setattr(compiled, "_problem", lambda: "no C++ compiler")
+    with pytest.raises(ConfigError, match="no C\\+\\+ compiler; install g"):
+        open_run(run).fit()
+
+
+def test_a_model_that_learns_its_exits_is_measured_with_them(tmp_path, text):
+    run = tmp_path / "run"
+    trainer = start(run, text, {"learned_act": True}, evaluate_every=4)
+    trainer.fit()
+    asked = (trainer.model, trainer.validation, trainer.tokenizer.token_bytes)
+    wanted = evaluate_halting(*asked, halting="act", budget=2, reading=Reading.of(16))
+    last = next(line for line in metrics(run) if "final" in line)
+    assert last["act"]["bits_per_byte"] == pytest.approx(wanted.bits_per_byte, rel=1e-6)
+    assert checkpoint.best_score(run) in [
+        line["act"]["bits_per_byte"] for line in metrics(run) if "act" in line
+    ]
+
+
+def test_exits_that_are_learnt_from_all_loops_take_no_window(tmp_path, text):
+    with pytest.raises(ConfigError, match="backprop_loops=1 must be left out"):
+        start(tmp_path / "run", text, {"learned_act": True}, backprop_loops=1)
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_adapters_changes_the_adapters_alone(tmp_path, text):
@@ -784,7 +929,7 @@ def test_settings_out_of_range_are_refused(fields, sentence):
 
 def test_settings_survive_their_file(tmp_path):
     model, train = MythosConfig(**SHAPE), TrainConfig(steps=7)
-    settings = Settings(model, train, {"corpus": "embedded"}, "some/model")
+    settings = Settings(model, train, Source(corpus="embedded"), "some/model")
     settings.save(tmp_path)
     assert Settings.load(tmp_path) == settings
     (tmp_path / "settings.json").write_text(json.dumps({"model": {}}))
