@@ -31,9 +31,10 @@ from torch import Tensor
 
 from openmythos.config import HaltingKind
 from openmythos.evidence import graves_exits, text_exits
-from openmythos.evidence.cells import Cell, Result, Say, weights_digest
+from openmythos.evidence.cells import Cell, Result, Say, by_number, weights_digest
 from openmythos.evidence.fit import Batch, FitConfig, fit
 from openmythos.evidence.hop_training import REASONER, TASK, TRAINED_HOPS, HopTraining
+from openmythos.evidence.paired import runs_of
 from openmythos.evidence.report import Expectation, Section, spread, table
 from openmythos.evidence.text_training import divided
 from openmythos.inference.shipped import LANGUAGE_MODEL, find_model, shipped
@@ -450,12 +451,12 @@ def _held_out_messages() -> Iterator[tuple[LanguageModel, text_exits.Reader]]:
 
 def conclude(results: dict[str, Result]) -> Section:
     """Say what the numbers say."""
-    runs = [result for name, result in results.items() if name.startswith("hops/")]
+    runs = runs_of(results, "hops")
     sentences, rows, expectations = [], [], []
     for phase in ("before", "after"):
         if runs:
             rows += _rows(phase, [run[phase] for run in runs])
-    twins = [result for name, result in results.items() if name.startswith("twin/")]
+    twins = runs_of(results, "twin")
     if twins:
         rows += _rows("alike, no exits", twins)
     if "shipped" in results:
@@ -633,11 +634,11 @@ def draw_figure(results: dict[str, Result]) -> Figure:
     figure, (left, right) = blank(
         "Each token its own depth", "mean loops", "share of places answered right", columns=2
     )
-    runs = [result for name, result in results.items() if name.startswith("hops/")]
+    runs = runs_of(results, "hops")
     if not runs:
         return figure
     part = runs[0]["after"]
-    fixed = sorted((int(n), share) for n, share in part["fixed"].items())
+    fixed = sorted(by_number(part["fixed"]).items())
     left.plot(*zip(*fixed, strict=True), color=GREY, label="fixed depth")
     for rule, colour in (("gate", ORANGE), ("delta", BLUE), ("kl", PURPLE)):
         points = [(mean, share) for _, share, mean in sorted(part["rules"][rule])]
@@ -654,7 +655,7 @@ def draw_figure(results: dict[str, Result]) -> Figure:
         )
     left.legend(frameon=False, fontsize=8)
     for run, style in zip(runs, ("o-", "s--", "^:"), strict=False):
-        by_hops = sorted((int(n), loops) for n, loops in run["after"]["by_hops"].items())
+        by_hops = sorted(by_number(run["after"]["by_hops"]).items())
         right.plot(*zip(*by_hops, strict=True), style, color=ORANGE, markersize=4)
     right.set_xlabel("hops behind the token")
     right.set_ylabel("loops taken with the gate")

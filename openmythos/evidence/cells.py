@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,10 +22,15 @@ from openmythos.files import write_atomically
 from openmythos.model.files import WEIGHTS_FILE
 from openmythos.training.machine import device_name
 
+SETTINGS, RESULT = "settings.json", "result.json"
+"""In a cell's folder, beside its checkpoints."""
+
 Result = dict[str, Any]
 """What a cell measured, as JSON has it."""
 
 Say = Callable[[str], None]
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,9 @@ def run_cells(cells: Iterable[Cell], work: Path, say: Say) -> dict[str, Result]:
         work: each cell's folder is made in it.
         say: told of progress, a line each time.
 
+    Returns:
+        Results as JSON gives them back, whether they were kept or have just been measured.
+
     Raises:
         CheckpointError: a kept result was made with other settings, or what an interrupted run
             left.
@@ -69,7 +77,7 @@ def run_cells(cells: Iterable[Cell], work: Path, say: Say) -> dict[str, Result]:
             started = time.perf_counter()
             measured = cell.run(folder, _prefixed(say, cell.name))
             where = {"torch": torch.__version__, "device": device_name() if cell.trains else "cpu"}
-            kept = {"settings": as_json(cell.settings), **where, **measured}
+            kept = as_json({"settings": cell.settings, **where, **measured})
             kept.setdefault("seconds", time.perf_counter() - started)
             _keep(folder, kept)
         results[cell.name] = kept
@@ -78,7 +86,7 @@ def run_cells(cells: Iterable[Cell], work: Path, say: Say) -> dict[str, Result]:
 
 def _begin(folder: Path, cell: Cell) -> None:
     """Write the settings beside the checkpoints, so that no other run goes on from these."""
-    path, settings = folder / "settings.json", as_json(cell.settings)
+    path, settings = folder / SETTINGS, as_json(cell.settings)
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != settings:
         raise CheckpointError(
             f"{path} must be of the settings asked for, as its folder's checkpoints are: delete "
@@ -100,7 +108,7 @@ def take_results(known: Mapping[str, Result], cells: Iterable[Cell], work: Path)
     taken = []
     for cell in cells:
         folder, result = work / cell.name, known.get(cell.name)
-        if result is None or not _is_of(result, cell) or (folder / "result.json").is_file():
+        if result is None or not _is_of(result, cell) or (folder / RESULT).is_file():
             continue
         folder.mkdir(parents=True, exist_ok=True)
         _keep(folder, result)
@@ -131,7 +139,7 @@ def read_result(folder: Path, cell: Cell) -> Result | None:
     Raises:
         CheckpointError: it was made with other settings, or is damaged.
     """
-    path = folder / "result.json"
+    path = folder / RESULT
     if not path.is_file():
         return None
     try:
@@ -150,14 +158,19 @@ def _is_of(result: Result, cell: Cell) -> bool:
     return bool(result.get("settings") == as_json(cell.settings))
 
 
-def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as JSON gives them back: tuples are lists, and all keys are text."""
-    kept: dict[str, Any] = json.loads(json.dumps(settings))
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings or figures as JSON gives them back: tuples are lists, and all keys text."""
+    kept: dict[str, Any] = json.loads(json.dumps(values))
     return kept
 
 
+def by_number(kept: Mapping[str, Value]) -> dict[int, Value]:
+    """Return a mapping that JSON gave back, whose keys were whole numbers, with these."""
+    return {int(number): value for number, value in kept.items()}
+
+
 def _keep(folder: Path, result: Result) -> None:
-    write_atomically(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_atomically(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def _prefixed(say: Say, name: str) -> Say:

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from openmythos.evidence.cells import Cell, Result, Say
+from openmythos.evidence.cells import Cell, Result, Say, by_number
 from openmythos.evidence.hop_training import (
     AFTERWARDS,
     FRESH,
@@ -37,7 +37,8 @@ from openmythos.evidence.hop_training import (
     draw,
     measure,
 )
-from openmythos.evidence.report import Expectation, Section, spread, table
+from openmythos.evidence.paired import runs_of
+from openmythos.evidence.report import Expectation, Section, counted, spread, table
 from openmythos.model.transformer import OpenMythos
 from openmythos.tasks.hops import Chains
 
@@ -200,27 +201,27 @@ def conclude(results: dict[str, Result]) -> Section:
     """Say what the numbers say."""
     rows, expectations, sentences = [], [], []
     for name in LOOPED:
-        runs = _runs(results, name)
+        runs = runs_of(results, name)
         if not runs:
             continue
         rows.append([name, f"{runs[0]['parameters'] / 1e6:.2f} M", len(runs)])
         rows[-1] += [_fresh(runs, hops) for hops in HOPS]
         rows[-1].append(spread([run["path_independence"]["agree"] for run in runs]))
     for name in ("core-3", "core-1"):
-        if runs := _runs(results, name):
+        if runs := runs_of(results, name):
             sentences += _sentences(name, runs)
             expectations += _expectations(name, runs)
-    if runs := _runs(results, "core-1-fixed"):
+    if runs := runs_of(results, "core-1-fixed"):
         sentences += _sentences("core-1-fixed", runs)
     tables = [
         table(["model", "parameters", "seeds", *(f"{h} hops" for h in HOPS), "paths agree"], rows)
     ]
-    strewn = [_no_ops_row(name, runs) for name in LOOPED if (runs := _runs(results, name))]
-    if runs := _runs(results, "core-1"):
+    strewn = [_no_ops_row(name, runs) for name in LOOPED if (runs := runs_of(results, name))]
+    if runs := runs_of(results, "core-1"):
         sentences.append(_no_ops_sentence(runs))
     if strewn:
         tables.append(table(["among no-ops", *(f"{hops} hops" for hops in HOPS[:4])], strewn))
-    plain = [_plain_row(name, run) for name in PLAIN for run in _runs(results, name)]
+    plain = [_plain_row(name, run) for name in PLAIN for run in runs_of(results, name)]
     if plain:
         head = ["plain transformer", "parameters", "longest chain ≥ 0.95", "tested at"]
         tables.append(table([*head, "right there", "training FLOPs"], plain))
@@ -248,12 +249,12 @@ NOTES = (CELLS, POSITIONS, RULE, f"Chance is {1 / TASK.entities:.3f}.")
 
 
 def _no_ops_row(name: str, runs: list[Result]) -> list[str]:
-    return [name, *(spread([_by_hops(run, "with_no_ops", h) for run in runs]) for h in HOPS[:4])]
+    return [name, *(spread([run["with_no_ops"][str(h)] for run in runs]) for h in HOPS[:4])]
 
 
 def _no_ops_sentence(runs: list[Result]) -> str:
     """Say what is left where a chain's length is no clue."""
-    shares = {hops: min(_by_hops(run, "with_no_ops", hops) for run in runs) for hops in HOPS[:4]}
+    shares = {hops: min(run["with_no_ops"][str(hops)] for run in runs) for hops in HOPS[:4]}
     said = ", ".join(f"{share:.3f} of {hops}" for hops, share in shares.items())
     return (
         "Among as many no-ops at random places, where the length of a chain is no clue, and with "
@@ -264,11 +265,11 @@ def _no_ops_sentence(runs: list[Result]) -> str:
 
 def _plain_sentence(results: dict[str, Result]) -> str:
     """Say how far plain transformers come, in training and past it."""
-    tried = {name: run for name in PLAIN for run in _runs(results, name)}
+    tried = {name: run for name in PLAIN for run in runs_of(results, name)}
     best = max(run["longest"] for run in tried.values())
     beyond = max(run["right_beyond"] for run in tried.values())
     than = ""
-    if looped := _runs(results, "core-1"):
+    if looped := runs_of(results, "core-1"):
         times = min(run["flops"] for run in tried.values()) / looped[0]["flops"]
         than = f", trained with {times:.1f} times the operations of the core of one layer,"
     return (
@@ -282,7 +283,7 @@ def _within_training(plain: dict[str, Result]) -> str:
     """Say where plain transformers are not even asked for more than training had."""
     if max(run["beyond"] for run in plain.values()) > TRAINED_HOPS:
         return ""
-    trained = max(_by_hops(run, "right", TRAINED_HOPS) for run in plain.values())
+    trained = max(run["right"][str(TRAINED_HOPS)] for run in plain.values())
     return (
         f" That still is within training: of its {TRAINED_HOPS} hops they answer {trained:.3f} or "
         "less, so that they never reach the depth from which to go on."
@@ -300,25 +301,17 @@ def _plain_row(name: str, run: Result) -> list[str]:
     ]
 
 
-def _runs(results: dict[str, Result], name: str) -> list[Result]:
-    return [result for cell, result in results.items() if cell.split("/")[0] == name]
-
-
-def _by_hops(run: Result, part: str, hops: int) -> Any:
-    return {int(key): value for key, value in run[part].items()}[hops]
-
-
 def _fresh(runs: list[Result], hops: int) -> str:
-    right = [_by_hops(run, "fresh", hops)["right"] for run in runs]
-    loops = [_by_hops(run, "fresh", hops)["loops"] for run in runs]
-    solved = all(_by_hops(run, "needed", hops) is not None for run in runs)
+    right = [run["fresh"][str(hops)]["right"] for run in runs]
+    loops = [run["fresh"][str(hops)]["loops"] for run in runs]
+    solved = all(run["needed"][str(hops)] is not None for run in runs)
     depth = "-".join(map(str, sorted({min(loops), max(loops)})))
     return f"{spread(right)} at {depth}" if solved else f"{spread(right)} (at {depth})"
 
 
 def _sentences(name: str, runs: list[Result]) -> list[str]:
     def rights(hops: int) -> list[float]:
-        return [_by_hops(run, "fresh", hops)["right"] for run in runs]
+        return [run["fresh"][str(hops)]["right"] for run in runs]
 
     fixed = f"one layer that always ran {LOOPED['core-1-fixed'].loops[0]} loops in training"
     layers = {"core-1": "one layer", "core-3": "three layers", "core-1-fixed": fixed}[name]
@@ -326,9 +319,9 @@ def _sentences(name: str, runs: list[Result]) -> list[str]:
     if not solved:
         return [f"The core of {layers} does not solve {TRAINED_HOPS} hops at 0.99 in this run."]
     deepest = max(solved)
-    loops = [_by_hops(run, "fresh", deepest)["loops"] for run in runs]
-    base = [_by_hops(run, "fresh", min(solved))["loops"] for run in runs]
-    seeds = f"{len(runs)} {'seed' if len(runs) == 1 else 'seeds'}"
+    loops = [run["fresh"][str(deepest)]["loops"] for run in runs]
+    base = [run["fresh"][str(min(solved))]["loops"] for run in runs]
+    seeds = counted(len(runs), "seed")
     sentence = (
         f"Trained on chains of at most {TRAINED_HOPS} hops, a looped model with a core of "
         f"{layers} ({seeds}) answers chains of {deepest} hops with {min(rights(deepest)):.3f} "
@@ -345,11 +338,9 @@ def _between(numbers: list[int]) -> str:
 
 def _expectations(name: str, runs: list[Result]) -> list[Expectation]:
     def least(hops: int, key: str = "right") -> float:
-        return min(_by_hops(run, "fresh", hops)[key] for run in runs)
+        return min(run["fresh"][str(hops)][key] for run in runs)
 
-    ratios = [
-        _by_hops(run, "fresh", 30)["loops"] / _by_hops(run, "fresh", 20)["loops"] for run in runs
-    ]
+    ratios = [run["fresh"]["30"]["loops"] / run["fresh"]["20"]["loops"] for run in runs]
     rows = [(f"{hops} hops, worst seed", 0.99, least(hops)) for hops in (20, 30)]
     rows += [("40 hops, worst seed", 0.95, least(40)), ("100 hops, worst seed", 0.95, least(100))]
     rows += [("30 hops at twice the loops", 0.95, least(30, "right_at_twice"))]
@@ -365,7 +356,7 @@ def draw_figure(results: dict[str, Result]) -> Figure:
     """Accuracy against loops, a line for each length of chain."""
     from openmythos.training.figures import blank, loop_ticks
 
-    shown = [name for name in ("core-3", "core-1") if _runs(results, name)]
+    shown = [name for name in ("core-3", "core-1") if runs_of(results, name)]
     figure, panels = blank(
         "Chains deeper than in training, solved with more loops",
         "loops of the core",
@@ -374,9 +365,9 @@ def draw_figure(results: dict[str, Result]) -> Figure:
     )
     shades = ["#c6d7ea", "#9dbbdc", "#6f9bcb", "#2f6db5", "#d9722e", "#8c3a10"]
     for axes, name in zip(panels, shown, strict=False):
-        run = _runs(results, name)[0]
+        run = runs_of(results, name)[0]
         for hops, colour in zip(HOPS, shades, strict=True):
-            curve = {int(n): right for n, right in _by_hops(run, "curves", hops).items()}
+            curve = by_number(run["curves"][str(hops)])
             axes.plot(list(curve), list(curve.values()), color=colour, label=f"{hops} hops")
         axes.axhline(1 / TASK.entities, color="#8a8f98", linestyle=":", label="chance")
         axes.set_title(f"{name}, trained to {TRAINED_HOPS} hops", fontsize=10)

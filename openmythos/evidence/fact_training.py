@@ -31,8 +31,9 @@ from openmythos.errors import CheckpointError
 from openmythos.evidence.cells import Say, as_json
 from openmythos.evidence.fact_models import HandsOn, StepByStep
 from openmythos.evidence.fit import IGNORE, Batch, FitConfig, fit
-from openmythos.evidence.text_training import trained_parameters
+from openmythos.evidence.plain import PLAIN, trained_parameters
 from openmythos.files import write_atomically
+from openmythos.model.accounting import training_flops
 from openmythos.model.transformer import OpenMythos
 from openmythos.tasks.facts import FactTask, Kind, Pairs
 from openmythos.tasks.hops import Chains
@@ -101,23 +102,21 @@ class FactTraining:
     @property
     def config(self) -> MythosConfig:
         """The model's shape: all layers in the loop, or a prelude for the control."""
-        bare = self.plain_layers > 0 or self.injection == "none"
+        shape = {**PLAIN, "core_layers": self.plain_layers or self.core_layers}
+        if not self.plain_layers:
+            shape["prelude_layers"] = self.prelude_layers
+            shape["mean_loops"] = max(1, sum(self.loops) // 2)
+            shape["injection"] = self.injection
+            shape["h0"] = "e" if self.injection == "none" else "zeros"
         return MythosConfig(
             vocab_size=self.task.vocab_size,
             hidden_size=self.hidden_size,
             feed_forward_size=self.feed_forward_size,
             num_heads=4,
             max_length=64,
-            prelude_layers=self.prelude_layers,
-            core_layers=self.plain_layers or self.core_layers,
-            coda_layers=0,
-            mean_loops=1 if self.plain_layers else max(1, sum(self.loops) // 2),
-            injection="none" if bare else self.injection,
-            h0="e" if bare else "zeros",
-            core_output="none",
-            prelude_norm=False,
             feed_forward="relu2",
             out_init=0.0,
+            **shape,
         )
 
     @property
@@ -216,7 +215,7 @@ class FactTraining:
         fitted = self.fit_config(self.steps, self.adam_lr)
         seconds, _ = fit(model, lambda step, _: self.batch(step), fitted, folder, report=report)
         return model, {
-            "parameters": trained_parameters(model.config),
+            "parameters": trained_parameters(model),
             "flops": self.training_flops(model),
             "training_seconds": seconds,
             "course": course,
@@ -238,13 +237,12 @@ class FactTraining:
 
     def training_flops(self, model: OpenMythos) -> float:
         """Floating-point operations of the training, with the loops it has on average."""
-        keys, depth = (self.hops + 2) // 2, sum(self.loops) / 2
+        tokens, depth = self.steps * self.batch_size * (self.hops + 1), sum(self.loops) / 2
         share = depth / self.plain_layers if self.plain_layers else depth
-        per_token = model.flops(keys, 0) + share * model.core.flops(keys)
+        flops = training_flops(model, tokens, (self.hops + 2) // 2, share)
         if self.hands_on != "state":  # each loop reads out, and looks its answer up
-            per_token += depth * 4 * self.hidden_size * self.task.vocab_size
-        tokens = self.steps * self.batch_size * (self.hops + 1)
-        return float(3 * tokens * per_token)
+            flops += 3 * tokens * depth * 4 * self.hidden_size * self.task.vocab_size
+        return flops
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as a cell keeps them."""

@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openmythos.config import MythosConfig
-from openmythos.errors import ConfigError
+from openmythos.errors import CheckpointError
 from openmythos.evidence.cells import as_json
 from openmythos.evidence.recorded import RecordedPasses
+from openmythos.model.accounting import training_flops
 from openmythos.model.files import fill, storable
 from openmythos.model.transformer import OpenMythos
 from openmythos.training import checkpoint
@@ -118,8 +119,7 @@ def fit(
         reached.
 
     Raises:
-        CheckpointError: the folder holds a training with other settings.
-        ConfigError: the folder was made with other settings.
+        CheckpointError: the folder holds a training with other settings, or a damaged one.
     """
     torch.set_flush_denormal(True)
     device = default_device()
@@ -137,7 +137,7 @@ def fit(
     if (newest := checkpoint.latest(folder)) is not None:
         found = checkpoint.load(newest)
         if _with_defaults(found.state["asked"]) != asked:
-            raise ConfigError(
+            raise CheckpointError(
                 f"folder={folder} must hold a training with these settings: choose another folder"
             )
         fill(model, found.tensors["model"], str(newest))
@@ -155,7 +155,7 @@ def fit(
         with layers(), products():
             nats, loads = gradients(batch(step, course.level))
         norm = optimizers.step()
-        if loads is not None:
+        if loads is not None and math.isfinite(norm):
             model.core.rebalance(loads)
         losses.append(float(nats.detach()))
         course.learn(losses[-1])
@@ -233,7 +233,7 @@ def _layers(
     """Compile the layers where the training is long; return what makes contexts for its steps."""
     tokens, length = largest.token_ids.numel(), largest.token_ids.shape[-1]
     loops = round(float(torch.as_tensor(largest.loops).float().mean()))
-    flops = 3 * config.steps * tokens * model.flops(length // 2, loops)
+    flops = training_flops(model, config.steps * tokens, length // 2, loops)
     if not compiling_pays("auto", flops, model.embed.weight.device):
         return nullcontext
     one_size = config.levels == 1 and not isinstance(largest.loops, Tensor)

@@ -19,7 +19,8 @@ from torch import Tensor
 from openmythos.config import MythosConfig
 from openmythos.evidence.cells import Say, as_json
 from openmythos.evidence.fit import Batch, FitConfig, fit
-from openmythos.evidence.text_training import PLAIN, trained_parameters
+from openmythos.evidence.plain import PLAIN, trained_parameters
+from openmythos.model.accounting import training_flops
 from openmythos.model.transformer import OpenMythos
 from openmythos.tasks.hops import Chains, HopTask
 from openmythos.training.settings import OptimizerConfig
@@ -115,18 +116,16 @@ class HopTraining:
         fitted = self.fit_config
         seconds, _ = fit(model, lambda step, _: self.batch(step), fitted, folder, report=report)
         return model, {
-            "parameters": trained_parameters(self.config),
+            "parameters": trained_parameters(model),
             "flops": self.training_flops(model),
             "training_seconds": seconds,
         }
 
     def training_flops(self, model: OpenMythos) -> float:
         """Floating-point operations of the training, with the loops it has on average."""
-        keys, mean = LENGTH // 2, 1 if self.plain_layers else sum(self.loops) / 2
-        learning = min(mean, self.backprop_loops)
-        loops = (mean - learning) + 3 * learning
-        per_token = 3 * model.flops(keys, 0) + loops * model.core.flops(keys)
-        return float(SEQUENCES * LENGTH * self.steps * per_token)
+        tokens, mean = self.steps * SEQUENCES * LENGTH, sum(self.loops) / 2
+        loops = 1 if self.plain_layers else mean
+        return training_flops(model, tokens, LENGTH // 2, loops, learning=self.backprop_loops)
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as a cell keeps them."""

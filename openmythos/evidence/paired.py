@@ -64,6 +64,11 @@ def rows_of(results: Mapping[str, Result], prefixes: tuple[str, ...] = ("",)) ->
     return rows
 
 
+def runs_of(results: Mapping[str, Result], name: str) -> list[Result]:
+    """Return the results of one row, whatever its cells are told apart by."""
+    return [result for cell, result in results.items() if cell.split("/")[0] == name]
+
+
 def mean(runs: Runs, key: str) -> float:
     """Return a figure's mean over the seeds."""
     return statistics.fmean(run[key] for run in runs.values())

@@ -28,14 +28,10 @@ from typing import TYPE_CHECKING, Any
 from openmythos.evidence import reasoning_leg
 from openmythos.evidence.cells import Cell, Result, Say, run_cells
 from openmythos.evidence.paired import Runs, common_seeds, difference, mean, rows_of
-from openmythos.evidence.report import Expectation, Section, spread, table
-from openmythos.evidence.text_training import (
-    PLAIN,
-    TextTraining,
-    read_texts,
-    trained_parameters,
-    work_of,
-)
+from openmythos.evidence.plain import PLAIN, plain_sizes
+from openmythos.evidence.report import Expectation, Section, counted, spread, table
+from openmythos.evidence.text_training import TextTraining, read_texts, work_of
+from openmythos.model.accounting import on_meta
 from openmythos.training.settings import DepthLaw
 
 if TYPE_CHECKING:
@@ -129,26 +125,22 @@ def trainings(*, quick: bool) -> dict[str, TextTraining]:
     main = VARIANTS[MAIN]
     plain = {name: plain_of(ratio, main) for name, ratio in RATIOS.items()}
     twin = plain["plain-1.0x"]
-    most = max(VARIANTS[name].training_flops() for name in SEEDED if name in VARIANTS)
-    longer = most / twin.training_flops()
+    most = max(_flops(VARIANTS[name]) for name in SEEDED if name in VARIANTS)
+    longer = most / _flops(twin)
     iso_flop = dataclasses.replace(twin, steps=round(longer * twin.steps))
     return VARIANTS | plain | {ISO_FLOP: iso_flop}
 
 
 def plain_of(ratio: float, looped: TextTraining) -> TextTraining:
     """Return a plain transformer of `ratio` times the parameters of `looped`, trained as it is."""
-    wanted, config = ratio * _count(looped), looped.config
-    width = config.hidden_size
-    layers = max(1, round((wanted - config.vocab_size * width) / (12 * width**2)))
-    shape = {**PLAIN, "hidden_size": width, "core_layers": layers, "feed_forward_size": 8}
-    narrow = dataclasses.replace(looped, shape=shape)
-    size = 8 + (wanted - _count(narrow)) / (2 * width * layers)
-    shape["feed_forward_size"] = max(8, 8 * round(size / 8))
-    return dataclasses.replace(looped, shape=shape)
+    width = looped.config.hidden_size
+    layers, inner = plain_sizes(looped.config, ratio, inner=4 * width)
+    shape = {"hidden_size": width, "core_layers": layers, "feed_forward_size": inner}
+    return dataclasses.replace(looped, shape={**PLAIN, **shape})
 
 
-def _count(training: TextTraining) -> int:
-    return trained_parameters(training.config)
+def _flops(training: TextTraining) -> float:
+    return training.training_flops(on_meta(training.config))
 
 
 def cells(*, quick: bool, seeds: int) -> list[Cell]:
@@ -336,7 +328,7 @@ def _tuning_table(results: dict[str, Result]) -> str:
 def _sentences(rows: dict[str, Runs], name: str) -> list[str]:
     runs = rows[name]
     size = next(iter(runs.values()))["parameters"] / 1e6
-    seeds = f"{len(runs)} {'seed' if len(runs) == 1 else 'seeds'}"
+    seeds = counted(len(runs), "seed")
     main = (
         f"On messages of presidents that were held out, a looped model of {size:.2f} M parameters "
         f"({name.removeprefix('looped-')} layers, {seeds}) has {mean(runs, 'test'):.4f} bits per "

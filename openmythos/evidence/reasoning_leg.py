@@ -22,8 +22,8 @@ from openmythos.evidence.hop_training import (
     HopTraining,
     measure,
 )
+from openmythos.evidence.plain import plain_sizes
 from openmythos.evidence.report import Expectation, table
-from openmythos.evidence.text_training import trained_parameters
 
 MODEL = LOOPED["core-1"]
 RATIOS = (1.69, 5.0)
@@ -34,18 +34,14 @@ NAME = "hops-looped"
 
 
 def plain_of(ratio: float, looped: HopTraining) -> HopTraining:
-    """Return a plain transformer of `ratio` times the parameters, and twice the steps.
-
-    Layers have about the looped model's width inside; what is left is made up by that width.
-    """
-    wanted = ratio * trained_parameters(looped.config)
-    width, inner = looped.hidden_size, looped.feed_forward_size
-    layers = max(1, round(wanted / (4 * width**2 + 2 * width * inner)))
-    narrow = dataclasses.replace(
-        looped, plain_layers=layers, feed_forward_size=8, steps=2 * looped.steps
+    """Return a plain transformer of `ratio` times the parameters, and twice the steps."""
+    sizes = plain_sizes(looped.config, ratio, inner=looped.feed_forward_size)
+    return dataclasses.replace(
+        looped,
+        plain_layers=sizes.layers,
+        feed_forward_size=sizes.feed_forward_size,
+        steps=2 * looped.steps,
     )
-    size = 8 + (wanted - trained_parameters(narrow.config)) / (2 * width * layers)
-    return dataclasses.replace(narrow, feed_forward_size=max(8, 8 * round(size / 8)))
 
 
 def cells(looped: HopTraining = MODEL) -> list[Cell]:

@@ -66,6 +66,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
+def counted(count: int, what: str) -> str:
+    """Return `1 seed`, `2 seeds`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """Return the mean, and the lowest and highest where there are several."""
     if not values:

@@ -25,7 +25,7 @@ from openmythos.evidence.cells import Cell, Result, Say
 from openmythos.evidence.expert_choice import NOISE, chance, jitter, statistics_of
 from openmythos.evidence.forced_routing import DRAWS, FORCED, bootstrap, costs, read, windows_of
 from openmythos.evidence.paired import Interval, Runs, common_seeds, rows_of
-from openmythos.evidence.report import Expectation, Section, spread, table
+from openmythos.evidence.report import Expectation, Section, counted, spread, table
 from openmythos.evidence.text_training import Texts, TextTraining, read_texts, work_of
 from openmythos.model.transformer import OpenMythos
 
@@ -152,8 +152,8 @@ def in_order(results: dict[str, Result]) -> dict[str, Runs]:
 
 def at(run: Result, factor: int) -> Result:
     """Return what was measured at so many times the trained depth."""
-    depths = {int(loops): found for loops, found in run["depths"].items()}
-    return depths[factor * run["trained_loops"]]
+    measured: Result = run["depths"][str(factor * run["trained_loops"])]
+    return measured
 
 
 def conclude(results: dict[str, Result]) -> Section:
@@ -186,12 +186,12 @@ def _choice(runs: list[Result]) -> list[str]:
     """What two loops share, beside what explains it away."""
     if not runs:
         return []
-    expected = chance(EXPERTS, CHOSEN)
+    expected, seeds = chance(EXPERTS, CHOSEN), counted(len(runs), "seed")
     identical, disjoint = (_mean(runs, "loops", key) for key in ("identical", "disjoint"))
     others = _mean(runs, "other_tokens", "identical")
     before = statistics.fmean(run["untrained"]["loops"]["identical"] for run in runs)
     first = (
-        f"On held-out text ({_seeds(runs)}), two loops choose the same {CHOSEN} of {EXPERTS} "
+        f"On held-out text ({seeds}), two loops choose the same {CHOSEN} of {EXPERTS} "
         f"experts for {_percent(identical)} of tokens and disjoint ones for {_percent(disjoint)}; "
         f"chance would give {_percent(expected.identical)} and {_percent(expected.disjoint)}, and "
         f"an untrained network chooses the same for {_percent(before)}."
@@ -220,10 +220,6 @@ def _kept(runs: list[Result]) -> list[str]:
             f"{_percent(by_pair[low])} of tokens, loops {high} most, on {_percent(by_pair[high])}."
         )
     ]
-
-
-def _seeds(runs: list[Result]) -> str:
-    return f"{len(runs)} {'seed' if len(runs) == 1 else 'seeds'}"
 
 
 def _cost(run: Result, name: str, factor: int = 1) -> Interval:
@@ -291,6 +287,7 @@ def _own(rows: dict[str, Runs]) -> list[str]:
     if (found := minus_learned(rows, OWN)) is None:
         return []
     runs, (gap, by_seed) = list(rows[OWN].values()), found
+    seeds = counted(len(runs), "seed")
     identical, disjoint = (_mean(runs, "loops", key) for key in ("identical", "disjoint"))
     forced = min((_cost(run, FORCED_FIRST) for run in runs), key=lambda cost: cost.mean)
     worth = "which cannot be told from nothing"
@@ -302,7 +299,7 @@ def _own(rows: dict[str, Runs]) -> list[str]:
         worth += f" {UNSETTLED}"
     return [
         (
-            f"With a router for each loop ({_seeds(runs)}), two loops choose the same for "
+            f"With a router for each loop ({seeds}), two loops choose the same for "
             f"{_percent(identical)} of tokens and disjoint ones for {_percent(disjoint)}, the "
             f"first loop's experts at every loop cost {forced} nats, and the model has {gap} nats "
             f"beside the one with one router for all, {worth}."

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openmythos.evidence.cells import Cell, Result, Say, installed, weights_digest
+from openmythos.evidence.cells import Cell, Result, Say, by_number, installed, weights_digest
 from openmythos.evidence.report import Expectation, Section, table
 from openmythos.inference.shipped import LANGUAGE_MODEL, REASONER, find_model, shipped
 
@@ -82,7 +82,7 @@ def _cell(
 
 def _documents(name: str) -> list[str]:
     from openmythos.evidence.text_training import novel
-    from openmythos.inference.tasks import read_task
+    from openmythos.tasks.question_sets import read_task
     from openmythos.training.corpus import open_corpus
 
     if name == "sotu":
@@ -130,7 +130,7 @@ def _reads(say: Say, name: str, max_tokens: int | None) -> Result:
     from openmythos.inference.language_model import load
     from openmythos.training import ppmd, zpaq
     from openmythos.training.corpus import open_corpus
-    from openmythos.training.evaluate import evaluate, tokenised
+    from openmythos.training.evaluate import Reading, evaluate, tokenised
 
     lm, documents = load(LANGUAGE_MODEL), _documents(name)
     say(f"reading {sum(len(d.encode()) for d in documents):,} bytes")
@@ -140,15 +140,14 @@ def _reads(say: Say, name: str, max_tokens: int | None) -> Result:
             file,
             lm.tokenizer.token_bytes,
             LOOPS,
-            length=LENGTH,
-            max_tokens=max_tokens,
+            reading=Reading.of(LENGTH, max_tokens),
         )
     given = list(open_corpus("sotu").training_documents()) if installed("sotu") else []
     return {
         "bytes": found.bytes,
         "parameters": sum(p.numel() for p in lm.model.parameters()),
         "mean_loops": lm.model.config.mean_loops,
-        "bits_per_byte": dict(zip(map(str, found.loops), found.bits_per_byte, strict=True)),
+        "bits_per_byte": dict(zip(found.loops, found.bits_per_byte, strict=True)),
         "ppmd_given_sotu": ppmd.bits_per_byte(documents, given),
         "zpaq_given_sotu": zpaq.bits_per_byte(documents, given),
     }
@@ -192,7 +191,7 @@ def _walks(say: Say, count: int) -> Result:
     right = {}
     for hops in HOPS:
         say(f"{hops} hops")
-        right[str(hops)] = measure(model, FRESH, hops, DEPTHS, seed=0, count=count)
+        right[hops] = measure(model, FRESH, hops, DEPTHS, seed=0, count=count)
     parameters = sum(p.numel() for p in model.parameters())
     return {"parameters": parameters, "walks": count, "right": right}
 
@@ -275,7 +274,7 @@ def _by_heart(result: Result) -> str:
 
 def _walks_table(result: Result) -> str:
     rows = [
-        [hops, *(f"{right[str(n)] if str(n) in right else right[n]:.3f}" for n in DEPTHS)]
+        [hops, *(f"{right[str(loops)]:.3f}" for loops in DEPTHS)]
         for hops, right in result["right"].items()
     ]
     return table([f"hops ({result['walks']} walks)", *(f"{n} loops" for n in DEPTHS)], rows)
@@ -323,7 +322,7 @@ def draw_figure(results: dict[str, Result]) -> Figure:
     loop_ticks(left, LOOPS)
     if "reasoner" in results:
         for hops, solved in results["reasoner"]["right"].items():
-            curve = sorted((int(loops), share) for loops, share in solved.items())
+            curve = sorted(by_number(solved).items())
             right.plot(*zip(*curve, strict=True), label=f"{hops} hops")
         right.legend(frameon=False, fontsize=8)
     right.set_ylabel("share of walks solved")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openmythos.evidence import raw_decay, state_growth
-from openmythos.evidence.cells import Cell, Result, Say
+from openmythos.evidence.cells import Cell, Result, Say, by_number
 from openmythos.evidence.report import Expectation, Section, table
 from openmythos.evidence.state_growth import deepest_of, growth
 from openmythos.evidence.stress_rows import (
@@ -439,5 +439,5 @@ def _draw_losses(axes: Any, row: Row, colour: str) -> None:
 def _draw_states(axes: Any, row: Row, colour: str) -> None:
     for run in row.all_runs:
         if run["states"] is not None:
-            sizes = {int(n): size for n, size in run["states"].items() if size is not None}
+            sizes = {n: x for n, x in by_number(run["states"]).items() if x is not None}
             axes.plot(list(sizes), list(sizes.values()), color=colour, alpha=0.5, linewidth=1)

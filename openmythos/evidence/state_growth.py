@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from openmythos.config import InjectionKind
-from openmythos.evidence.cells import Result
+from openmythos.evidence.cells import Result, by_number
 from openmythos.evidence.report import table
 from openmythos.evidence.stress_rows import KINDS, RECIPES, Row, Rows
 
-Sizes = dict[Any, float | None]
+Sizes = dict[str, float | None]
 """The state's size by loops; None where it is not finite."""
 
 DEPTHS = (1, 8, 64, 512, 1024)
@@ -50,14 +49,14 @@ def sentences(rows: Rows, untrained: Result | None) -> list[str]:
 
 def growth(states: Sizes, first: int, last: int) -> float:
     """Return the state's size at `last` loops over that at `first`; infinite where not finite."""
-    sizes = _by_loops(states)
+    sizes = by_number(states)
     before, after = sizes[first], sizes[last]
     return math.inf if before is None or after is None else after / before
 
 
 def deepest_of(states: Sizes) -> int:
     """Return the most loops measured."""
-    return max(map(int, states))
+    return max(by_number(states))
 
 
 def worst_growth(runs: Sequence[Result]) -> float | None:
@@ -76,15 +75,11 @@ def worst_growth(runs: Sequence[Result]) -> float | None:
 def _lost(row: Row) -> float | None:
     """Mean nats a token that the deepest loop reads worse by than the trained one, at best rate."""
     found = [
-        _finite(losses[deepest_of(losses)]) - _finite(losses[run["trained_loops"]])
+        _finite(losses[max(losses)]) - _finite(losses[run["trained_loops"]])
         for run in row.at_best_rate
-        if (losses := _by_loops(run["losses"]))
+        if (losses := by_number(run["losses"] or {}))
     ]
     return statistics.fmean(found) if found else None
-
-
-def _by_loops(measured: Mapping[Any, float | None] | None) -> dict[int, float | None]:
-    return {int(loops): value for loops, value in (measured or {}).items()}
 
 
 def _finite(value: float | None) -> float:
@@ -125,7 +120,7 @@ def sizes_table(rows: Rows, untrained: Result | None) -> str:
 
 def _at_depths(found: list[Sizes]) -> list[str]:
     """The largest size of several models at each depth; nothing where a depth was not measured."""
-    measured = [_by_loops(states) for states in found]
+    measured = [by_number(states) for states in found]
     cells = []
     for depth in DEPTHS:
         sizes = [states[depth] for states in measured if depth in states]

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from openmythos.config import InjectionKind
 from openmythos.evidence.cells import Result, Say, as_json
 from openmythos.evidence.fit import FitConfig, fit
-from openmythos.evidence.text_training import Texts, TextTraining, trained_parameters
+from openmythos.evidence.plain import trained_parameters
+from openmythos.evidence.text_training import Texts, TextTraining
 from openmythos.model.core import Core
 from openmythos.model.notes import CoreOutput
 from openmythos.model.transformer import OpenMythos, cross_entropy
-from openmythos.training.corpus import CorpusName
-from openmythos.training.evaluate import evaluate
-from openmythos.training.settings import OptimizerConfig
+from openmythos.training.evaluate import Reading, evaluate
+from openmythos.training.settings import CorpusName, OptimizerConfig
 from openmythos.training.token_file import TokenFile
 
 Recipe = Literal["stress", "full"]
@@ -134,7 +134,7 @@ class StressTraining:
         fields = {"injection": self.injection, "recipe": self.recipe, "rate": self.rate}
         result: Result = {
             **fields,
-            "parameters": trained_parameters(model.config),
+            "parameters": trained_parameters(model),
             "trained_loops": self.loops,
             "diverged_at": course.diverged_at,
             "frequencies": nats_by_frequency(texts.training, texts.test),
@@ -160,8 +160,7 @@ class StressTraining:
             texts.test,
             texts.tokenizer.token_bytes,
             [self.loops],
-            length=self.length,
-            max_tokens=self.measured_tokens,
+            reading=Reading.of(self.length, self.measured_tokens),
         )
         return finite(found.bits_per_byte[0] * math.log(2) * found.bytes / found.tokens)
 

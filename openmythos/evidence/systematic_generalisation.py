@@ -25,9 +25,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openmythos.evidence.cells import Cell, Result, Say
+from openmythos.evidence.cells import Cell, Result, Say, by_number
 from openmythos.evidence.fact_training import ADDED, COURSE, FactTraining, lens, right
-from openmythos.evidence.report import Expectation, Section, spread, table
+from openmythos.evidence.paired import runs_of
+from openmythos.evidence.report import Expectation, Section, counted, spread, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -128,25 +129,21 @@ def run(training: FactTraining, folder: Path, say: Say) -> Result:
 
 def conclude(results: dict[str, Result]) -> Section:
     """Say what the numbers say."""
-    looped = _runs(results, "looped")
-    state = _runs(results, "looped-state")
+    looped = runs_of(results, "looped")
+    state = runs_of(results, "looped-state")
     sentences = _main_sentence(looped, _plain(results)) + _state_sentence(looped, state)
     sentences += _added_sentence(looped)
     expectations = _expectations(looped, state, _plain(results))
-    found = [name for name in (*ON_EVERY_GRAPH, *ON_ONE_GRAPH) if _runs(results, name)]
+    found = [name for name in (*ON_EVERY_GRAPH, *ON_ONE_GRAPH) if runs_of(results, name)]
     tables = [_accuracy(results, found)] if found else []
-    if variants := [name for name in VARIANTS if _runs(results, name)]:
-        first = {name: runs[:1] for name in MAINS if (runs := _runs(results, name))}
-        rows = {**first, **{name: _runs(results, name) for name in variants}}
+    if variants := [name for name in VARIANTS if runs_of(results, name)]:
+        first = {name: runs[:1] for name in MAINS if (runs := runs_of(results, name))}
+        rows = {**first, **{name: runs_of(results, name) for name in variants}}
         tables.append(_table_of("variant", rows))
     if found:
         tables += [_stages(results, found), _lens(results, found), _added(results, found)]
-    notes = _notes(next((_runs(results, name)[0] for name in found), None))
+    notes = _notes(next((runs_of(results, name)[0] for name in found), None))
     return Section(TITLE, sentences, tables, expectations, notes)
-
-
-def _runs(results: dict[str, Result], name: str) -> list[Result]:
-    return [result for cell, result in results.items() if cell.split("/")[0] == name]
 
 
 def _plain(results: dict[str, Result]) -> dict[str, Result]:
@@ -155,8 +152,7 @@ def _plain(results: dict[str, Result]) -> dict[str, Result]:
 
 def _share(run: Result, question: str) -> float:
     """Right answers at the depth that was fixed before."""
-    by_depth = {int(depth): share for depth, share in run["right"][question].items()}
-    return float(by_depth[int(run["depth"])])
+    return float(run["right"][question][str(run["depth"])])
 
 
 def _worst(runs: Iterable[Result], question: str) -> float:
@@ -166,7 +162,7 @@ def _worst(runs: Iterable[Result], question: str) -> float:
 def _main_sentence(looped: list[Result], plain: dict[str, Result]) -> list[str]:
     if not looped:
         return []
-    graphs = f"{len(looped)} {'graph' if len(looped) == 1 else 'graphs'}"
+    graphs = counted(len(looped), "graph")
     two, four = _worst(looped, "alone-2"), _worst(looped, "alone-4")
     says = "works" if two >= REACHED else "works often" if two >= 0.5 else "does not work"
     sentence = (
@@ -272,9 +268,8 @@ def _expectations(
 
 def _reached(run: Result, questions: Iterable[str]) -> int | None:
     """The first measured step from which all these questions were once answered well."""
-    course = {int(step): shares for step, shares in run["course"].items()}
-    for step in sorted(course):
-        if all(course[step][question] >= REACHED for question in questions):
+    for step, shares in sorted(by_number(run["course"]).items()):
+        if all(shares[question] >= REACHED for question in questions):
             return step
     return None
 
@@ -307,7 +302,7 @@ ASKED = ("alone-1", "chained-4", "apart-2", "alone-2", "alone-3", "alone-4")
 
 
 def _accuracy(results: dict[str, Result], found: list[str]) -> str:
-    return _table_of("model", {name: _runs(results, name) for name in found})
+    return _table_of("model", {name: runs_of(results, name) for name in found})
 
 
 def _table_of(what: str, rows: dict[str, list[Result]]) -> str:
@@ -327,7 +322,7 @@ def _table_of(what: str, rows: dict[str, list[Result]]) -> str:
 def _stages(results: dict[str, Result], found: list[str]) -> str:
     rows = []
     for name in found:
-        steps = [[_reached(run, q) for run in _runs(results, name)] for q in STAGES.values()]
+        steps = [[_reached(run, q) for run in runs_of(results, name)] for q in STAGES.values()]
         rows.append([name, *(", ".join(map(_or_never, column)) for column in steps)])
     return table([f"step that reaches {REACHED:g}, by graph", *STAGES], rows)
 
@@ -344,7 +339,7 @@ def _lens(results: dict[str, Result], found: list[str]) -> str:
     rows = []
     for name in found:
         loops = [
-            [_first_loop(run["lens"][kind][key]) for run in _runs(results, name)]
+            [_first_loop(run["lens"][kind][key]) for run in runs_of(results, name)]
             for kind, key in columns
         ]
         rows.append([name, *(", ".join(map(_or_never, column)) for column in loops)])
@@ -365,7 +360,7 @@ def _added(results: dict[str, Result], found: list[str]) -> str:
     rows = []
     for name in found:
         for how in ("rehearsed", "by themselves"):
-            runs = [run["added"][how]["after"] for run in _runs(results, name)]
+            runs = [run["added"][how]["after"] for run in runs_of(results, name)]
             rows.append([name, how, *(spread([run[key] for run in runs], 2) for key in ADDED)])
     return table(["model", "new facts added", *(WORDS[key] for key in ADDED)], rows)
 
@@ -403,13 +398,13 @@ def draw_figure(results: dict[str, Result]) -> Figure:
     """The three stages over training, looped and plain, and what the states say loop by loop."""
     from openmythos.training.figures import blank
 
-    shown = [name for name in ("looped", "looped-state", "plain-8") if _runs(results, name)]
+    shown = [name for name in ("looped", "looped-state", "plain-8") if runs_of(results, name)]
     columns = max(1, len(shown))
     figure, panels = blank(TITLE, "step of training", "share right", columns, rows=2)
     for axes in panels:
         axes.set_ylim(-0.02, 1.02)
     for number, name in enumerate(shown):
-        run = _runs(results, name)[0]
+        run = runs_of(results, name)[0]
         _draw_course(panels[number], name, run)
         _draw_lens(panels[columns + number], name, run)
     if shown:  # the lines are the same in all panels of a row
@@ -428,7 +423,7 @@ def _draw_course(axes: Axes, name: str, run: Result) -> None:
         "alone-2": ("2 hops of facts seen alone", ORANGE),
         "alone-4": ("4 hops of these", GREEN),
     }
-    course = sorted((int(step), shares) for step, shares in run["course"].items())
+    course = sorted(by_number(run["course"]).items())
     for question, (label, colour) in lines.items():
         axes.plot(
             [step for step, _ in course],

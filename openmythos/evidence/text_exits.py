@@ -21,7 +21,7 @@ from openmythos.config import HaltingKind
 from openmythos.evidence.cells import Result, Say
 from openmythos.evidence.forced_routing import windows_of
 from openmythos.evidence.graves_exits import ActTraining, teach, with_exits
-from openmythos.evidence.report import table
+from openmythos.evidence.report import counted, table
 from openmythos.model.transformer import OpenMythos, cross_entropy
 from openmythos.training.gate import Labelled
 from openmythos.training.settings import OptimizerConfig
@@ -259,7 +259,7 @@ def learnt_sentence(learnt: Result) -> str:
         for price, point in learnt["act"].items()
     ]
     twin = ", ".join(
-        f"{point['bits_per_byte']:.4f} at {n} loop{'s' * (n != '1')}"
+        f"{point['bits_per_byte']:.4f} at {counted(int(n), 'loop')}"
         for n, point in learnt["twin"].items()
     )
     return (

@@ -23,25 +23,16 @@ from openmythos.config import MythosConfig
 from openmythos.evidence.cells import Say, as_json
 from openmythos.evidence.fit import Batch, FitConfig, fit
 from openmythos.evidence.laned import Laned, further_parameters
-from openmythos.model.accounting import account, on_meta, parameters
+from openmythos.evidence.plain import trained_parameters
+from openmythos.model.accounting import cache_bytes, on_meta, parameters, training_flops
 from openmythos.model.transformer import OpenMythos
-from openmythos.training.corpus import Corpus, CorpusName, open_corpus
+from openmythos.training.corpus import Corpus, open_corpus
 from openmythos.training.depth import loop_probabilities, sample_loops
-from openmythos.training.evaluate import evaluate
-from openmythos.training.settings import DepthLaw, OptimizerConfig
+from openmythos.training.evaluate import Reading, evaluate
+from openmythos.training.run import TOKENIZER
+from openmythos.training.settings import CorpusName, DepthLaw, OptimizerConfig
 from openmythos.training.token_file import TokenFile, write_tokens
 from openmythos.training.tokenizer import Tokenizer
-
-PLAIN: dict[str, Any] = {
-    "prelude_layers": 0,
-    "coda_layers": 0,
-    "mean_loops": 1,
-    "injection": "none",
-    "h0": "e",
-    "core_output": "none",
-    "prelude_norm": False,
-}
-"""A plain transformer, whose layers are the core's."""
 
 
 class Texts(NamedTuple):
@@ -105,6 +96,11 @@ class TextTraining:
         """Tokens predicted in all of the training."""
         return self.steps * self.batch_size * self.length
 
+    @property
+    def keys(self) -> int:
+        """Keys that a token sees on average."""
+        return self.length // 2
+
     def new_model(self) -> OpenMythos:
         """Return the model as initialised."""
         if self.lanes > 1:
@@ -156,33 +152,30 @@ class TextTraining:
             text,
             tokenizer.token_bytes,
             loops,
-            length=self.length,
-            max_tokens=self.measured_tokens,
+            reading=Reading.of(self.length, self.measured_tokens),
         )
         return dict(zip(found.loops, found.bits_per_byte, strict=True))
 
     def costs(self) -> dict[str, Any]:
         """Return parameters, operations and cache, counted on the model itself."""
-        config, keys = self.config, self.length // 2  # keys that a token sees on average
-        parts = parameters(on_meta(config))
-        counted = account(config, loops=[config.mean_loops], keys=keys)
-        total = trained_parameters(config) + further_parameters(config, self.lanes)
+        config = self.config
+        model = on_meta(config)
+        parts = parameters(model)
+        total = trained_parameters(model) + further_parameters(config, self.lanes)
         return {
             "parameters": total,
             "without_embedding": total - parts["embedding"] - parts["head"],
             "tokens": self.tokens,
-            "flops": self.training_flops(),
-            "flops_per_token": counted.flops[config.mean_loops],
-            "cache_bytes": counted.cache_bytes,
+            "flops": self.training_flops(model),
+            "flops_per_token": model.flops(self.keys, config.mean_loops),
+            "cache_bytes": cache_bytes(model.bfloat16()),
         }
 
-    def training_flops(self) -> float:
-        """Floating-point operations of the training, forward and twice that backward."""
-        config, keys = self.config, self.length // 2
-        chances = loop_probabilities(self.depth, config.mean_loops)
+    def training_flops(self, model: OpenMythos) -> float:
+        """Floating-point operations of the training, with the loops it has on average."""
+        chances = loop_probabilities(self.depth, self.config.mean_loops)
         mean = sum(loops * chance for loops, chance in enumerate(chances, start=1))
-        model = on_meta(config)
-        return float(3 * self.tokens * (model.flops(keys, 0) + mean * model.core.flops(keys)))
+        return training_flops(model, self.tokens, self.keys, float(mean))
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as a cell keeps them."""
@@ -191,13 +184,6 @@ class TextTraining:
         if self.lanes == 1:
             del fields["lanes"]  # as results from before there were any have it
         return fields
-
-
-def trained_parameters(config: MythosConfig) -> int:
-    """Return a model's parameters without its gate, which takes no part in a training."""
-    model = on_meta(config)
-    gate = sum(parameter.numel() for parameter in model.core.gate.parameters())
-    return sum(parameters(model).values()) - gate
 
 
 def read_texts(work: Path, corpus: CorpusName, vocab_size: int) -> Texts:
@@ -215,7 +201,7 @@ def read_texts(work: Path, corpus: CorpusName, vocab_size: int) -> Texts:
     source = open_corpus(corpus)
     folder = work / f"text-{corpus}-{vocab_size}-{source.fingerprint[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "tokenizer.json").is_file():
+    if not (folder / TOKENIZER).is_file():
         Tokenizer.train(source.training_documents(), vocab_size=vocab_size).save(folder)
     tokenizer = Tokenizer.load(folder)
     choice, test = divided(source)

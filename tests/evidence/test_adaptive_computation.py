@@ -24,7 +24,7 @@ from openmythos.evidence.adaptive_computation import (
 from openmythos.evidence.forced_routing import windows_of
 from openmythos.inference.language_model import LanguageModel
 from openmythos.model.transformer import cross_entropy
-from openmythos.training.evaluate import evaluate, tokenised
+from openmythos.training.evaluate import Reading, evaluate, tokenised
 
 
 def test_the_oracle_stops_where_a_token_becomes_right_for_good():
@@ -117,7 +117,7 @@ def test_exits_on_text_read_the_same_tokens_and_the_oracle_leaves_at_the_first_g
         reader = text_exits.Reader(text, tokenizer, tokens=512)
         found = text_exits.measure(lm.model, reader, lambda _: None)
         windows = windows_of(text, text_exits.LENGTH, 512)
-        full = evaluate(lm.model, text, tokenizer.token_bytes, [8], length=512, max_tokens=512)
+        full = evaluate(lm.model, text, tokenizer.token_bytes, [8], reading=Reading.of(512, 512))
     assert found["fixed"]["8"]["mean_loops"] == 8
     assert found["fixed"]["8"]["bits_per_byte"] == pytest.approx(full.bits_per_byte[0], rel=0.05)
     assert found["random"]["mean_loops"] == pytest.approx(found["gate"]["mean_loops"])

@@ -7,7 +7,7 @@ import pytest
 
 from openmythos.errors import CheckpointError
 from openmythos.evidence import cells
-from openmythos.evidence.cells import Cell, read_result, run_cells, take_results
+from openmythos.evidence.cells import Cell, by_number, read_result, run_cells, take_results
 
 
 def counting(name, value, calls):
@@ -75,10 +75,15 @@ def test_a_damaged_result_is_named(tmp_path):
 
 
 def test_a_result_is_json_with_its_settings(tmp_path):
-    run_cells([counting("a", 1, [])], tmp_path, lambda _: None)
-    kept = json.loads((tmp_path / "a" / "result.json").read_text())
-    assert kept["settings"] == {"size": 1, "pair": [1, 2]}
-    assert kept["torch"]
+    measured = {"by_loops": {1: 0.5, 16: 0.75}, "pair": (1, 2)}
+    cell = Cell("a", {"size": 1, "pair": (1, 2)}, lambda *_: measured)
+    result = run_cells([cell], tmp_path, lambda _: None)["a"]
+    assert result == json.loads((tmp_path / "a" / "result.json").read_text())
+    assert result == run_cells([cell], tmp_path, lambda _: None)["a"]
+    assert result["settings"] == {"size": 1, "pair": [1, 2]}
+    assert result["torch"]
+    assert result["pair"] == [1, 2]
+    assert by_number(result["by_loops"]) == measured["by_loops"]
 
 
 def test_known_results_are_taken_where_the_settings_are_theirs(tmp_path):

@@ -1,12 +1,13 @@
 """The claims' trainings: they learn, climb their levels, and resume to the bit."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 from tiny import tiny
 
-from openmythos.errors import ConfigError
+from openmythos.errors import CheckpointError
 from openmythos.evidence.fit import IGNORE, Batch, Course, FitConfig, fit
 from openmythos.training import checkpoint
 from openmythos.training.settings import OptimizerConfig
@@ -63,13 +64,13 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path):
 
 def test_other_settings_are_refused(tmp_path):
     fit(tiny(), copying, FAST, tmp_path)
-    with pytest.raises(ConfigError, match="must hold a training with these settings"):
+    with pytest.raises(CheckpointError, match="must hold a training with these settings"):
         fit(tiny(), copying, dataclasses.replace(FAST, seed=1), tmp_path)
 
 
 def test_another_text_is_refused(tmp_path):
     fit(tiny(), copying, FAST, tmp_path, text="one")
-    with pytest.raises(ConfigError, match="must hold a training with these settings"):
+    with pytest.raises(CheckpointError, match="must hold a training with these settings"):
         fit(tiny(), copying, FAST, tmp_path, text="another")
 
 
@@ -121,5 +122,19 @@ def test_frozen_parts_stay_as_they_were(tmp_path):
     for (name, parameter), start in zip(model.named_parameters(), before.parameters(), strict=True):
         held = ".router." in name or name.startswith(("prelude.", "core.gate."))
         assert torch.equal(parameter, start) == held, name
-    with pytest.raises(ConfigError, match="must hold a training with these settings"):
+    with pytest.raises(CheckpointError, match="must hold a training with these settings"):
         fit(tiny(), copying, FAST, tmp_path)
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_a_step_whose_gradient_is_not_finite_changes_nothing(tmp_path, finite):
+    def loss(model, batch):
+        out = model(batch.token_ids, batch.loops)
+        return out.logits.square().mean() * (1 if finite else math.inf), out.loads
+
+    model, before = tiny(), tiny()
+    fit(model, copying, dataclasses.replace(FAST, steps=1), tmp_path, loss=loss)
+    balances = {name for name in model.state_dict() if name.endswith("router.balance")}
+    assert balances
+    moved = {n for n, t in model.state_dict().items() if not t.equal(before.state_dict()[n])}
+    assert moved & balances if finite else not moved

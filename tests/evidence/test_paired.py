@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from openmythos.evidence.paired import common_seeds, difference, interval, mean, rows_of
+from openmythos.evidence.paired import common_seeds, difference, interval, mean, rows_of, runs_of
 
 RESULTS = {
     "one/seed-0": {"bits": 1.5},
@@ -44,6 +44,13 @@ def test_one_seed_settles_nothing():
 )
 def test_a_verdict_says_what_the_interval_shows(values, verdict):
     assert interval(values).verdict == verdict
+
+
+def test_runs_of_a_row_are_those_whose_cells_begin_with_its_whole_name():
+    others = {"one-wide/seed-0": {"bits": 2.0}, "two/graph-5": {"bits": 3.0}}
+    assert [run["bits"] for run in runs_of(RESULTS | others, "one")] == [1.5, 1.7, 9.0]
+    assert [run["bits"] for run in runs_of(RESULTS | others, "two")] == [1.4, 1.5, 3.0]
+    assert runs_of(RESULTS, "three") == []
 
 
 def test_differences_are_of_the_seeds_that_both_rows_have():

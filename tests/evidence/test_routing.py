@@ -32,6 +32,7 @@ from openmythos.evidence.routing import (
     trainings,
 )
 from openmythos.evidence.text_training import TextTraining
+from openmythos.model.accounting import on_meta
 from openmythos.model.transformer import OpenMythos
 
 TINY = TextTraining(
@@ -215,7 +216,8 @@ def test_the_hours_are_those_of_the_operations():
     for cell in cells(quick=False, seeds=2):
         names = {field.name for field in dataclasses.fields(TextTraining)}
         fields = {key: value for key, value in cell.settings.items() if key in names}
-        total += TextTraining(**fields).training_flops()
+        training = TextTraining(**fields)
+        total += training.training_flops(on_meta(training.config))
     assert 20e9 < total / claim.HOURS / 3600 < 40e9  # small grouped products are slower
 
 
@@ -272,10 +274,10 @@ def test_a_cell_trains_and_measures_for_real(tmp_path, monkeypatch):
     small = [claim._cell(name, TINY, 0) for name in (MAIN, FROZEN)]
     results = run_cells(small, tmp_path, lambda _: None)
     run = results[f"{MAIN}/seed-0"]
-    assert list(run["depths"]) == [2, 4]
+    assert list(run["depths"]) == ["2", "4"]
     assert len(run["windows"]) == 4
-    assert set(run["depths"][4]["forced"]) == set(FORCED)
-    assert len(run["depths"][4]["load"]) == 4
+    assert set(run["depths"]["4"]["forced"]) == set(FORCED)
+    assert len(run["depths"]["4"]["load"]) == 4
     assert run["windows"] != results[f"{FROZEN}/seed-0"]["windows"]
     assert conclude(results).expectations
     draw_figure(results)

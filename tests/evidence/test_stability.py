@@ -22,6 +22,7 @@ from openmythos.evidence.stress_training import (
     nats_by_frequency,
     state_size,
 )
+from openmythos.model.accounting import on_meta
 from openmythos.model.transformer import OpenMythos
 from openmythos.training.token_file import TokenFile
 
@@ -174,7 +175,7 @@ def test_the_hours_are_those_of_the_operations():
         for cell in cells(quick=False, seeds=2)[1:]
     ]
     assert len(trainings) == len({t.rate for t in trainings}) * 2 * len(KINDS) * 2
-    total = sum(training.text.training_flops() for training in trainings)
+    total = sum(t.text.training_flops(on_meta(t.text.config)) for t in trainings)
     assert 5e9 < total / claim.HOURS / 3600 < 50e9  # small operations, far from a core's peak
 
 

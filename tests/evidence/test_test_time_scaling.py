@@ -12,7 +12,7 @@ from openmythos.evidence.report import as_markdown
 from openmythos.evidence.test_time_scaling import LOOPS, cells, conclude, saturating_fit
 from openmythos.evidence.text_training import novel
 from openmythos.training.corpus import open_corpus
-from openmythos.training.evaluate import evaluate, tokenised
+from openmythos.training.evaluate import Reading, evaluate, tokenised
 from openmythos.training.tokenizer import Tokenizer
 
 
@@ -89,10 +89,10 @@ def test_a_given_model_is_measured_on_both_texts_at_all_depths(tmp_path, monkeyp
     assert [cell.name for cell in claim_cells] == ["mine/seed-0"]
     cell = claim._given(folder, 40)
     result = run_cells([cell], tmp_path, lambda _: None)[cell.name]
-    assert list(result["bits"]["novel"]) == [1, 2, 3, 6, 12]
+    assert list(result["bits"]["novel"]) == ["1", "2", "3", "6", "12"]
     with tokenised(novel(), tokenizer) as file:
-        own = evaluate(model, file, tokenizer.token_bytes, [3, 12], length=16, max_tokens=40)
-    found = [result["bits"]["novel"][loops] for loops in (3, 12)]
+        own = evaluate(model, file, tokenizer.token_bytes, [3, 12], reading=Reading.of(16, 40))
+    found = [result["bits"]["novel"][loops] for loops in ("3", "12")]
     assert found == pytest.approx(list(own.bits_per_byte), rel=1e-5)
     assert result["bits"]["messages"] != result["bits"]["novel"]
     assert conclude({cell.name: result}).expectations

@@ -7,13 +7,8 @@ import torch
 from few_messages import few_messages
 
 from openmythos.evidence import text_training
-from openmythos.evidence.text_training import (
-    PLAIN,
-    TextTraining,
-    divided,
-    read_texts,
-    work_of,
-)
+from openmythos.evidence.plain import PLAIN
+from openmythos.evidence.text_training import TextTraining, divided, read_texts, work_of
 from openmythos.model.transformer import OpenMythos
 from openmythos.training.corpus import open_corpus
 
