@@ -146,7 +146,8 @@ class MythosConfig:
     the identity, which leaves all loops collinear."""
 
     _derived: ClassVar[set[str]]
-    """Fields of this one object that nobody set, whose values follow from others."""
+    """Fields of this one object that nobody set, whose values follow from others; of one that was
+    read from JSON, those that have the values they would follow to."""
 
     def __post_init__(self) -> None:
         """Fill derived defaults, then check every field.
@@ -163,29 +164,28 @@ class MythosConfig:
         self._check_sizes()
 
     def _fill(self) -> None:
-        if self.head_dim is None:
-            if self.hidden_size % self.num_heads:
-                raise ConfigError(
-                    f"num_heads={self.num_heads} must divide hidden_size={self.hidden_size}: "
-                    "choose another number of heads, or give head_dim"
-                )
-            self._set("head_dim", self.hidden_size // self.num_heads)
-        if self.kv_heads is None:
-            self._set("kv_heads", self.num_heads)
-        if self.feed_forward_size is None:
-            wanted = self.hidden_size * (8 / 3 if self.feed_forward == "swiglu" else 4)
-            self._set("feed_forward_size", max(8, round(wanted / 8) * 8))
-        if self.lora_loops is None:
-            self._set("lora_loops", self.mean_loops)
-        if self.embedding_scale is None:
-            self._set("embedding_scale", float(self.hidden_size**0.5))
-        if self.logit_scale is None:
-            self._set("logit_scale", min(1.0, (128 / self.hidden_size) ** 0.5))
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"num_heads={self.num_heads} must divide hidden_size={self.hidden_size}: "
+                "choose another number of heads, or give head_dim"
+            )
+        for name, value in self._following().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+                self._derived.add(name)
 
-    def _set(self, name: str, value: float) -> None:
-        """Derive a field that was left open; `replace` derives it anew."""
-        object.__setattr__(self, name, value)
-        self._derived.add(name)
+    def _following(self) -> dict[str, float | None]:
+        """What each field is that nobody sets; `replace` derives it anew. None: there is none."""
+        divides = self.hidden_size % self.num_heads == 0
+        wide = self.hidden_size * (8 / 3 if self.feed_forward == "swiglu" else 4)
+        return {
+            "head_dim": self.hidden_size // self.num_heads if divides else None,
+            "kv_heads": self.num_heads,
+            "feed_forward_size": max(8, round(wide / 8) * 8),
+            "lora_loops": self.mean_loops,
+            "embedding_scale": float(self.hidden_size**0.5),
+            "logit_scale": min(1.0, (128 / self.hidden_size) ** 0.5),
+        }
 
     def _check_kinds(self) -> None:
         for name, kind in KINDS.items():
@@ -260,7 +260,9 @@ class MythosConfig:
     def replace(self, **changes: Any) -> MythosConfig:
         """Return a copy with some fields changed, validated again.
 
-        Fields that nobody set follow: another `hidden_size` is another default `head_dim`.
+        Fields that nobody set follow: another `hidden_size` is another default `head_dim`. JSON
+        holds every field and not who set it. In a config that was read from there, as a loaded
+        model's, a field follows where it has the value that it would have if nobody had set it.
 
         Raises:
             ConfigError: a name is not a field, or the new values do not fit.
@@ -286,7 +288,7 @@ class MythosConfig:
 
     @classmethod
     def from_json(cls, text: str, source: str = CONFIG_FILE) -> MythosConfig:
-        """Build a config from `to_json`'s text.
+        """Build a config from `to_json`'s text; `replace` says which of its fields follow others.
 
         Raises:
             CheckpointError: the text is not such a config; the message names `source`.
@@ -304,7 +306,11 @@ class MythosConfig:
             raise CheckpointError(
                 f"{source} has the unknown field {unknown[0]!r}: it was written by another version"
             )
-        return cls(**fields)
+        config = cls(**fields)
+        following = config._following()
+        same = {name for name, value in following.items() if getattr(config, name) == value}
+        config._derived.update(same)
+        return config
 
     @classmethod
     def load(cls, folder: str | Path) -> MythosConfig:

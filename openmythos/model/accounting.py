@@ -63,7 +63,6 @@ def account(
     model, mean = on_meta(config), config.mean_loops
     keys = min(keys, config.max_length)
     loops = sorted({1, max(1, mean // 2), mean, 2 * mean}) if loops is None else loops
-    slots_of: dict[CachePolicy, int] = {"per_loop": mean, "last": 1}
     parts = parameters(model)
     serving = model.bfloat16()
     tensors = {**dict(serving.named_parameters()), **dict(serving.named_buffers())}
@@ -72,12 +71,43 @@ def account(
         active=sum(parts.values()) - unchosen(model),
         keys=keys,
         flops={depth: model.flops(keys, depth) for depth in loops},
-        cache_bytes={
-            policy: serving.new_cache(1, 1, loops=slots, policy=policy).nbytes
-            for policy, slots in slots_of.items()
-        },
+        cache_bytes=cache_bytes(serving),
         serving_bytes=sum(tensor.nbytes for tensor in tensors.values()),
     )
+
+
+def cache_bytes(model: OpenMythos) -> dict[str, int]:
+    """Count the bytes per token of a cache in the model's dtype, at the mean loops, by policy."""
+    slots_of: dict[CachePolicy, int] = {"per_loop": model.config.mean_loops, "last": 1}
+    return {
+        policy: model.new_cache(1, 1, loops=slots, policy=policy).nbytes
+        for policy, slots in slots_of.items()
+    }
+
+
+def training_flops(
+    model: OpenMythos,
+    tokens: int,
+    keys: int,
+    loops: float,
+    *,
+    learning: float | None = None,
+    recomputed: bool = False,
+) -> float:
+    """Count the floating-point operations of a training: backward takes twice those of forward.
+
+    Args:
+        model: its parts say what they take forward.
+        tokens: predicted in all steps.
+        keys: keys that a token sees.
+        loops: that it runs; of tokens that differ, the mean.
+        learning: the last of these, which carry gradient as those before do not. Default: all.
+        recomputed: a loop with gradient runs forward once more on the way back.
+    """
+    loop, carrying = model.core.flops(keys), loops if learning is None else min(loops, learning)
+    forward_alone = (loops - carrying) + (carrying if recomputed else 0)
+    both_ways = model.flops(keys, 0) + carrying * loop
+    return float(3 * tokens * both_ways + tokens * forward_alone * loop)
 
 
 def parameters(model: OpenMythos) -> dict[str, int]:

@@ -110,9 +110,11 @@ class Span:
             span = cls(batch, sequence, index, past + sequence, start=past)
             if past == 0 or sequence == 1:
                 return replace(span, causal=sequence > 1)
+        elif mask is None:
+            before = torch.tensor(list(lengths), device=device)
+            index = before.unsqueeze(1) + torch.arange(sequence, device=device)
+            span = cls(batch, sequence, index, max(lengths) + sequence)
         else:
-            if mask is None:
-                mask = torch.ones(batch, sequence, dtype=torch.bool, device=device)
             before = torch.tensor(list(lengths), device=device)
             index = (before.unsqueeze(1) + mask.cumsum(1) - 1).clamp(min=0)
             longest = int((before + mask.sum(1)).max())
@@ -288,15 +290,21 @@ class Keeper(Protocol):
         ...
 
 
+def _for_any_call() -> torch.inference_mode:
+    """Allocate so that later calls may write, in inference mode or not."""
+    return torch.inference_mode(False)
+
+
 class Store:
     """One layer's entries for every slot: `(slots, batch, max_length, ...)` per declared name."""
 
     def __init__(self, declaration: Declaration, slots: int, empty: Tensor) -> None:
         """`empty` is `(batch, max_length, 0)` and brings dtype and device."""
-        self.data = {
-            name: empty.new_zeros((slots, *empty.shape[:2], *shape))
-            for name, shape in declaration.items()
-        }
+        with _for_any_call():
+            self.data = {
+                name: empty.new_zeros((slots, *empty.shape[:2], *shape))
+                for name, shape in declaration.items()
+            }
         self.slots = slots
 
     def update(self, kept: dict[str, Tensor], span: Span, slot: int) -> dict[str, Tensor]:
@@ -340,18 +348,21 @@ class Store:
         """Add slots; what is cached already left the core at the last slot or before."""
         for name, data in self.data.items():
             more = data[-1:].expand(slots - self.slots, *data.shape[1:])
-            self.data[name] = torch.cat([data, more])
+            with _for_any_call():
+                self.data[name] = torch.cat([data, more])
         self.slots = slots
 
     def select(self, rows: Int[Tensor, " rows"]) -> Store:
         """Return a store of these sequences."""
         chosen = copy.copy(self)
-        chosen.data = {name: data.index_select(1, rows) for name, data in self.data.items()}
+        with _for_any_call():
+            chosen.data = {name: data.index_select(1, rows) for name, data in self.data.items()}
         return chosen
 
     def collapse(self) -> None:
         """Keep the last slot alone."""
-        self.data = {name: data[-1:].clone() for name, data in self.data.items()}
+        with _for_any_call():
+            self.data = {name: data[-1:].clone() for name, data in self.data.items()}
         self.slots = 1
 
     @property
@@ -369,7 +380,8 @@ class Cache:
     loop is kept, which is `loops` times smaller and another model than the one trained.
 
     Loops may change between calls: the result equals one uncached call with loops given per
-    token. Slots grow when a call runs more loops than any before.
+    token. Slots grow when a call runs more loops than any before, with a halting rule when a loop
+    is reached that has none.
     """
 
     def __init__(
@@ -384,12 +396,15 @@ class Cache:
         dtype: torch.dtype,
         device: torch.device,
         owner: object,
+        grows: bool = True,
     ) -> None:
+        """`grows`: whether loops that have no slot get one, or share the last."""
         empty = torch.empty(batch_size, max_length, 0, dtype=dtype, device=device)
         self.outer = [Store(declaration, 1, empty) for declaration in outer]
         self.core = [Store(declaration, loops, empty) for declaration in core]
         self.batch_size, self.max_length, self.policy = batch_size, max_length, policy
         self.dtype, self.device, self.owner = dtype, device, owner
+        self.grows = grows
         self.lengths = [0] * batch_size
 
     @property
@@ -439,13 +454,15 @@ class Cache:
         chosen.batch_size = len(numbers)
         return chosen
 
-    def rollback(self, count: int | Sequence[int]) -> None:
+    def rollback(self, count: int | Sequence[int] | Int[Tensor, " batch"]) -> None:
         """Forget the last `count` tokens of every sequence (or one count for each).
 
         Raises:
             CacheError: a count is no integer, negative, or above what is cached.
         """
-        counts = list(count) if isinstance(count, Sequence) else [count] * self.batch_size
+        # A tensor, or an array of NumPy's, is no `Sequence`.
+        several = isinstance(count, Sequence) or bool(getattr(count, "ndim", None))
+        counts = list(count) if several else [count] * self.batch_size  # type: ignore[arg-type]
         if len(counts) != self.batch_size:
             raise CacheError(f"count has {len(counts)} values, must have {self.batch_size}")
         kept = []
@@ -457,7 +474,7 @@ class Cache:
         self.lengths = kept
 
     def begin(self, sequence: int, mask: Tensor | None, loops: int) -> Span:
-        """Make room for a call of `sequence` tokens at up to `loops` loops.
+        """Make room for a call of `sequence` tokens that runs `loops` loops for certain.
 
         Raises:
             CacheError: the call does not fit behind what is cached.
@@ -478,12 +495,38 @@ class Cache:
                 f"the cache holds max_length={self.max_length} tokens and has {self.length}: "
                 f"{max(new)} more do not fit; make a longer one or roll back"
             )
-        decoding = self.policy == "last" and sequence == 1
+        decoding = self._decoding(sequence)
         for store in self.core:
             if decoding and store.slots > 1:
                 store.collapse()
             elif not decoding and store.slots < loops:
                 store.grow(loops)
+
+    def _decoding(self, sequence: int) -> bool:
+        """Whether a call of so many tokens keeps each position's last loop alone."""
+        return self.policy == "last" and sequence == 1
+
+    def reach(self, loop: int, sequence: int, most: int) -> int:
+        """Give loop `loop` of a call its slot, where it is to have one.
+
+        A rule may end every token long before its budget, so slots are not added for all of it:
+        whenever a loop has none, there are twice as many after.
+
+        Args:
+            loop: in whose slot nobody has written yet, if it has none.
+            sequence: tokens of the call.
+            most: loops that the call may run.
+
+        Returns:
+            The first loop that has no slot yet; `most` where the others share one.
+        """
+        if not self.grows or self._decoding(sequence):
+            return most
+        if loop >= self.slots:
+            slots = min(2 * self.slots, most)
+            for store in self.core:
+                store.grow(slots)
+        return self.slots
 
     def commit(self, span: Span) -> None:
         """Count the call's tokens as cached."""

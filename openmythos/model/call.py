@@ -138,11 +138,13 @@ def check_loops(loops: int | Tensor, batch: int, sequence: int) -> None:
         raise InputError(f"loops={loops} must be below {MOST}")
 
 
-def states_wanted(wanted: bool | Collection[int]) -> bool | frozenset[int]:
+def states_wanted(
+    wanted: bool | Collection[int], loops: int | Tensor, halting: str
+) -> bool | frozenset[int]:
     """Return `return_states` as a bool or as loop counts of Python's own.
 
     Raises:
-        InputError: it is neither, or a count is below 1.
+        InputError: it is neither, or a count is below 1, or above the loops that all tokens take.
     """
     if isinstance(wanted, bool):
         return wanted
@@ -153,6 +155,8 @@ def states_wanted(wanted: bool | Collection[int]) -> bool | frozenset[int]:
         number = whole(count)
         if number is None or number < 1:
             raise InputError(f"return_states holds {count!r}, must hold integers of 1 or more")
+        if isinstance(loops, int) and halting == "none" and number > loops:
+            raise InputError(f"return_states holds {number}, must hold at most {loops=}")
         counts.add(number)
     return frozenset(counts)
 

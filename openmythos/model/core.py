@@ -24,7 +24,7 @@ from openmythos.model.halting import Graves, LearnedExit, Memory, Rule, select
 from openmythos.model.injection import INJECTION
 from openmythos.model.layer import Layer
 from openmythos.model.native.exits import Exits, decided_here
-from openmythos.model.native.run import run_loops, run_until_exit, takes
+from openmythos.model.native.run import run_loops, takes
 from openmythos.model.norm import RMSNorm
 from openmythos.model.notes import CoreOutput, Notes
 from openmythos.model.rope import Rope
@@ -40,19 +40,31 @@ class Rows:
     carry: Tensor
     numbers: Int[Tensor, " rows"] | None = None
     """Their flat numbers in the batch; None: all."""
+    own_carry: bool | None = None
+    """Whether each row has a carry of its own, or all have one; None: as its shape says, which it
+    does while there is an axis for the batch."""
+
+    def __post_init__(self) -> None:
+        """See whose the carry is, before rows are taken from it."""
+        if self.own_carry is None:
+            axes = self.drive.shape[:-1]
+            own = len(axes) == 2 and getattr(self.carry, "shape", ())[:-1] == axes
+            object.__setattr__(self, "own_carry", own)
 
     def keep(self, kept: Int[Tensor, " kept"], numbers: Int[Tensor, " rows"]) -> Rows:
         """Only the rows at places `kept` of a flat view, whose numbers are `numbers`."""
         remaining = numbers.index_select(0, kept)
         rope = self.rope if self.rope.cos.ndim == 3 else Rope(*(x.flatten(0, 1) for x in self.rope))
-        drive = self.drive if self.drive.ndim == 2 else self.drive.flatten(0, 1)
-        return Rows(
-            span=self.span.at_rows(remaining),
-            rope=rope.select(kept),
-            drive=drive.index_select(0, kept),
-            carry=self.carry,
-            numbers=remaining,
-        )
+        flat = self.drive.ndim == 2
+        every = self if flat else self.of_each(lambda part: part.flatten(0, 1))
+        some = every.of_each(lambda part: part.index_select(0, kept))
+        span = self.span.at_rows(remaining)
+        return replace(some, span=span, rope=rope.select(kept), numbers=remaining)
+
+    def of_each(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        """Change what each row has of the injection alike."""
+        carry = change(self.carry) if self.own_carry else self.carry
+        return replace(self, drive=change(self.drive), carry=carry)
 
 
 class Inside(NamedTuple):
@@ -197,9 +209,9 @@ class Core(nn.Module):
             done = run_loops(self, h, rows, loops, cache)
         if done is not None:
             h, every = done
-            numbers = torch.arange(loops, device=h.device)
+            loop_numbers = torch.arange(loops, device=h.device)
             for loop, chosen in enumerate(every):
-                notes.count(chosen, numbers[loop], rows.span.real)
+                notes.count(chosen, loop_numbers[loop], rows.span.real)
         else:
             start = max(loops - window, 0)
             with torch.no_grad():
@@ -214,13 +226,13 @@ class Core(nn.Module):
         self, h: Tensor, rows: Rows, first: int, end: int, cache: Cache | None, notes: Notes
     ) -> Tensor:
         """Run every token's loops `first` to `end`."""
-        numbers = torch.arange(end, device=h.device)
+        loop_numbers = torch.arange(end, device=h.device)
         for loop in range(first, end):
             slot = 0 if cache is None else cache.slot_of(loop)
             stores = None if cache is None else cache.core
             choices = notes.choices(loop, None)
-            h, chosen = self.one_loop(h, rows, numbers[loop], stores, slot, choices)
-            notes.count(chosen, numbers[loop], rows.span.real)
+            h, chosen = self.one_loop(h, rows, loop_numbers[loop], stores, slot, choices)
+            notes.count(chosen, loop_numbers[loop], rows.span.real)
             notes.route(chosen, None)
             notes.keep_state(loop + 1, h)
         return h
@@ -279,14 +291,14 @@ class Core(nn.Module):
         rope = rows.rope
         if rope.cos.shape[0] > 1:
             rope = rope.select(order)
-        drive = rows.drive.index_select(0, order)
-        return replace(rows, span=rows.span.reordered(order), rope=rope, drive=drive)
+        ordered = rows.of_each(lambda part: part.index_select(0, order))
+        return replace(ordered, span=rows.span.reordered(order), rope=rope)
 
     @staticmethod
     def _cut(rows: Rows, count: int) -> Rows:
         rope = rows.rope if rows.rope.cos.shape[0] == 1 else Rope(*(x[:count] for x in rows.rope))
         span = rows.span.first_sequences(count)
-        return replace(rows, span=span, rope=rope, drive=rows.drive[:count])
+        return replace(rows.of_each(lambda part: part[:count]), span=span, rope=rope)
 
     def _by_token(
         self,
@@ -312,11 +324,13 @@ class Core(nn.Module):
         ponder = h.new_zeros(tokens) if isinstance(rule, Graves) else None
         memory: Memory = () if rule is None else rule.start(len(numbers), h.reshape(-1, width))
         fired = torch.zeros_like(budget, dtype=torch.bool)
-        steps = torch.arange(int(budget.max()) if len(budget) else 0, device=h.device)
+        most = int(budget.max()) if len(budget) else 0
+        loop_numbers = torch.arange(most, device=h.device)
         loop = 0
-        while loop < len(steps):
+        while loop < most:
             inside = Inside(h, rows, budget, rule, memory, fired)
-            h, leaves, fired, memory, loop = self._until_exit(inside, loop, steps, cache, notes)
+            ran = self._until_exit(inside, loop, loop_numbers, cache, notes)
+            h, leaves, fired, memory, loop = ran
             after = h.reshape(-1, width)
             if notes.want_states:
                 latest = latest.index_copy(0, numbers, after)
@@ -347,28 +361,30 @@ class Core(nn.Module):
         )
 
     def _until_exit(
-        self, inside: Inside, loop: int, steps: Tensor, cache: Cache, notes: Notes
+        self, inside: Inside, loop: int, loop_numbers: Tensor, cache: Cache, notes: Notes
     ) -> tuple[Tensor, Tensor, Tensor, Memory, int]:
-        """Run loops from number `loop` until a row may leave: one loop, or natively some.
+        """Run loops from number `loop` until a row may leave: one, or natively those with slots.
 
         Returns:
             States, which rows leave, on which the rule now fires, its memory, the next loop.
         """
         h, rows, budget, rule, memory, fired = inside
+        end = cache.reach(loop, rows.span.sequence, len(loop_numbers))
         decided = decided_here(rule)
         if decided and not notes.by_token and notes.given is None and takes(h):
-            exits = Exits((decided,), budget - loop, fired, memory[0] if memory else None)
-            done = run_until_exit(self, h, rows, loop, cache, exits)
+            ahead = budget.clamp(max=end) - loop
+            exits = Exits((decided,), ahead, fired, memory[0] if memory else None)
+            done = run_loops(self, h, rows, exits.loops, cache, start=loop, exits=exits)
             if done is not None:
                 h, every = done
-                for ahead, chosen in enumerate(every):
-                    notes.count(chosen, steps[loop + ahead])
+                for number, chosen in enumerate(every, start=loop):
+                    notes.count(chosen, loop_numbers[number])
                 loop += exits.ran
                 memory = (exits.quiet,) if memory else memory
                 return h, exits.fired | (budget == loop), exits.fires, memory, loop
         choices, slot = notes.choices(loop, rows.numbers), cache.slot_of(loop)
-        new, chosen = self.one_loop(h, rows, steps[loop], cache.core, slot, choices)
-        notes.count(chosen, steps[loop])
+        new, chosen = self.one_loop(h, rows, loop_numbers[loop], cache.core, slot, choices)
+        notes.count(chosen, loop_numbers[loop])
         notes.route(chosen, rows.numbers)
         last = budget == loop + 1
         if rule is None:
@@ -398,13 +414,13 @@ class Core(nn.Module):
         taken = torch.zeros(shape, dtype=torch.int64, device=h.device)
         memory: Memory = () if rule is None else rule.start(active.numel(), h.reshape(-1, width))
         fired = torch.zeros_like(active)
-        steps = torch.arange(int(budget.max()), device=h.device)
-        for loop in range(len(steps)):
+        loop_numbers = torch.arange(int(budget.max()), device=h.device)
+        for loop in range(len(loop_numbers)):
             stores = [store.after(active) for store in stores]
             choices = notes.choices(loop, None)
-            new, chosen = self.one_loop(h, rows, steps[loop], stores, 0, choices)
+            new, chosen = self.one_loop(h, rows, loop_numbers[loop], stores, 0, choices)
             chosen = [choice[active] for choice in chosen]
-            notes.count(chosen, steps[loop])
+            notes.count(chosen, loop_numbers[loop])
             notes.route(chosen, active.flatten().nonzero().squeeze(1))
             taken = taken + active
             last = budget == loop + 1
@@ -459,12 +475,8 @@ class Core(nn.Module):
 
     def flops(self, keys: int, *, decoding: bool = False) -> int:
         """Floating-point operations of one loop per token that sees `keys` keys, forward."""
-        width = self.config.hidden_size
-        injected = 2 * width if self.config.injection in ("lti", "free") else width
-        if self.config.injection == "linear":
-            injected = 2 * width * width
         layers = [layer.flops(keys, decoding=decoding) for layer in self.layers]  # type: ignore[operator]
-        return injected + sum(layers)
+        return int(self.injection.flops() + sum(layers))
 
 
 def _carried_on(

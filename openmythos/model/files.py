@@ -60,14 +60,17 @@ def save_model(
     Raises:
         InputError: there are no such `weights`.
         CheckpointError: a file cannot be written, a weight is NaN or infinite, or cannot be int8,
-            or a tied head has become a matrix of its own; the old files are untouched.
+            or a tied head has become a matrix of its own, or, without `weights`, parts of the
+            model are of other dtypes; the old files are untouched.
     """
     if weights is not None and weights not in get_args(WeightsKind):
         raise InputError(f"weights={weights!r} must be one of {', '.join(get_args(WeightsKind))}")
     if weights is None and any(isinstance(p, Int8Weight) for p in model.parameters()):
         weights = "int8"
     _check_finite(model, f"folder={folder}", "save the model before its training diverged")
-    tensors = encoded(model, weights)
+    if weights is None:
+        _check_dtypes(model, f"folder={folder}")
+    tensors = _apart(encoded(model, weights))
     metadata = {"format": "pt"} | ({} if weights is None else {WEIGHTS: weights})
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,6 +83,19 @@ def save_model(
                 tokenizer.save(beside)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"folder={folder} must be writable: {error}") from error
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy what shares its memory with another: a layer that a model has twice is written twice.
+
+    Read again, the two are equal and no longer one, as nothing in a config says that they are.
+    """
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return tensors
 
 
 def encoded(model: OpenMythos, weights: WeightsKind | None) -> dict[str, Tensor]:
@@ -111,7 +127,7 @@ def load_model(
     kind: type[OpenMythos],
     folder: Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     int8: bool = False,
 ) -> OpenMythos:
     """Build a model of `kind` from a folder.
@@ -119,18 +135,22 @@ def load_model(
     Args:
         kind: the model's class.
         folder: what `save_model` wrote.
-        dtype: cast to this one. Default: fp32 where the file says `weights`, and else the dtype
-            its tensors were saved in.
+        dtype: cast to this one, or to that of this name. Default: fp32 where the file says
+            `weights`, and else the dtype its tensors were saved in.
         int8: keep matrices in int8; see `openmythos.model.quantised`.
 
     Raises:
         CheckpointError: a file is missing, damaged, or does not fit the config.
         InputError: `dtype` is none of the floating ones, or given with `int8`.
     """
-    if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
-        raise InputError(f"{dtype=} must be torch.float32, float64, bfloat16 or float16")
+    dtype = None if dtype is None else _floating(dtype)
     if dtype is not None and int8:
         raise InputError(f"{dtype=} must be left out with int8 weights: the rest stays fp32")
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} must be a model's folder: a model that comes with the package is loaded by "
+            "its name with openmythos.load"
+        )
     config = MythosConfig.load(folder)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
@@ -151,6 +171,16 @@ def load_model(
     if int8:
         quantise(model.float())
     return (model if dtype is None else model.to(dtype)).eval()
+
+
+def _floating(dtype: torch.dtype | str) -> torch.dtype:
+    """Return torch's dtype, which may be given by its name there, for weights in memory."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    fits = isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1
+    if not fits:
+        raise InputError(f"{dtype=} must be torch.float32, float64, bfloat16 or float16")
+    assert isinstance(found, torch.dtype)
+    return found
 
 
 def decoded(path: Path) -> dict[str, Tensor]:
@@ -191,19 +221,23 @@ def check_values(model: OpenMythos, source: str) -> None:
     Raises:
         CheckpointError: a number is NaN or infinite, or of another dtype than `model.to` gives.
     """
+    _check_dtypes(model, source)
+    remedy = "copy it again, or take a checkpoint from before training diverged"
+    _check_finite(model, source, remedy)
+
+
+def _check_dtypes(model: OpenMythos, source: str) -> None:
     dtype = model.embed.weight.dtype
     with torch.device("meta"):
         wanted = type(model)(model.config).to(dtype).state_dict()
     for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Int8Weight):
+        if isinstance(tensor, Int8Weight) or name not in wanted:
             continue
         if tensor.dtype != wanted[name].dtype:
             raise CheckpointError(
                 f"{source}: {name} is {tensor.dtype}, must be {wanted[name].dtype} as embed.weight "
                 f"is {dtype}: save the model after model.to(dtype)"
             )
-    remedy = "copy it again, or take a checkpoint from before training diverged"
-    _check_finite(model, source, remedy)
 
 
 def _check_finite(model: OpenMythos, source: str, remedy: str) -> None:

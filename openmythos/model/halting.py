@@ -33,6 +33,12 @@ Readout = Callable[[Tensor], Tensor]
 class Rule(Protocol):
     """One way to decide when tokens exit; built for one call."""
 
+    threshold: float
+    """Its bound."""
+    row_by_row: bool
+    """Whether what `decide` says of a row depends on nothing but that row, to the bit, where the
+    readout does so too. The engine asks other rules about a fixed number of rows at a time."""
+
     def start(self, rows: int, like: Tensor) -> Memory:
         """Return the memory of fresh rows; `like` is `(rows, hidden)`."""
         ...
@@ -97,26 +103,10 @@ class LearnedExit(nn.Module):
         return (inner.relu() * weight).sum(-1) + bias
 
 
-class Never:
-    """Exit when the budget ends and not before."""
-
-    def __init__(self, threshold: float | None, learned: Any, readout: Readout) -> None:
-        if threshold is not None:
-            raise InputError(f"threshold={threshold} must be left out with halting='none'")
-
-    def start(self, rows: int, like: Tensor) -> Memory:
-        """Keep nothing."""
-        return ()
-
-    def decide(
-        self, before: Tensor, after: Tensor, memory: Memory, last: Tensor
-    ) -> tuple[Tensor, Memory]:
-        """No row."""
-        return torch.zeros_like(last), memory
-
-    def output(self, after: Tensor, memory: Memory) -> Tensor:
-        """The state as it is."""
-        return after
+def no_rule(threshold: float | None, _learned: Any, _readout: Readout) -> None:
+    """Exit when the budget ends and not before: nothing has to be asked, and no bound is taken."""
+    if threshold is not None:
+        raise InputError(f"threshold={threshold} must be left out with halting='none'")
 
 
 class Gate:
@@ -126,6 +116,8 @@ class Gate:
     later loop (`openmythos.training.gate`). Default threshold: the one chosen then on validation
     text.
     """
+
+    row_by_row = False  # torch's sigmoid has other bits in the last few numbers of an array
 
     def __init__(self, threshold: float | None, learned: Any, readout: Readout) -> None:
         if threshold is None:
@@ -154,6 +146,8 @@ class RelativeChange:
     No training (the latent-difference exit of Geiping et al. 2025, arXiv 2502.05171).
     """
 
+    row_by_row = False
+
     def __init__(self, threshold: float | None, learned: Any, readout: Readout) -> None:
         self.threshold = _between(0.03 if threshold is None else threshold, 0, float("inf"))
 
@@ -180,6 +174,8 @@ class Divergence:
     The readout is norm and head without the coda, so that it is local to the row; KL(after ||
     before) as in Huginn's exit, whose default was 5e-4 (arXiv 2502.05171).
     """
+
+    row_by_row = True  # softmax and sum go along each row; see `decide`
 
     def __init__(self, threshold: float | None, learned: Any, readout: Readout) -> None:
         self.threshold = _between(5e-4 if threshold is None else threshold, 0, float("inf"))
@@ -217,6 +213,8 @@ class Graves:
     budget. Its ponder cost, loops taken plus remainder, is learned jointly with the model.
     """
 
+    row_by_row = False
+
     def __init__(self, threshold: float | None, learned: Any, readout: Readout) -> None:
         if "act" not in learned:
             raise InputError(
@@ -253,8 +251,8 @@ class Graves:
         return memory[2]
 
 
-HALTING: dict[str, Any] = {
-    "none": Never,
+HALTING: dict[str, Callable[[float | None, Any, Readout], Rule | None]] = {
+    "none": no_rule,
     "gate": Gate,
     "delta": RelativeChange,
     "kl": Divergence,
@@ -262,8 +260,8 @@ HALTING: dict[str, Any] = {
 }
 
 
-def make_rule(name: str, threshold: float | None, learned: Any, readout: Readout) -> Rule:
-    """Build the rule `name` for one call.
+def make_rule(name: str, threshold: float | None, learned: Any, readout: Readout) -> Rule | None:
+    """Build the rule `name` for one call; None where nothing ends a token but its budget.
 
     Args:
         name: a key of `HALTING`.
@@ -290,9 +288,10 @@ def halting_kinds(config: MythosConfig) -> list[str]:
 
 
 def _between(threshold: float, least: float, most: float) -> float:
-    if real(threshold) is None:
+    number = real(threshold)
+    if number is None:
         raise InputError(f"threshold={threshold!r} must be a finite number")
-    if not least < threshold <= most:
+    if not least < number <= most:
         upper = f" and at most {most}" if math.isfinite(most) else ""
         raise InputError(f"threshold={threshold} must be above {least}{upper}")
-    return threshold
+    return number

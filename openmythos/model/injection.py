@@ -23,7 +23,9 @@ START = math.sqrt(1 / 5)  # A at initialisation, Parcae's 0.447
 LARGEST_STEP = 8.0
 
 
-Carry = Tensor  # what multiplies h at every loop: a diagonal, a matrix, or nothing
+Carry = Tensor
+"""What multiplies h at every loop: a diagonal, a matrix, or nothing; one for all rows, or one for
+each, whose axes before the last are then those of the rows."""
 
 
 @runtime_checkable
@@ -40,6 +42,14 @@ class Injection(Protocol):
 
     def spectral_radius(self) -> Tensor:
         """Return the largest absolute eigenvalue of the linear part on h, a scalar."""
+        ...
+
+    def flops_once(self) -> int:
+        """Return the floating-point operations of `prepare` per token: of its products."""
+        ...
+
+    def flops(self) -> int:
+        """Return those of one loop per token."""
         ...
 
 
@@ -107,6 +117,14 @@ class LTI(nn.Module):
         """Return max A: the eigenvalues of a diagonal are its entries."""
         return self.A.detach().abs().max()
 
+    def flops_once(self) -> int:
+        """Of the product B e."""
+        return 2 * self.weight.numel()
+
+    def flops(self) -> int:
+        """Of A h + B e: a product and a sum for each channel."""
+        return 2 * len(self.weight)
+
 
 class Free(nn.Module):
     """u = a h + B e with a free diagonal a: what `lti` is compared with. Nothing bounds a."""
@@ -134,6 +152,14 @@ class Free(nn.Module):
         """Return max |a|."""
         return self.diagonal.detach().abs().max()
 
+    def flops_once(self) -> int:
+        """Of the product B e."""
+        return 2 * self.weight.numel()
+
+    def flops(self) -> int:
+        """Of a h + B e: a product and a sum for each channel."""
+        return 2 * len(self.weight)
+
 
 class Linear(nn.Module):
     """u = W [h, e], the adapter of Huginn (Geiping et al. 2025, arXiv 2502.05171)."""
@@ -157,12 +183,21 @@ class Linear(nn.Module):
         square = self.weight.detach()[:, : self.weight.shape[0]].float()
         return torch.linalg.eigvals(square.cpu()).abs().max()
 
+    def flops_once(self) -> int:
+        """Of e's half of the product."""
+        return self.weight.numel()
+
+    def flops(self) -> int:
+        """Of h's half."""
+        return self.weight.numel()
+
 
 class Add(nn.Module):
     """u = h + e: marginally stable, spectral radius 1."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.width = width
 
     def prepare(self, e: Float[Tensor, "*rows hidden"]) -> tuple[Tensor, Carry]:
         """Return e and nothing."""
@@ -176,6 +211,14 @@ class Add(nn.Module):
     def spectral_radius(self) -> Float[Tensor, ""]:
         """Return 1."""
         return torch.ones(())
+
+    def flops_once(self) -> int:
+        """None: e enters as it is."""
+        return 0
+
+    def flops(self) -> int:
+        """Of a sum for each channel."""
+        return self.width
 
 
 class NoInjection(nn.Module):
@@ -196,6 +239,14 @@ class NoInjection(nn.Module):
     def spectral_radius(self) -> Float[Tensor, ""]:
         """Return 1: the residual stream passes unchanged."""
         return torch.ones(())
+
+    def flops_once(self) -> int:
+        """None."""
+        return 0
+
+    def flops(self) -> int:
+        """None."""
+        return 0
 
 
 INJECTION: dict[str, Any] = {

@@ -61,7 +61,7 @@ def matrices(model: OpenMythos) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {"embed.weight": model.embed.weight}
     if not model.config.tie_head:
         found["head.weight"] = model.head.weight
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):  # a layer may stand twice
         if isinstance(module, LoopLinear):
             found[f"{name}.weight"] = module.weight
         elif isinstance(module, Experts):

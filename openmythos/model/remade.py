@@ -26,6 +26,12 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def watched() -> bool:
+    """Whether somebody sees torch's operations or takes them for others, as fake tensors do."""
+    modes: int = torch._C._len_torch_dispatch_stack()
+    return modes > 0
+
+
 def remade(value: Tensor, make: Make) -> AbstractContextManager[Make]:
     """Inside, what autograd keeps of `value` for the backward pass is `make`, not its numbers.
 

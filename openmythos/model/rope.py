@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from openmythos.config import RopePairing
+from openmythos.model.remade import watched
 
 LEAST_KEPT = 256
 """Positions of the smallest table that is kept."""
@@ -71,7 +72,7 @@ def rope_rows(
 
     Tables are kept: at one token a call, making a row of one takes a tenth of all time.
     """
-    if device.type == "meta" or torch.compiler.is_compiling() or _watched():
+    if device.type == "meta" or torch.compiler.is_compiling() or watched():
         positions = torch.arange(start, start + count, device=device)
         return Rope(*(x[None] for x in rope_table(positions, dim, base, pairing, dtype)))
     length = max(LEAST_KEPT, 1 << (start + count - 1).bit_length())
@@ -91,12 +92,6 @@ def _kept(
     with torch.inference_mode(False):  # a later call may want gradients
         positions = torch.arange(length, device=device)
         return rope_table(positions, dim, base, pairing, dtype)
-
-
-def _watched() -> bool:
-    """Whether somebody takes torch's operations for other ones, as fake tensors do."""
-    modes: int = torch._C._len_torch_dispatch_stack()
-    return modes > 0
 
 
 def rotate(x: Float[Tensor, "*rows dim"], rope: Rope, pairing: RopePairing) -> Tensor:

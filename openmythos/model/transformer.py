@@ -132,7 +132,8 @@ class OpenMythos(nn.Module):
                 all later loops.
             backprop_loops: loops with gradient, the last ones; None: all.
             return_states: also return the state after every loop; given loop counts, only the
-                states after so many, in their order of size.
+                states after so many, in their order of size. A token that has left has its last
+                state: with a rule, or `loops` of their own, a count may be more than were run.
             return_routing: also return the experts chosen.
 
         Raises:
@@ -143,16 +144,17 @@ class OpenMythos(nn.Module):
         number = whole(loops)
         loops = loops if number is None else number
         check_call(self, token_ids, loops, cache, mask, positions, h0, routing)
-        wanted = states_wanted(return_states)
+        wanted = states_wanted(return_states, loops, halting)
         noted = bool(wanted) or return_routing
         check_window(backprop_loops, loops, halting, noted)
-        rule = self._rule(halting, threshold)
+        rule = self.rule(halting, threshold)
         plain = all(given is None for given in (mask, positions, h0, routing, rule)) and not noted
         if cache is not None and isinstance(loops, int) and plain:
             done = self._in_one_call(token_ids, loops, cache)
             if done is not None:
                 return done
-        span = self._span(token_ids, cache, mask, loops)
+        certain = loops if rule is None else 1  # with a rule, slots come as loops reach them
+        span = self._span(token_ids, cache, mask, certain)
         rope = self._rope(span, positions)
         places = self._outer_places(span, cache)
 
@@ -285,6 +287,19 @@ class OpenMythos(nn.Module):
         logits = self.head(y.to(self.head.weight.dtype))
         return logits if self.config.logit_scale == 1 else logits * self.config.logit_scale
 
+    def rule(self, halting: str, threshold: float | None = None) -> Rule | None:
+        """Build a halting rule for this model; None where nothing ends a token but its budget.
+
+        Args:
+            halting: a key of `HALTING`.
+            threshold: the rule's bound; None is its own default.
+
+        Raises:
+            InputError: there is no such rule, the model cannot follow it, or it cannot take the
+                threshold.
+        """
+        return make_rule(halting, threshold, self.core.learned_exits(), self.readout)
+
     def new_cache(
         self,
         batch_size: int = 1,
@@ -327,10 +342,6 @@ class OpenMythos(nn.Module):
                 f"loops={slots}, batch_size={batch_size} and max_length={length} must leave room "
                 "for the cache in memory: ask for fewer, or for policy='last'"
             ) from error
-
-    def _rule(self, halting: str, threshold: float | None) -> Rule | None:
-        rule = make_rule(halting, threshold, self.core.learned_exits(), self.readout)
-        return None if halting == "none" else rule
 
     def _span(
         self, token_ids: Tensor, cache: Cache | None, mask: Tensor | None, loops: int | Tensor
@@ -376,6 +387,7 @@ class OpenMythos(nn.Module):
             dtype=e.dtype,
             device=e.device,
             owner=self.identity,
+            grows=False,
         )
 
     @torch.no_grad()
@@ -450,9 +462,9 @@ class OpenMythos(nn.Module):
         """
         layers = [*self.prelude, *self.coda]
         outer = sum(layer.flops(keys, decoding=decoding) for layer in layers)
-        output = self.core_output if self.config.core_output == "linear" else None
-        linear = [output, getattr(self.core.injection, "weight", None)]
-        once = sum(2 * self.config.hidden_size**2 for part in linear if part is not None)
+        once = self.core.injection.flops_once()
+        if self.config.core_output == "linear":
+            once += 2 * self.config.hidden_size**2
         head = 2 * self.head.weight.numel()
         return int(outer + once + head + loops * self.core.flops(keys, decoding=decoding))
 
@@ -472,23 +484,27 @@ class OpenMythos(nn.Module):
 
         Raises:
             InputError: there are no such `weights`.
-            CheckpointError: a file cannot be written, or a weight is not finite.
+            CheckpointError: a file cannot be written, a weight is not finite, or parts of the model
+                are of other dtypes than `model.to` gives.
         """
         from openmythos.model.files import save_model
 
         save_model(self, Path(folder), tokenizer, weights)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> OpenMythos:
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype | str | None = None
+    ) -> OpenMythos:
         """Read what `save_pretrained` wrote; no code in it is ever run.
 
         Args:
-            folder: the model's.
-            dtype: cast to this one. Default: fp32 where it was saved with `weights`, else the
-                dtype it was saved in.
+            folder: the model's. `openmythos.load` takes the names of shipped models too.
+            dtype: cast to this one, or to that of this name (`"bfloat16"`). Default: fp32 where it
+                was saved with `weights`, else the dtype it was saved in.
 
         Raises:
             CheckpointError: a file is missing, damaged or of another shape.
+            InputError: `dtype` is none of the floating ones.
         """
         from openmythos.model.files import load_model
 

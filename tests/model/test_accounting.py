@@ -4,10 +4,12 @@ import pytest
 import torch
 from tiny import some_ids, tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from openmythos import MythosConfig
-from openmythos.model.accounting import account, on_meta
+from openmythos.model.accounting import account, on_meta, training_flops
+from openmythos.model.injection import INJECTION
 from openmythos.scales import SCALES
 from openmythos.training.memory import training_bytes
 from openmythos.training.optimizer import build_optimizers
@@ -59,14 +61,17 @@ def test_parts_sum_to_what_the_model_has(preset):
     assert 0 < counted.active <= counted.total
 
 
+SEEN_BY_NO_COUNTER = {"lti": 2, "free": 2, "linear": 0, "add": 1, "none": 0}
+"""Operations for each channel of a loop's injection that are no products of matrices."""
+
+SHAPES = [{}, {"attention": "mla"}, {"attention": "mla", "q_latent": 12}, {"lora_rank": 4}]
+SHAPES += [{"injection": kind} for kind in INJECTION]
+
+
 @pytest.mark.parametrize("loops", [1, 3])
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"attention": "mla"}, {"attention": "mla", "q_latent": 12}, {"lora_rank": 4}],
-    ids=str,
-)
+@pytest.mark.parametrize("changes", SHAPES, ids=str)
 def test_operations_are_those_of_torchs_counter(loops, changes):
-    model = tiny(experts=0, shared_experts=0, **changes)
+    model = tiny(experts=0, shared_experts=0, **changes).requires_grad_(False)
     for layer in [*model.prelude, *model.core.layers, *model.coda]:
         layer.attention.absorb = False  # the count is of the expanded form
     batch, sequence = 2, 16
@@ -76,7 +81,26 @@ def test_operations_are_those_of_torchs_counter(loops, changes):
         model(some_ids(batch, sequence), loops)
     counted = batch * sequence * model.flops(sequence, loops)
     # The counter sees products and attention, and not the injection's A h + B e of 2 a channel.
-    elementwise = batch * sequence * loops * 2 * model.config.hidden_size
+    each = SEEN_BY_NO_COUNTER[model.config.injection]
+    elementwise = batch * sequence * loops * each * model.config.hidden_size
+    assert counted - elementwise == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("learning", [None, 2, 9])
+def test_operations_of_a_training_are_those_of_torchs_counter(learning, recomputed):
+    loops, batch, sequence = 5, 2, 16
+    model = tiny(experts=0, shared_experts=0).train()
+    model.core.checkpointing = recomputed
+    plain, counter = sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False)
+    whole_layers = set_checkpoint_early_stop(False)  # torch leaves out a layer's last product
+    with plain, counter, whole_layers:
+        model(some_ids(batch, sequence), loops, backprop_loops=learning).logits.sum().backward()
+    more = {"learning": learning, "recomputed": recomputed}
+    counted = training_flops(model, batch * sequence, sequence, loops, **more)
+    carrying = min(loops, learning or loops)
+    passes = loops - carrying + (4 if recomputed else 3) * carrying
+    elementwise = batch * sequence * passes * 2 * model.config.hidden_size  # as above
     assert counted - elementwise == counter.get_total_flops()
 
 

@@ -102,11 +102,17 @@ def test_operations_stated_are_those_torch_counts(attention):
         model(token_ids, loops)
     # Torch counts neither attention's products on the CPU nor A h, 2 operations per channel.
     assert counter.get_total_flops() == 6 * (model.flops(keys=0, loops=loops) - 2 * 24 * loops)
-    per_key = {"gqa": 4 * 6 * 8, "mla": 2 * 6 * (6 + 4 + 10)}[attention]
-    layers = 1 + 2 * loops
-    assert (
-        model.flops(keys=9, loops=loops) == model.flops(keys=0, loops=loops) + layers * per_key * 9
-    )
+    layers = [*model.prelude, *[layer for layer in model.core.layers for _ in range(loops)]]
+    seen = sum(layer.attention.flops(9) - layer.attention.flops(0) for layer in layers)
+    assert model.flops(keys=9, loops=loops) == model.flops(keys=0, loops=loops) + seen
+
+
+@pytest.mark.parametrize(
+    ("attention", "per_key"), [("gqa", 4 * 6 * 8), ("mla", 2 * 6 * (6 + 4 + 10))]
+)
+def test_operations_per_key_are_those_counted_by_hand(attention, per_key):
+    own = tiny(attention=attention).core.layers[0].attention
+    assert own.flops(9) - own.flops(0) == per_key * 9
 
 
 @pytest.mark.parametrize("attention", ATTENTION)

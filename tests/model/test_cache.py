@@ -1,6 +1,7 @@
 """A cache changes when work is done, never what comes out."""
 
 import copy
+import math
 from typing import get_args
 
 import numpy as np
@@ -90,13 +91,17 @@ def test_a_sequence_may_pause_while_others_go_on(attention):
     assert_close(out.logits[1], model(token_ids[1:, :4], 3).logits[0, 2:], **EXACT)
 
 
-@pytest.mark.parametrize("counts", [3, (1, 4)])
+@pytest.mark.parametrize(
+    "counts",
+    [3, (1, 4), np.array([1, 4]), torch.tensor([1, 4])],
+    ids=lambda counts: type(counts).__name__,
+)
 def test_after_a_rollback_it_is_as_if_the_tokens_had_never_been_there(attention, counts):
     model, token_ids, other = small(attention), some_ids(2, 5), some_ids(2, 5, seed=1)
     cache = model.new_cache(batch_size=2, max_length=10)
     model(token_ids, some_loops(2, 5), cache=cache)
     cache.rollback(counts)
-    left = [2, 2] if counts == 3 else [4, 1]
+    left = [2, 2] if isinstance(counts, int) else [4, 1]
     assert cache.lengths == left
     out = model(other, 2, cache=cache)
     for b, n in enumerate(left):
@@ -113,6 +118,7 @@ def test_a_rollback_beyond_what_is_cached_is_refused_and_changes_nothing(attenti
         (4, "count=4 must be from 0 to the 3 tokens cached"),
         (-1, "count=-1 must be from 0 to the 3 tokens cached"),
         ([1], "count has 1 values, must have 2"),
+        (torch.tensor([1, 2, 3]), "count has 3 values, must have 2"),
     ):
         with pytest.raises(CacheError, match=sentence):
             cache.rollback(count)
@@ -136,15 +142,13 @@ def test_exited_tokens_keep_their_keys_at_deeper_loops(attention):
 def test_a_cache_keeps_what_its_attention_declares_and_no_more(attention):
     model = small(attention)
     cache = model.new_cache(batch_size=2, max_length=9, loops=4)
-    numbers = {
-        "gqa": 2 * SIZES["kv_heads"] * SIZES["head_dim"],
-        "mla": SIZES["kv_latent"] + SIZES["rope_dim"],
-    }
+    declared = model.core.layers[0].attention.kept
+    numbers = sum(math.prod(shape) for shape in declared.values())
     slots = 2 + 4 * SIZES["core_layers"]  # prelude and coda have one each
-    assert cache.nbytes == numbers[attention] * slots * 2 * 9 * 8
+    assert cache.nbytes == numbers * slots * 2 * 9 * 8
     model(some_ids(2, 3), 6, cache=cache)
     assert cache.slots == 6
-    assert cache.nbytes == numbers[attention] * (2 + 6 * SIZES["core_layers"]) * 2 * 9 * 8
+    assert cache.nbytes == numbers * (2 + 6 * SIZES["core_layers"]) * 2 * 9 * 8
 
 
 def test_with_policy_last_a_prompt_is_read_as_trained(attention):
@@ -244,6 +248,40 @@ def test_rows_of_a_cache_may_come_in_every_form(attention, form):
 def test_rows_that_a_cache_has_not_are_refused(attention, rows, sentence):
     with pytest.raises(CacheError, match=sentence):
         small(attention).new_cache(batch_size=2, max_length=8).select(rows)
+
+
+@pytest.mark.parametrize("rule", ["delta", "kl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # of which one runs natively
+def test_a_rule_takes_slots_for_the_loops_it_takes_and_not_for_its_budget(attention, rule, dtype):
+    how = {"halting": rule, "threshold": {"delta": 0.45, "kl": 0.005}[rule]}
+    model = tiny(attention=attention, hidden_size=32, dtype=dtype)
+    for policy in get_args(CachePolicy):
+        caches = [
+            model.new_cache(batch_size=2, max_length=6, loops=loops, policy=policy)
+            for loops in (1, 40)
+        ]
+        found = [in_parts(model, some_ids(2, 6), (2, 1, 3), 40, cache, **how) for cache in caches]
+        assert_close(*found, rtol=0, atol=0)
+        taken = int(found[0][1].max())
+        assert 4 < taken < 20  # or the case would show nothing
+        assert caches[0].slots < 2 * taken
+
+
+def test_a_cache_may_be_made_in_inference_mode_and_used_outside(attention):
+    model, token_ids = small(attention), some_ids(2, 4)
+    how = {"halting": "delta", "threshold": 0.45}
+    with torch.inference_mode():
+        cache = model.new_cache(batch_size=2, max_length=8, policy="last")
+        model(token_ids[:, :2], 7, cache=cache)  # it grows
+        chosen = cache.select([1, 0])
+    with torch.no_grad():
+        for one in (cache, chosen):
+            model(token_ids[:, 2:], 7, cache=one, **how)
+    with torch.inference_mode():
+        model(token_ids[:, :1], 7, cache=cache, **how)  # only the last slot stays
+    with torch.no_grad():
+        model(token_ids[:, :1], 7, cache=cache, **how)
+    assert cache.lengths == [6, 6]
 
 
 def test_a_copied_cache_goes_its_own_way_with_the_same_model(attention):

@@ -120,6 +120,10 @@ BAD_CALLS = {
         lambda m: m(IDS, 10**22),
         "loops=10000000000000000000000 must be below 2147483648",
     ),
+    "states of loops that are not run": (
+        lambda m: m(IDS, 4, return_states=[2, 9]),
+        "return_states holds 9, must hold at most loops=4",
+    ),
     "states of loop 0": (lambda m: m(IDS, return_states=(0, 1)), "return_states holds 0"),
     "routing of no loop": (
         lambda m: m(IDS, routing=torch.zeros(0, 2, 2, 4, 2, dtype=torch.int64)),

@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from openmythos.config import MythosConfig
 from openmythos.model.attention import ATTENTION
+from openmythos.model.injection import INJECTION
 from openmythos.model.transformer import OpenMythos
 from tests.tiny import some_ids, some_loops, tiny
 
@@ -309,6 +310,35 @@ def test_at_the_start_the_state_settles_and_depth_matters(scale, seed, attention
     assert max(sizes) <= 1.25 * min(sizes)
     assert max(sizes) <= 3 * rms(out.states[0])
     assert rms(deep - shallow) >= 0.1 * float(deep.std())
+
+
+class Gated(torch.nn.Module):
+    """u = sigmoid(W e) h + e: what multiplies h is each token's own."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(width, width))
+
+    def prepare(self, e):
+        return e, torch.nn.functional.linear(e, self.weight).sigmoid()
+
+    def forward(self, h, drive, carry):
+        return carry * h + drive
+
+
+def test_an_injection_may_multiply_each_tokens_state_by_its_own(monkeypatch):
+    monkeypatch.setitem(INJECTION, "add", Gated)
+    model, token_ids = tiny(injection="add", dtype=torch.float64), some_ids(3, 8)
+    mask = torch.arange(8) < torch.tensor([[8], [5], [7]])
+    states = model(token_ids, 4, mask=mask, return_states=True).states
+    for loops in (torch.tensor([2, 4, 3]), torch.tensor([[2], [4], [3]]).expand(3, 8)):
+        for gradient in (False, True):
+            for window in (None, 1)[: 3 - loops.ndim]:
+                with torch.set_grad_enabled(gradient):
+                    out = model(token_ids, loops, mask=mask, backprop_loops=window)
+                for row, depth in enumerate((2, 4, 3)):
+                    alone = model.decode(states[depth - 1], mask=mask)
+                    assert_close(out.logits[row, mask[row]], alone[row, mask[row]], **EXACT)
 
 
 def test_rows_of_other_sequences_never_mix():

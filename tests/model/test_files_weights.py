@@ -280,6 +280,9 @@ def test_a_disk_that_fills_up_leaves_the_old_model_whole(tmp_path):
     ("options", "sentence"),
     [
         ({"dtype": torch.int8}, "dtype=torch.int8 must be torch.float32, float64, bfloat16 or"),
+        ({"dtype": "bf16"}, "dtype='bf16' must be torch.float32, float64, bfloat16 or float16"),
+        ({"dtype": "int8"}, "dtype='int8' must be torch.float32"),
+        ({"dtype": 16}, "dtype=16 must be torch.float32"),
         ({"dtype": torch.bfloat16, "int8": True}, "must be left out with int8 weights"),
     ],
 )
@@ -315,6 +318,50 @@ def test_weights_that_no_model_has_are_refused(tmp_path, damage):
     save_file(tensors, tmp_path / WEIGHTS_FILE, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"{WEIGHTS_FILE}.*{NO_MODEL[damage]}"):
         OpenMythos.from_pretrained(tmp_path)
+
+
+PARTS = {
+    "core.layers": lambda m: m.core.layers.bfloat16(),
+    "coda": lambda m: m.coda.bfloat16(),
+    "core.gate": lambda m: m.core.gate.double(),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_model_of_several_dtypes_is_refused_before_anything_is_written(tmp_path, part):
+    model = model_of()
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    PARTS[part](model)
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}: {part}.* as embed.weight is"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    model.save_pretrained(tmp_path, weights="fp32")  # of one dtype, whatever they were
+    OpenMythos.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("weights", [None, *WEIGHTS])
+def test_a_layer_that_stands_twice_is_written_twice(tmp_path, weights):
+    model = model_of()
+    model.core.layers[1] = model.core.layers[0]
+    model.save_pretrained(tmp_path, weights=weights)
+    again = OpenMythos.from_pretrained(tmp_path)
+    first, second = (layer.state_dict() for layer in again.core.layers)
+    assert_close(first, second, rtol=0, atol=0)
+    if weights in (None, "fp32"):
+        assert again(some_ids(), 3).logits.equal(model(some_ids(), 3).logits)
+
+
+def test_a_dtype_may_be_given_by_its_name(tmp_path):
+    model_of().save_pretrained(tmp_path)
+    assert OpenMythos.from_pretrained(tmp_path, "bfloat16").embed.weight.dtype == torch.bfloat16
+
+
+def test_the_name_of_a_shipped_model_is_no_folder():
+    with pytest.raises(
+        CheckpointError, match="openmythos-lm must be a model's folder.*mythos.load"
+    ):
+        OpenMythos.from_pretrained("openmythos-lm")
 
 
 def test_a_config_that_is_no_text_is_refused(tmp_path):

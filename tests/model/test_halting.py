@@ -55,6 +55,28 @@ def test_every_rule_of_the_table_has_a_name_a_plain_version_and_thresholds():
     assert set(RULES) == set(THRESHOLDS) == set(HALTING) - {"none"}
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_knows_its_bound(rule):
+    model = model_for(rule)
+    assert model.rule(rule, 0.25).threshold == 0.25
+    assert model.rule(rule).threshold > 0
+    assert model.rule("none") is None
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if HALTING[rule].row_by_row])
+@pytest.mark.parametrize("width", [7, 50, 1000])
+def test_a_rule_that_decides_row_by_row_does_so_to_the_bit(rule, width):
+    asked = make_rule(rule, None, {}, lambda h: h)
+    generator = torch.Generator().manual_seed(0)
+    before, after = torch.randn(2, 40, width, generator=generator)
+    pairs = zip(before.split(1), after.split(1), strict=True)
+    alone = [asked.decide(*pair, (), None)[1] for pair in pairs]
+    for count in range(1, 41):
+        _, together = asked.decide(before[:count], after[:count], (), None)
+        for row, parts in enumerate(alone[:count]):
+            assert all(torch.equal(x[row], y[0]) for x, y in zip(together, parts, strict=True))
+
+
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize(("rule", "gate_size"), [*((rule, 32) for rule in RULES), ("gate", 0)])
 def test_every_rule_exits_where_plain_loops_do(rule, gate_size, attention):

@@ -65,8 +65,8 @@ def by_torch(monkeypatch):
 
 
 @torch.inference_mode()
-def written(model, loops, *, batch=3, parts=(4, 1, 1, 2), **options):
-    cache = model.new_cache(batch_size=batch, max_length=sum(parts))
+def written(model, loops, *, batch=3, parts=(4, 1, 1, 2), slots=None, **options):
+    cache = model.new_cache(batch_size=batch, max_length=sum(parts), loops=slots)
     chunks = some_ids(batch, sum(parts)).split(parts, dim=1)
     outs = [model(chunk, loops, cache=cache, **options) for chunk in chunks]
     return torch.cat([out.logits for out in outs], 1), outs
@@ -136,15 +136,15 @@ def test_exits_are_tested_where_tokens_differ():
 
 @pytest.mark.parametrize("rule", ["delta", "gate"])
 def test_a_call_runs_until_a_token_leaves(rule, monkeypatch):
-    model, calls, real = deciding(), [], core.run_until_exit
+    model, calls, real = deciding(mean_loops=9), [], core.run_loops  # a slot for every loop
 
-    def counted(*args):
-        done = real(*args)
-        calls.append(len(args[-1].fired) * args[-1].ran)
+    def counted(*args, exits, **options):
+        done = real(*args, exits=exits, **options)
+        calls.append(len(exits.fired) * exits.ran)
         return done
 
-    monkeypatch.setattr(core, "run_until_exit", counted)
-    _, outs = written(model, 9, **RULES[rule])
+    monkeypatch.setattr(core, "run_loops", counted)
+    _, outs = written(model, 9, slots=9, **RULES[rule])  # or a call ends where slots do
     assert len(calls) == sum(len(out.loops.unique()) for out in outs)
     assert sum(calls) == sum(int(out.loops.sum()) for out in outs)  # rows times loops
 
@@ -159,6 +159,34 @@ def test_a_rule_that_is_another_class_decides_by_itself(monkeypatch):
     monkeypatch.setitem(HALTING, "gate", Contrary)
     _, outs = written(model, 5, halting="gate", threshold=1e-9)
     assert all(bool((out.loops == 5).all()) for out in outs)
+
+
+@SHAPES
+@pytest.mark.parametrize("rule", ["none", "delta"])
+def test_sequences_of_unequal_lengths_go_on_natively(kind, rule, by_torch, monkeypatch):
+    model, done, real = deciding(**kind), [], core.run_loops
+
+    def noted(*args, **options):
+        done.append(real(*args, **options))
+        return done[-1]
+
+    @torch.inference_mode()
+    def run_on():
+        cache, ids = model.new_cache(batch_size=3, max_length=9), some_ids(3, 9)
+        mask = torch.ones(3, 4, dtype=torch.bool)
+        mask[1, 3:] = mask[2, 1:] = False
+        model(ids[:, :4], 5, cache=cache, mask=mask, **RULES[rule])
+        done.clear()
+        outs = [model(part, 5, cache=cache, **RULES[rule]) for part in ids[:, 4:].split((1, 4), 1)]
+        return torch.cat([out.logits for out in outs], 1), [out.loops.tolist() for out in outs]
+
+    monkeypatch.setattr(core, "run_loops", noted)
+    native, taken = run_on()
+    assert done
+    assert all(found is not None for found in done)
+    expected, torchs = by_torch(run_on)
+    assert_close(native, expected, rtol=1e-4, atol=2e-5)
+    assert taken == torchs
 
 
 def test_given_experts_are_taken(by_torch):

@@ -1,6 +1,9 @@
 """Two processes that run different numbers of loops: nothing hangs, gradients add up, and the
 optimizers move the weights as one process would."""
 
+import time
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -49,8 +52,16 @@ def work(rank, folder):
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
     shard(rank, folder)
     replicate(rank, folder)
-    dist.barrier()  # gloo aborts where the other end has gone before
+    wait_for_all(rank, Path(folder))
     dist.destroy_process_group()
+
+
+def wait_for_all(rank, folder):
+    """Gloo aborts a rank whose other end goes while it waits, in a barrier of its own too."""
+    dist.barrier()
+    (folder / f"done-{rank}").touch()
+    while not all((folder / f"done-{other}").exists() for other in range(2)):
+        time.sleep(0.01)
 
 
 def shard(rank, folder):

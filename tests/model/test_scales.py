@@ -65,6 +65,27 @@ def test_sizes_that_nobody_set_follow_the_others():
         nano.replace(routed_scale=float("nan"))
 
 
+CHANGES = {"hidden_size": 256, "num_heads": 16, "mean_loops": 5, "feed_forward": "relu2"}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_sizes_that_nobody_set_follow_the_others_of_a_config_that_was_saved(name):
+    fresh = MythosConfig.preset(name).replace(num_heads=8, kv_heads=None)
+    read = MythosConfig.from_json(fresh.to_json())
+    assert read == fresh
+    for more in range(1, len(CHANGES) + 1):
+        changes = dict(list(CHANGES.items())[:more])
+        assert read.replace(**changes) == fresh.replace(**changes)
+
+
+def test_sizes_that_somebody_set_stay_in_a_config_that_was_saved():
+    own = {"head_dim": 22, "kv_heads": 1, "feed_forward_size": 80, "lora_loops": 2}
+    own |= {"embedding_scale": 3.0, "logit_scale": 0.25}
+    set_by_hand = MythosConfig(hidden_size=68, num_heads=3, **own)  # 3 do not divide 68
+    read = MythosConfig.from_json(set_by_hand.to_json()).replace(hidden_size=256, mean_loops=3)
+    assert {name: getattr(read, name) for name in own} == own
+
+
 @pytest.mark.parametrize("name", SCALES)
 def test_a_pass_on_meta_has_its_shape(name):
     with torch.device("meta"):

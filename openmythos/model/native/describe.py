@@ -1,7 +1,7 @@
 """A layer as the native code reads it: sizes, and where its weights lie.
 
-A layer that was changed from outside (hooks, other modules in it), or whose kind or widths the
-native code does not know, is left to torch.
+A layer that was changed from outside (hooks, other modules in it, other functions of its classes),
+or whose kind or widths the native code does not know, is left to torch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from openmythos.model.adapters import LoopLinear, LoopLora
 from openmythos.model.attention import GroupedQueryAttention, LatentAttention
 from openmythos.model.experts import Experts, Router
 from openmythos.model.feed_forward import FeedForward, relu2, swiglu
+from openmythos.model.native.mirrored import code_of
 from openmythos.model.native.structures import (
     KINDS,
     LayerStructure,
@@ -118,9 +119,11 @@ def own_core(core: Core) -> bool:
     from openmythos.model.injection import INJECTION
 
     kind = core.config.injection
-    if type(core) is not Core or _patched(core) or kind not in INJECTIONS:
+    if type(core) is not Core or patched(core) or kind not in INJECTIONS:
         return False
     if type(core.injection) is not INJECTION[kind]:
+        return False
+    if not code_of(Core, INJECTION[kind]).written:
         return False
     if core.norm is not None:
         if type(core.norm) is not RMSNorm:
@@ -133,7 +136,7 @@ def own_core(core: Core) -> bool:
 
 def own_model(model: OpenMythos) -> bool:
     """Whether what a model does around its core is what its class says, and not a subclass."""
-    return _own_class(type(model)) and not _patched(model)  # type: ignore[arg-type]
+    return _own_class(type(model)) and not patched(model)  # type: ignore[arg-type]
 
 
 @cache
@@ -154,12 +157,12 @@ def watch_of(model: OpenMythos) -> Watch:
 def altered(modules: Iterable[nn.Module | None]) -> bool:
     """Whether anybody watches these modules' calls, or gave one a function of its own."""
     there = [module for module in modules if module is not None]
-    return any(hooks_of(there)) or any(_patched(module) for module in there)
+    return any(hooks_of(there)) or any(patched(module) for module in there)
 
 
-def _patched(module: nn.Module) -> bool:
-    """Whether a module has something of its own in the place of a function of its class."""
-    return not vars(module).keys().isdisjoint(_functions(type(module)))  # type: ignore[arg-type]
+def patched(thing: object) -> bool:
+    """Whether a module, or a rule, has something of its own in place of a function of its class."""
+    return not vars(thing).keys().isdisjoint(_functions(type(thing)))  # type: ignore[arg-type]
 
 
 @cache
@@ -176,7 +179,7 @@ def _describe(
 ) -> Described:
     """Make a description, which rests on the watched modules and on the calls of the inner ones."""
     structure, watch = None, Watch(watched, inner)
-    as_made = not watch.hooked and not any(map(_patched, watched))
+    as_made = watch.written and not watch.hooked and not any(map(patched, watched))
     if as_made and all(map(_known, inner)):
         try:
             structure = make()
@@ -231,6 +234,8 @@ def _outside(model: OpenMythos) -> Outside:
     config, width = model.config, _wide(model.config.hidden_size)
     norms = (model.prelude_norm, model.core_output, model.norm)
     if any(getattr(norm, "eps", config.norm_eps) != config.norm_eps for norm in norms):
+        raise _Cannot
+    if model.embed.max_norm is not None:  # its calls change its rows
         raise _Cannot
     before = OuterStructure(hidden=width, scale=config.embedding_scale, eps=config.norm_eps)
     before.embedding = _matrix(model.embed.weight)

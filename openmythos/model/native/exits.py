@@ -16,7 +16,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from openmythos.model.halting import Gate, LearnedExit, RelativeChange, Rule
-from openmythos.model.native.describe import altered
+from openmythos.model.native.describe import altered, patched
+from openmythos.model.native.mirrored import code_of
 from openmythos.model.native.structures import ExitsStructure
 
 NEVER, GATE, CHANGE = range(3)
@@ -38,9 +39,18 @@ def decided_here(rule: Rule | None) -> Decided | None:
     """Return a rule for the native code; None: it must be asked by torch."""
     if rule is None:
         return BY_BUDGET
-    if type(rule) is Gate and type(rule.gate) is LearnedExit and not altered([rule.gate]):
-        return Decided(GATE, rule.threshold, rule.gate)
-    return Decided(CHANGE, rule.threshold) if type(rule) is RelativeChange else None
+    if type(rule) not in (Gate, RelativeChange) or patched(rule) or not code_of(type(rule)).written:
+        return None
+    if isinstance(rule, RelativeChange):
+        return Decided(CHANGE, rule.threshold)
+    assert isinstance(rule, Gate)
+    if (
+        type(rule.gate) is not LearnedExit
+        or altered([rule.gate])
+        or not code_of(LearnedExit).written
+    ):
+        return None
+    return Decided(GATE, rule.threshold, rule.gate)
 
 
 @dataclass

@@ -30,6 +30,7 @@ from openmythos.model.native.describe import (
     structure_of,
 )
 from openmythos.model.native.exits import Exits
+from openmythos.model.native.mirrored import code_of
 from openmythos.model.native.structures import (
     KINDS,
     CallStructure,
@@ -40,7 +41,7 @@ from openmythos.model.native.structures import (
     OuterStructure,
 )
 from openmythos.model.quantised import Int8Weight
-from openmythos.model.remade import transformed
+from openmythos.model.remade import transformed, watched
 from openmythos.model.rope import Rope
 
 if TYPE_CHECKING:
@@ -77,9 +78,7 @@ def may_run() -> bool:
     """Whether torch is asked for nothing now that the native code does not do."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    if torch._C._len_torch_dispatch_stack():  # somebody watches torch's operations
-        return False
-    if torch._C._is_tracing() or transformed():
+    if watched() or torch._C._is_tracing() or transformed():
         return False
     return not torch.is_autocast_enabled("cpu") and library() is not None
 
@@ -194,53 +193,23 @@ def run_layer(
 
 
 def run_loops(
-    core: Core, h: Float[Tensor, "batch sequence hidden"], rows: Rows, loops: int, cache: Cache
-) -> tuple[Float[Tensor, "batch sequence hidden"], list[list[Tensor]]] | None:
-    """Run all loops of a core for rows that take the same number, each in its slot of a cache.
-
-    Returns:
-        The last state and, loop by loop, each layer's chosen experts; None where torch must do it.
-    """
-    found = cache.core[0].entries(rows.span, 0)
-    if found is None:
-        return None
-    data = [store.data for store in cache.core]
-    return _run_core(core, h, rows, loops, data, found[1], slots=cache.slots)
-
-
-def run_until_exit(
-    core: Core, h: Float[Tensor, "*rows hidden"], rows: Rows, start: int, cache: Cache, exits: Exits
-) -> tuple[Float[Tensor, "*rows hidden"], list[list[Tensor]]] | None:
-    """Run loops from number `start`, each in its slot of a cache, until a row leaves.
-
-    Returns:
-        As `run_loops`, of the loops that were run.
-    """
-    found = cache.core[0].entries(rows.span, 0)
-    if found is None:
-        return None
-    data = [store.data for store in cache.core]
-    slots = cache.slots
-    return _run_core(
-        core, h, rows, exits.loops, data, found[1], start=start, slots=slots, exits=exits
-    )
-
-
-def _run_core(
     core: Core,
-    h: Tensor,
+    h: Float[Tensor, "*rows hidden"],
     rows: Rows,
     loops: int,
-    data: Sequence[dict[str, Tensor]],
-    entries: Entries,
+    cache: Cache,
     *,
-    slots: int,
     start: int = 0,
     exits: Exits | None = None,
-) -> tuple[Tensor, list[list[Tensor]]] | None:
-    """Run loops in so many slots of a cache."""
-    kind = core.config.injection
-    if kind == "linear" or not takes(h) or h.dtype != torch.float32:
+) -> tuple[Float[Tensor, "*rows hidden"], list[list[Tensor]]] | None:
+    """Run loops from number `start`, each in its slot of a cache: all, or until a row leaves.
+
+    Returns:
+        The last state and, for each loop that was run, each layer's chosen experts; None where
+        torch must do it.
+    """
+    kind, places = core.config.injection, cache.core[0].entries(rows.span, 0)
+    if places is None or kind == "linear" or not takes(h) or h.dtype != torch.float32:
         return None
     if not own_core(core):
         return None
@@ -249,14 +218,15 @@ def _run_core(
     norm = None if core.norm is None else core.norm.weight
     if len(structures) < len(found) or not plain(norm) or not alike(structures):
         return None
+    data = [store.data for store in cache.core]
     if not keeps(structures[0], data[0]) or h.shape[-1] != structures[0].hidden:
         return None
     new, layers = _fresh(h), Layers(structures, data)
     choice = choices(structures[0], loops, len(structures), *h.shape[:-1])
-    call = layers.call(new, rows.rope, entries)
+    call = layers.call(new, rows.rope, places[1])
     call.choice, call.loop = at(choice), start
     run = layers.inside(core)
-    run.loops, run.start, run.slots = loops, start, slots
+    run.loops, run.start, run.slots = loops, start, cache.slots
     drive = rows.drive.contiguous() if kind != "none" else None
     carry = rows.carry.float().contiguous() if kind in ("lti", "free") else None
     run.drive, run.carry = at(drive), at(carry)
@@ -352,6 +322,8 @@ def drive(
     if made is None or not wide or not rate.is_contiguous() or not takes(e):
         return None
     if e.shape[-1] != made.map.inputs:
+        return None
+    if not code_of(type(decay)).written:
         return None
     times, carry = torch.empty_like(step), torch.empty_like(rate)
     code = library()

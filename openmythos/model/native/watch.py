@@ -10,7 +10,9 @@ from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as every_module
 
+from openmythos.model.native.mirrored import code_of, kinds_of
 from openmythos.model.quantised import Int8Weight
 
 
@@ -21,7 +23,8 @@ class Watch:
         """Look at them.
 
         Args:
-            modules: what they hold, and what their tensors are, may not change.
+            modules: what they hold, what their tensors are, and the functions of their classes that
+                the native code stands for, may not change.
             called: those whose calls nobody may begin, or cease, to watch.
         """
         held: list[tuple[dict[str, Any], str, Any]] = []
@@ -34,6 +37,9 @@ class Watch:
         int8 = [x for x in tensors if isinstance(x, Int8Weight)]
         inside = [(x, name) for x in int8 for name in ("numbers", "scale")]
         held += [(vars(x), name, getattr(x, name)) for x, name in inside]
+        self._code = code_of(*kinds_of(modules), *dict.fromkeys(map(type, int8)))
+        self.written = self._code.written
+        """Whether the modules' classes do what the native code knows."""
         self._tables = [table for table, _, _ in held]
         self._names = [name for _, name, _ in held]
         self._parts = [part for _, _, part in held]
@@ -52,7 +58,9 @@ class Watch:
 
     def stands(self) -> bool:
         """Whether nothing was moved, replaced, added or hooked since."""
-        if not all(map(is_, map(dict.get, self._tables, self._names), self._parts)):
+        if not self._code.stands() or not all(
+            map(is_, map(dict.get, self._tables, self._names), self._parts)
+        ):
             return False
         if list(map(len, self._fields)) != self._counts:  # a function of a module's own is one more
             return False
@@ -73,7 +81,8 @@ _DTYPE = attrgetter("dtype")
 
 
 def hooks_of(modules: Sequence[nn.Module]) -> list[dict[int, Any]]:
-    """Return each module's tables of hooks that see or change its calls."""
-    return [
+    """Return the tables of hooks that see or change calls: each module's, and those of all."""
+    own = [
         table for module in modules for table in (module._forward_hooks, module._forward_pre_hooks)
     ]
+    return [*own, every_module._global_forward_hooks, every_module._global_forward_pre_hooks]
