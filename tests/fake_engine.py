@@ -13,11 +13,12 @@ from tiny import tiny
 from openmythos.errors import EngineStopped, QueueFull
 from openmythos.inference.chat import ChatLayout
 from openmythos.inference.engine import Statistics
-from openmythos.inference.language_model import HoldBack, LanguageModel
+from openmythos.inference.language_model import LanguageModel
 from openmythos.inference.request import FinishEvent, PromptEvent, TokenEvent
 from openmythos.inference.server.app import create_app
 from openmythos.inference.server.serving import Loaded, Serving
 from openmythos.inference.server.settings import ServerSettings
+from openmythos.inference.stops import HoldBack
 from openmythos.training.tokenizer import Tokenizer
 
 SAID = 'The mice ran up the clock — "naïve" ☃.'

@@ -3,7 +3,7 @@
 import gzip
 import json
 
-from openmythos.inference.tasks import TASKS
+from openmythos.tasks.question_sets import TASKS
 
 CHOICES = [  # context, answers, number of the right one
     ("Question: what sat on the mat?\nAnswer:", (" the cat", " a rat", " nobody at all"), 0),

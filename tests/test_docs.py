@@ -27,10 +27,9 @@ from openmythos.model.attention import ATTENTION
 from openmythos.model.feed_forward import FEED_FORWARD
 from openmythos.model.halting import HALTING
 from openmythos.model.injection import INJECTION
-from openmythos.training.corpus import CorpusName
 from openmythos.training.depth import DEPTH
 from openmythos.training.run import Settings as RunSettings
-from openmythos.training.settings import TrainConfig
+from openmythos.training.settings import CorpusName, Source, TrainConfig
 from openmythos.training.start import start_run
 from openmythos.training.trainer import Trainer
 
@@ -154,7 +153,7 @@ def prepared(tmp_path_factory):
         precision="fp32",
         threads=1,
     )
-    source = {"text": str(folder / "my_books"), "field": "text", "held_out": 0.1}
+    source = Source(text=folder / "my_books", held_out=0.1)
     start_run(folder / "runs" / "nano", model, train, source=source).fit()
     shutil.copytree(folder / "runs" / "nano", folder / "runs" / "books")
     return folder
@@ -190,13 +189,16 @@ class PagesText:
         return self.text(int(samples[0]) // 4)[samples % 4].numpy()
 
 
-def test_the_training_loop_of_a_page_takes_the_steps_of_the_trainer(tmp_path):
+@pytest.mark.parametrize("shape", ['preset("nano")', 'preset("nano").replace(experts=0)'])
+def test_the_training_loop_of_a_page_takes_the_steps_of_the_trainer(shape, tmp_path):
     (block,) = [block for block in RUN if "train_gate" in block.text]
     names = {}
-    exec(block.text, names)
+    assert 'MythosConfig.preset("nano")' in block.text
+    exec(block.text.replace('preset("nano")', shape), names)
     model, steps = names["model"], names["steps"]
-    train = TrainConfig(steps=steps, batch_size=4, length=32, accumulation=2, threads=1)
-    settings = RunSettings(model=model.config, train=train, source={})
+    whole = {"precision": "fp32", "compile": "never", "threads": 1}
+    train = TrainConfig(steps=steps, batch_size=4, length=32, accumulation=2, **whole)
+    settings = RunSettings(model=model.config, train=train, source=Source(corpus="embedded"))
     text = PagesText(names["text"])
     trainer = Trainer(tmp_path, settings, None, text, None, device=torch.device("cpu"))
     for _ in range(steps):
@@ -397,13 +399,46 @@ def every_help():
     return flags
 
 
-def test_the_map_of_folders_has_every_file():
+def mapped_files():
+    """The names that the map of folders gives each folder, by its path inside the package."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    words = set(text.split("## The folders")[1].split("Imports point")[0].split())
-    for folder in ("model", "tasks", "training", "inference", "evidence"):
-        files = {file.stem for file in (ROOT / "openmythos" / folder).glob("[!_]*.py")}
-        files -= {name.replace("-", "_") for name in CLAIMS}  # a file each, listed by the command
-        assert files <= words, files - words
+    lines = text.split("    openmythos/\n")[1].split("    tests/")[0].splitlines()
+    found, folder = {"": set()}, ""
+    for line in lines:
+        outer, inside = folder.split("/")[0], len(line) - len(line.lstrip()) > 6
+        first, *cells = re.split(r" {3,}", line.strip())
+        if first.endswith(".py"):
+            found[""].add(first.removesuffix(".py"))
+            continue
+        if first.endswith("/"):
+            folder = f"{outer}/{first[:-1]}" if inside else first[:-1]
+            first = cells[0] if len(cells) > 1 else ""
+        elif line.startswith(" " * 8 + first):  # no folder inside goes on here
+            folder = outer
+        found.setdefault(folder, set()).update(first.split())
+    return found
+
+
+MADE_BY_NAME = {
+    "evidence": {name.replace("-", "_") for name in CLAIMS},
+    "cli": {f"{name.replace('-', '_')}_command" for name in COMMANDS},
+}
+"""Files that the map does not list, because a command does."""
+
+
+def test_the_map_of_folders_has_every_file():
+    listed, package = mapped_files(), ROOT / "openmythos"
+    folders = {file.parent for file in package.rglob("*.py")}
+    assert {str(folder.relative_to(package)) for folder in folders} - {".", "data"} <= set(listed)
+    for name, names in listed.items():
+        files = {file.stem for file in (package / name).glob("[!_]*.py")}
+        assert files - MADE_BY_NAME.get(name, set()) == names, name
+
+
+def test_the_page_lists_all_of_its_parts():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.+)$", text, re.M)
+    assert re.findall(r"^- \[(.+)\]\(#", text, re.M) == headings
 
 
 FOLDERS = ("model", "training", "tasks", "inference", "evidence", "cli")  # each knows those before

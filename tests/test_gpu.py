@@ -18,7 +18,7 @@ from openmythos.inference.request import Request, TokenEvent
 from openmythos.inference.sampling import Sampling
 from openmythos.inference.thinking import Thinking
 from openmythos.training.machine import default_device
-from openmythos.training.settings import TrainConfig
+from openmythos.training.settings import Source, TrainConfig
 from openmythos.training.start import open_run, start_run
 
 GPU = default_device()
@@ -94,7 +94,7 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "rhyme.txt"
     lines = [f"The {n} mice ran up the clock, and the clock struck {n % 12}." for n in range(150)]
     path.write_text("\n\n".join(lines))
-    return {"text": str(path), "field": "text", "held_out": 0.1}
+    return Source(text=path, held_out=0.1)
 
 
 SHAPE = {"vocab_size": 300, "hidden_size": 32, "max_length": 64, "num_heads": 4, "kv_heads": 2}
