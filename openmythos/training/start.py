@@ -25,11 +25,11 @@ from openmythos.training.run import (
     SETTINGS,
     TOKENIZER,
     OfMachine,
-    RunLock,
     Settings,
     check_folder,
     train_config,
 )
+from openmythos.training.run_lock import RunLock
 from openmythos.training.settings import Source, TrainConfig, decay_begins, same_until
 from openmythos.training.token_file import TokenFile
 from openmythos.training.tokenizer import Tokenizer

@@ -46,7 +46,6 @@ from openmythos.training.run import (
     MODEL,
     TOKENIZER,
     OfMachine,
-    RunLock,
     Settings,
     cut_metrics,
     keep_trained_length,
@@ -54,6 +53,7 @@ from openmythos.training.run import (
     metrics_line,
     train_config,
 )
+from openmythos.training.run_lock import RunLock
 from openmythos.training.settings import Compile, same_until, schedule
 from openmythos.training.token_file import NO_ROOM, TokenFile
 from openmythos.training.tokenizer import Tokenizer

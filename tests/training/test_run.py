@@ -16,7 +16,6 @@ from openmythos.training.run import (
     MODEL,
     SETTINGS,
     TRAINED,
-    RunLock,
     Settings,
     config_in,
     keep_trained_length,
@@ -24,6 +23,7 @@ from openmythos.training.run import (
     run_of,
     trained_length,
 )
+from openmythos.training.run_lock import RunLock
 from openmythos.training.settings import Source, TrainConfig
 from openmythos.training.start import open_run, start_run
 
@@ -122,7 +122,7 @@ def test_a_folder_that_says_nothing_of_its_training_has_no_length(tmp_path):
 HOLDER = """
 import os, sys
 from pathlib import Path
-from openmythos.training.run import RunLock
+from openmythos.training.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.take()
 if child := os.fork():
