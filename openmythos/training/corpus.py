@@ -21,8 +21,8 @@ from openmythos.errors import DataError
 from openmythos.training.token_file import TokenFile, write_tokens
 from openmythos.training.tokenizer import Tokenizer
 
-RUN_MARK = "train.bin"
-"""A file that only a run has: the folder that holds it is one."""
+TRAINING, VALIDATION = "train.bin", "validation.bin"
+"""The two sides in tokens; a folder that holds them is a run's."""
 
 _KINDS_NAMED = 5
 """Kinds of files that are left out, of which no more are named."""
@@ -170,8 +170,8 @@ def prepare(
         return TokenFile(path)
 
     return (
-        tokenised(RUN_MARK, corpus.training_documents(), least_tokens),
-        tokenised("validation.bin", corpus.validation_documents(), 1),
+        tokenised(TRAINING, corpus.training_documents(), least_tokens),
+        tokenised(VALIDATION, corpus.validation_documents(), 1),
     )
 
 
@@ -298,7 +298,7 @@ def _visible(folder: Path) -> list[Path]:
     A run that was put inside the text it learns from would otherwise read its own metrics.
     """
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    runs = [file.parent for file in files if file.name == RUN_MARK]
+    runs = [file.parent for file in files if file.name == TRAINING]
     return [
         file
         for file in files

@@ -13,7 +13,8 @@ from openmythos.errors import CheckpointError, ConfigError, DataError
 from openmythos.model.transformer import OpenMythos
 from openmythos.training import checkpoint
 from openmythos.training.corpus import (
-    RUN_MARK,
+    TRAINING,
+    VALIDATION,
     Corpus,
     check_size,
     open_corpus,
@@ -34,8 +35,6 @@ from openmythos.training.settings import Source, TrainConfig, decay_begins, same
 from openmythos.training.token_file import TokenFile
 from openmythos.training.tokenizer import Tokenizer
 from openmythos.training.trainer import Trainer, check_tensorboard, check_unchanged
-
-VALIDATION = "validation.bin"
 
 
 def start_run(
@@ -193,7 +192,7 @@ def _kept_tokens(
         text: fingerprint of its text, as its checkpoint has it; None: it has no checkpoint.
     """
     try:
-        training, validation = TokenFile(run / RUN_MARK), TokenFile(run / VALIDATION)
+        training, validation = TokenFile(run / TRAINING), TokenFile(run / VALIDATION)
     except DataError:  # missing, or damaged: `prepare` tells which, and mends or refuses
         return None
     text = training.source_fingerprint if text is None else text
