@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +25,8 @@ from openmythos.model.call import (
     states_wanted,
 )
 from openmythos.model.core import Core
-from openmythos.model.halting import DEFAULT_THRESHOLD, Rule, make_rule
-from openmythos.model.injection import START
+from openmythos.model.halting import Rule, make_rule
+from openmythos.model.initialise import initialise
 from openmythos.model.layer import Layer
 from openmythos.model.native.run import FewRowsLinear, run_after, run_before, run_readout
 from openmythos.model.native.whole import plan_of
@@ -390,54 +388,11 @@ class OpenMythos(nn.Module):
             grows=False,
         )
 
-    @torch.no_grad()
     def reset_parameters(self, seed: int = 0) -> None:
-        """Initialise every tensor from `seed` and its own name, so that any sharding agrees.
-
-        Matrices are normal with 1/sqrt(fan_in), out-projections `config.out_init` times that
-        (small but not zero: with zero all loops are collinear); B, C and norms are the identity.
-        The embedding's rows have unit length. Nothing happens on `meta`.
-        """
-        for name, parameter in self.named_parameters():
-            if parameter.is_meta:
-                continue
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            self._initialise(name, parameter, generator)
+        """Initialise every tensor from `seed` and its own name, see `initialise`."""
+        initialise(self, seed)
         if self.config.tie_head:
             tie_again(self)  # `to_empty` unties them
-        for name, buffer in self.named_buffers():
-            if not buffer.is_meta:
-                buffer.fill_(DEFAULT_THRESHOLD if name.endswith("threshold") else 0)
-        decay = getattr(self.core.injection, "decay", None)
-        if decay is not None and not decay.step.is_meta:
-            decay.reset_parameters()
-
-    def _initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        last = name.rsplit(".", 1)[-1]
-        square = parameter.ndim == 2 and parameter.shape[0] == parameter.shape[1]
-        if name in ("core.injection.weight", "core_output.weight") and square:
-            torch.nn.init.eye_(parameter)
-            return
-        if name.endswith("lora.up") or name.startswith(("core.gate.", "core.act.")):
-            parameter.zero_()
-            if name.endswith(".bias"):
-                parameter.fill_(-4.0)  # an untrained exit never fires
-            return
-        if parameter.ndim < 2 or last in ("qk_scale", "q_scale", "k_scale"):
-            parameter.fill_(START if last == "diagonal" else 1.0)
-            return
-        if last == "qk_bias":
-            parameter.zero_()
-            return
-        stacked = parameter.ndim == 3 and "lora" not in name and "router" not in name
-        fan_in = parameter.shape[-2] if stacked else parameter.shape[-1]
-        scale = 1 / math.sqrt(fan_in)
-        if name.endswith((".out.weight", "w_out.weight", "w_out")):
-            scale *= self.config.out_init
-        values = torch.empty(parameter.shape, dtype=torch.float32)
-        values.normal_(0, scale, generator=generator)
-        parameter.copy_(values)
 
     def fused_splits(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Parameters that hold several matrices side by side: the axis and the pieces' sizes.
