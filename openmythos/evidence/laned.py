@@ -20,11 +20,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from openmythos.config import MythosConfig
-from openmythos.model.cache import Cache, Place, Span
+from openmythos.model.cache import Cache
 from openmythos.model.core import Core, Rows
 from openmythos.model.injection import Decay
 from openmythos.model.notes import CoreOutput, Notes
 from openmythos.model.rope import Rope
+from openmythos.model.span import Place, Span
 from openmythos.model.transformer import OpenMythos
 
 WHOLE = "lanes are there for whole texts and one number of loops, without a cache or exits"

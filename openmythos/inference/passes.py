@@ -25,12 +25,13 @@ from openmythos.inference.rules import Rules
 from openmythos.inference.scheduler import Row, Track
 from openmythos.inference.tiles import TILE, Some, filled, in_parts, integers, longer
 from openmythos.inference.views import Lane, Views, always, entries
-from openmythos.model.cache import Declaration, Entries, Place
+from openmythos.model.cache import Declaration
 from openmythos.model.core import Rows
 from openmythos.model.native.exits import Exits
 from openmythos.model.native.paged import Paged, paged
 from openmythos.model.native.run import MOST_ROWS, may_run
 from openmythos.model.rope import Rope, rope_table
+from openmythos.model.span import Entries, Place
 from openmythos.model.transformer import OpenMythos
 
 CHANGED = "the model was changed after its engine was made: make a new engine"

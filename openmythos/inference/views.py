@@ -14,7 +14,7 @@ from torch import Tensor
 from openmythos.inference.pages import PAGE
 from openmythos.inference.scheduler import Row, Track
 from openmythos.inference.tiles import integers
-from openmythos.model.cache import Entries, Span
+from openmythos.model.span import Entries, Span
 
 Choose = Callable[..., int]
 """The slot that a row `(track, row)` writes and reads, or `(track, row, ahead)` loops later."""

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from openmythos.config import MythosConfig
 from openmythos.model.adapters import LoopLinear
-from openmythos.model.cache import Declaration, Place
+from openmythos.model.cache import Declaration
 from openmythos.model.norm import RMSNorm, rms_norm
 from openmythos.model.rope import Rope, rotate
+from openmythos.model.span import Place
 
 
 class GroupedQueryAttention(nn.Module):

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from openmythos.config import MythosConfig
 from openmythos.errors import InputError
-from openmythos.model.cache import Cache, Frozen, Keeper, Place, Span
+from openmythos.model.cache import Cache, Frozen
 from openmythos.model.experts import Experts
 from openmythos.model.halting import Graves, LearnedExit, Memory, Rule, select
 from openmythos.model.injection import INJECTION
@@ -28,6 +28,7 @@ from openmythos.model.native.run import run_loops, takes
 from openmythos.model.norm import RMSNorm
 from openmythos.model.notes import CoreOutput, Notes
 from openmythos.model.rope import Rope
+from openmythos.model.span import Keeper, Place, Span
 
 
 @dataclass(frozen=True)

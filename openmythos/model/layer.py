@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from openmythos.config import MythosConfig
 from openmythos.model.attention import ATTENTION
-from openmythos.model.cache import Place
 from openmythos.model.experts import Experts
 from openmythos.model.feed_forward import FeedForward
 from openmythos.model.native.run import run_layer
 from openmythos.model.norm import RMSNorm
 from openmythos.model.rope import Rope
+from openmythos.model.span import Place
 
 
 class Layer(nn.Module):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from openmythos.config import CachePolicy, HaltingKind, MythosConfig, RopePairing, WeightsKind
 from openmythos.errors import InputError
 from openmythos.model.attention import ATTENTION
-from openmythos.model.cache import Cache, Place, Span
+from openmythos.model.cache import Cache
 from openmythos.model.call import (
     check_call,
     check_decode,
@@ -33,6 +33,7 @@ from openmythos.model.native.whole import plan_of
 from openmythos.model.norm import RMSNorm
 from openmythos.model.notes import CoreOutput, Notes
 from openmythos.model.rope import Rope, rope_rows, rope_table
+from openmythos.model.span import Place, Span
 from openmythos.model.tied import tie, tie_again
 from openmythos.numbers import whole
 

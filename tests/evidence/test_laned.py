@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from openmythos import OpenMythos
 from openmythos.evidence.laned import Laned, further_parameters
 from openmythos.evidence.text_training import TextTraining
-from openmythos.model.cache import Place, Span
 from openmythos.model.injection import FLOOR
+from openmythos.model.span import Place, Span
 
 CONFIG = tiny(core_layers=2, lora_rank=0).config
 

@@ -9,9 +9,9 @@ import torch
 from torch.testing import assert_close
 
 from openmythos.config import InjectionKind
-from openmythos.model.cache import Place, Span
 from openmythos.model.injection import INJECTION, LTI, Injection
 from openmythos.model.rope import rope_table
+from openmythos.model.span import Place, Span
 from tests.tiny import some_ids, tiny
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -22,9 +22,9 @@ from openmythos.model import (
     quantised,
     transformer,
 )
-from openmythos.model import cache as caches
 from openmythos.model import layer as layers
 from openmythos.model import norm as norms
+from openmythos.model import span as spans
 from openmythos.model.native import build, mirrored
 from openmythos.model.native.describe import structure_of
 from openmythos.model.native.exits import decided_here
@@ -75,7 +75,7 @@ PLACES = [
     (attention.LatentAttention, "_latent", MLA),
     (attention, "rotate", {}),
     (attention, "rms_norm", {}),
-    (caches.Place, "attend", {}),
+    (spans.Place, "attend", {}),
     (core.Core, "first_state", {"h0": "e"}),
     (core.Core, "one_loop", {}),
     (experts.Experts, "forward", {}),

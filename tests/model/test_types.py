@@ -5,8 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from openmythos.model.attention import ATTENTION
-from openmythos.model.cache import Place, Span
 from openmythos.model.rope import rope_table
+from openmythos.model.span import Place, Span
 from tests.tiny import SIZES, in_parts, some_ids, some_loops, tiny
 
 SMALL = {"core_layers": 1, "experts": 4, "hidden_size": 16, "expert_size": 8, "vocab_size": 20}

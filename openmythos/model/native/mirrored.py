@@ -31,7 +31,7 @@ MIRRORED = {
     "attention": "rotate rms_norm GroupedQueryAttention.forward LatentAttention.forward "
     "LatentAttention._latent LatentAttention._query LatentAttention._maps "
     "LatentAttention._attend_absorbed LatentAttention._attend_expanded",
-    "cache": "Span.causal_mask Place.keep Place.attend Store.update",
+    "cache": "Store.update",
     "core": "Core.forward Core.first_state Core.one_loop Core._together Core._in_step",
     "experts": "loop_linear grouped_linear Router.forward Router._scores Experts.forward "
     "Experts._sorted Experts._one_by_one",
@@ -44,12 +44,14 @@ MIRRORED = {
     "native.run": "FewRowsLinear.forward",
     "norm": "inverse_rms rms_norm RMSNorm.forward",
     "quantised": "Int8Weight.dense",
+    "span": "Span.causal_mask Place.keep Place.attend",
     "transformer": "OpenMythos.before_core OpenMythos.after_core OpenMythos.readout",
 }
 """By module: its functions, those that it takes from others, and those of its classes."""
 
 CACHED = "Layer"
-"""The class that all of the module `cache` belongs to."""
+"""The class that all of `CACHES`, modules without layers of their own, belongs to."""
+CACHES = ("cache", "span")
 
 TORCH = (
     *((F, "linear"), (F, "scaled_dot_product_attention"), (F, "silu")),
@@ -116,7 +118,7 @@ def _places(kinds: Iterable[type]) -> Iterator[tuple[Any, str, str]]:
         module = kind.__module__.removeprefix(PACKAGE)
         owners = "", kind.__name__
         if kind.__name__ == CACHED:
-            wanted["cache"] = set(MIRRORED["cache"].split())
+            wanted |= {module: set(MIRRORED[module].split()) for module in CACHES}
         for path in MIRRORED[module].split():
             if path.rpartition(".")[0] in owners:
                 wanted.setdefault(module, set()).add(path)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from openmythos.model.cache import Entries
 from openmythos.model.native.build import library
 from openmythos.model.native.describe import (
     Outside,
@@ -25,6 +24,7 @@ from openmythos.model.native.exits import Exits
 from openmythos.model.native.run import Layers, at, choices, keeps, plain, room
 from openmythos.model.native.structures import LayerStructure, Map, OuterStructure
 from openmythos.model.rope import Rope
+from openmythos.model.span import Entries
 
 if TYPE_CHECKING:
     from openmythos.model.transformer import OpenMythos

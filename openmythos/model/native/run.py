@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openmythos.model.cache import Cache, Entries, Place, Span
+from openmythos.model.cache import Cache
 from openmythos.model.native.build import library
 from openmythos.model.native.describe import (
     LANES,
@@ -43,6 +43,7 @@ from openmythos.model.native.structures import (
 from openmythos.model.quantised import Int8Weight
 from openmythos.model.remade import transformed, watched
 from openmythos.model.rope import Rope
+from openmythos.model.span import Entries, Place, Span
 
 if TYPE_CHECKING:
     from openmythos.model.core import Core, Rows
