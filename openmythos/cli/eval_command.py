@@ -130,7 +130,7 @@ def _run_text(settings: Settings, model: Path) -> None:
 
     texts = _texts(settings)
     lm = load(model)
-    warn_of_known(model, settings.corpus)
+    warn_of_known(model, settings.corpus, settings.text)
     reading = Reading.usual(
         lm.trained_length,
         lm.model.config.max_length,

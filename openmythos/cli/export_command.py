@@ -77,7 +77,7 @@ def run(settings: Settings) -> None:
     _check(settings)
     documents = _documents(settings)
     lm = load(settings.model)
-    warn_of_known(settings.model, settings.corpus)
+    warn_of_known(settings.model, settings.corpus, settings.text)
     reading = Reading.usual(
         lm.trained_length,
         lm.model.config.max_length,

