@@ -24,10 +24,14 @@ def write_readably(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_atomically(path: str | Path, content: bytes | Callable[[Path], object]) -> None:
-    """Writes a file so that a reader, a crash or a full disk sees the old one or the new one.
+    """Write a file so that a reader, a crash or a full disk sees the old one or the new one.
 
-    `content` is the bytes, or a function that writes the file at the path it is given. Raises
-    OSError where the file cannot be written; what stood at `path` is then untouched.
+    Args:
+        path: of the file.
+        content: the bytes, or a function that writes the file at the path it is given.
+
+    Raises:
+        OSError: the file cannot be written; what stood at `path` is then untouched.
     """
     path = Path(path)
     # Per process, because two of them may save the same file: the last rename wins.
@@ -48,7 +52,7 @@ def write_atomically(path: str | Path, content: bytes | Callable[[Path], object]
 
 @contextmanager
 def written_together(folder: Path) -> Iterator[Path]:
-    """Gives a folder to write files into, which take their places in `folder` at the end.
+    """Give a folder to write files into, which take their places in `folder` at the end.
 
     An error before, or a full disk, leaves `folder` as it was. Only files that are renamed one
     after the other can be seen apart.
@@ -65,7 +69,7 @@ def written_together(folder: Path) -> Iterator[Path]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's names, would survive a power cut."""
+    """Wait until a file's bytes, or a folder's names, would survive a power cut."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open folders, and orders renames itself
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

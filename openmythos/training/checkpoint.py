@@ -54,13 +54,21 @@ def save(
     keep: int = 3,
     bits_per_byte: float | None = None,
 ) -> Path:
-    """Writes a checkpoint, then deletes old ones; returns its folder, `run/step-00000120`.
+    """Write a checkpoint, then delete old ones; return its folder, `run/step-00000120`.
 
-    `state` is what JSON can hold. The last `keep` checkpoints stay, and the best: the one with
-    the lowest validation `bits_per_byte`, of those that have one. A checkpoint of the same step
-    is replaced.
+    A checkpoint of the same step is replaced.
 
-    Raises CheckpointError where the disk is full or refuses; earlier checkpoints stay.
+    Args:
+        run: the folder of the run.
+        step: of the checkpoint.
+        tensors: by part and name.
+        state: what JSON can hold.
+        keep: so many last checkpoints stay, and the best: the one with the lowest validation
+            `bits_per_byte`, of those that have one.
+        bits_per_byte: of the validation; None: not measured.
+
+    Raises:
+        CheckpointError: the disk is full or refuses; earlier checkpoints stay.
     """
     run = Path(run)
     folder = run / f"step-{step:08d}"
@@ -83,9 +91,10 @@ def save(
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Reads a checkpoint's folder after verifying every byte of it.
+    """Read a checkpoint's folder after verifying every byte of it.
 
-    Raises CheckpointError where it is missing, incomplete, damaged or of another format.
+    Raises:
+        CheckpointError: it is missing, incomplete, damaged or of another format.
     """
     path = Path(path)
     header = _verify(path)
@@ -100,7 +109,11 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def state_of(path: str | Path) -> dict[str, Any]:
-    """Reads what `save` was given as `state`, without the tensors. Raises as `load`."""
+    """Read what `save` was given as `state`, without the tensors.
+
+    Raises:
+        CheckpointError: as for `load`.
+    """
     state: dict[str, Any] = _read_header(Path(path))["state"]
     return state
 
@@ -111,12 +124,12 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def step_of(path: Path) -> int:
-    """Returns the step of a checkpoint's folder."""
+    """Return the step of a checkpoint's folder."""
     return int(path.name.removeprefix("step-"))
 
 
 def score(path: Path) -> float | None:
-    """Returns the validation bits per byte recorded with a checkpoint, or None."""
+    """Return the validation bits per byte recorded with a checkpoint, or None."""
     header = _header_or_none(path)
     bits = header["bits_per_byte"] if header else None
     return bits if bits is not None and math.isfinite(bits) else None
@@ -128,17 +141,21 @@ def exists(run: str | Path) -> bool:
 
 
 def best_score(run: str | Path) -> float:
-    """Returns the lowest recorded validation bits per byte, infinite where there is none."""
+    """Return the lowest recorded validation bits per byte, infinite where there is none."""
     found = best(run)
     bits = None if found is None else score(found)
     return math.inf if bits is None else bits
 
 
 def latest(run: str | Path, *, warn: Callable[[str], object] = warnings.warn) -> Path | None:
-    """Returns the newest checkpoint of a run that is whole, or None.
+    """Return the newest checkpoint of a run that is whole, or None.
 
-    `warn` is told of each damaged one passed over. Changes nothing, so that a run may be read
-    while it trains; the trainer calls `remove_leftovers` before.
+    Change nothing, so that a run may be read while it trains; the trainer calls
+    `remove_leftovers` before.
+
+    Args:
+        run: the folder of the run.
+        warn: is told of each damaged one passed over.
     """
     for folder in reversed(_folders(Path(run))):
         try:
@@ -151,12 +168,12 @@ def latest(run: str | Path, *, warn: Callable[[str], object] = warnings.warn) ->
 
 
 def best(run: str | Path) -> Path | None:
-    """Returns the checkpoint with the lowest recorded validation bits per byte, or None."""
+    """Return the checkpoint with the lowest recorded validation bits per byte, or None."""
     return next(iter(by_score(run)), None)
 
 
 def by_score(run: str | Path) -> list[Path]:
-    """Returns the checkpoints that were measured, the best first; they need not be whole."""
+    """Return the checkpoints that were measured, the best first; they need not be whole."""
     scored = [
         (bits, folder) for folder in _folders(Path(run)) if (bits := score(folder)) is not None
     ]
@@ -164,7 +181,7 @@ def by_score(run: str | Path) -> list[Path]:
 
 
 def remove_leftovers(run: str | Path) -> None:
-    """Deletes what a killed process left half-written in a run, and undoes half a replacement.
+    """Delete what a killed process left half-written in a run, and undo half a replacement.
 
     For the start of training: no other process may be writing into the run.
     """
@@ -226,7 +243,7 @@ def _put_in_place(unfinished: Path, folder: Path) -> None:
 
 
 def _prune(run: Path, *, keep: int, newest: Path) -> None:
-    """Deletes all but the last `keep`, the best, the one just written, and unreadable ones."""
+    """Delete all but the last `keep`, the best, the one just written, and unreadable ones."""
     readable = [folder for folder in _folders(run) if _header_or_none(folder) is not None]
     staying = {newest, best(run), *readable[max(0, len(readable) - keep) :]}
     for folder in readable:
@@ -239,7 +256,7 @@ def _prune(run: Path, *, keep: int, newest: Path) -> None:
 
 
 def _storable(tensors: Parts) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns contiguous tensors on the CPU by full name, and which names are another's tensor.
+    """Return contiguous tensors on the CPU by full name, and which names are another's tensor.
 
     The file format refuses tensors that share memory, so tied ones are stored once and named
     here, and ones that merely overlap are copied.
@@ -270,7 +287,7 @@ def _flat(tensors: Parts) -> Iterator[tuple[str, Tensor]]:
 
 
 def _verify(folder: Path) -> dict[str, Any]:
-    """Returns the header of a checkpoint in which every byte is as it was written."""
+    """Return the header of a checkpoint in which every byte is as it was written."""
     header = _read_header(folder)
     path, expected = folder / TENSORS, header["tensors"]
     if not path.is_file():
@@ -316,7 +333,7 @@ def _damaged(folder: Path, what: str) -> CheckpointError:
 
 
 def _folders(run: Path) -> list[Path]:
-    """Returns the checkpoints' folders in the order of their steps."""
+    """Return the checkpoints' folders in the order of their steps."""
     return sorted(filter(is_checkpoint, run.glob("step-*")), key=step_of)
 
 

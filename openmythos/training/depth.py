@@ -30,12 +30,21 @@ def sample_loops(
     step: int,
     indices: Sequence[int] | Int64[np.ndarray, " batch"],
 ) -> Int64[np.ndarray, " batch"]:
-    """Returns the loops of the samples with these global indices at this step, int64 (batch,).
+    """Return the loops of the samples with these global indices at this step, int64 (batch,).
 
-    Each is at least 1 and at most 3 * mean_loops. The indices of one call should lie close
-    together, as those of one batch do: time and memory grow with their range.
+    Each is at least 1 and at most 3 * mean_loops.
 
-    Raises ConfigError on an unknown law or mean_loops below 1, InputError on negative numbers.
+    Args:
+        law: a name in `DEPTH`.
+        mean_loops: 1 or more.
+        seed: of the training.
+        step: of the training.
+        indices: those of one call should lie close together, as those of one batch do: time and
+            memory grow with their range.
+
+    Raises:
+        ConfigError: an unknown law, or mean_loops below 1.
+        InputError: a negative number.
     """
     chances = loop_probabilities(law, mean_loops)
     samples = np.asarray(indices, dtype=np.int64)
@@ -52,7 +61,7 @@ def sample_loops(
 
 
 def backprop_loops(mean_loops: int) -> int:
-    """Returns how many last loops carry gradient: all up to a mean of 8, else half the mean.
+    """Return how many last loops carry gradient: all up to a mean of 8, else half the mean.
 
     Full gradient buys more capacity per loop where it is affordable; beyond, the last half of
     the mean costs less for the same loss (Parcae trains 4 of 8).
@@ -61,10 +70,13 @@ def backprop_loops(mean_loops: int) -> int:
 
 
 def loop_probabilities(law: str, mean_loops: int) -> Probabilities:
-    """Returns the probability of 1, 2, ..., 3 * mean_loops loops under a law of `DEPTH`.
+    """Return the probability of 1, 2, ..., 3 * mean_loops loops under a law of `DEPTH`.
 
     A mean of 1 is 1 always, as in a plain transformer: there is nothing below. Of other means,
     what a law puts below 1 counts as 1, and what it puts above 3 * mean_loops as that.
+
+    Raises:
+        ConfigError: an unknown law, or mean_loops below 1.
     """
     if law not in DEPTH:
         raise ConfigError(f"depth={law} must be a known law: choose one of {', '.join(DEPTH)}")
@@ -138,7 +150,7 @@ def _clipped_poisson(rate: float, longest: int) -> Probabilities:
 def _uniform_numbers(
     seed: int, step: int, indices: Int64[np.ndarray, " batch"]
 ) -> Float64[np.ndarray, " batch"]:
-    """Returns one number in [0, 1) for each index, whichever others are asked for with it.
+    """Return one number in [0, 1) for each index, whichever others are asked for with it.
 
     Philox enciphers a counter, so the sample's index can be the counter (Salmon et al. 2011).
     """

@@ -66,11 +66,13 @@ GROUPS: dict[str, Group] = {
 
 
 def group_of(name: str, parameter: Tensor) -> Group:
-    """Returns the group of a parameter, from its name and its number of axes.
+    """Return the group of a parameter, from its name and its number of axes.
 
     A word of `GROUPS` counts where it is a part of the dotted name, or one of the words that
     underscores join: `norm` is in `core.q_norm.weight`, `head` is not in `heads.weight`.
-    Raises ConfigError on a matrix that no word claims.
+
+    Raises:
+        ConfigError: it is a matrix that no word claims.
     """
     if parameter.ndim < 2:
         return Group("adamw", decays=False)
@@ -90,10 +92,17 @@ def build_optimizers(
     fused_splits: Mapping[str, tuple[int, Sequence[int]]] | None = None,
     dtype: torch.dtype | None = None,
 ) -> "Optimizers":
-    """Returns the optimizers in which every parameter that wants gradients is exactly once.
+    """Return the optimizers in which every parameter that wants gradients is exactly once.
 
-    `fused_splits` names the matrices that hold several side by side; `dtype` is what Muon
-    orthogonalises in (None: `orthogonal_dtype` of the first parameter's device).
+    Args:
+        named_parameters: the model's.
+        config: settings of both optimizers.
+        fused_splits: names the matrices that hold several side by side.
+        dtype: what Muon orthogonalises in; None: `orthogonal_dtype` of the first parameter's
+            device.
+
+    Raises:
+        ConfigError: no parameter wants gradients, no word claims one, or a split does not fit.
     """
     named = {name: p for name, p in named_parameters if p.requires_grad}
     if not named:
@@ -162,12 +171,12 @@ class Optimizers:
         self._base_lr = [[group["lr"] for group in o.param_groups] for o in optimizers]
 
     def zero_grad(self) -> None:
-        """Forgets all gradients."""
+        """Forget all gradients."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def step(self) -> float:
-        """Clips, updates, and returns the gradient's global norm as it was before clipping.
+        """Clip, update, and return the gradient's global norm as it was before clipping.
 
         Where the norm is infinite or not a number, nothing is updated, no momentum changes, and
         `skipped` grows by one. The caller's step number advances all the same.
@@ -181,13 +190,13 @@ class Optimizers:
         return norm
 
     def set_lr(self, scale: float) -> None:
-        """Sets every learning rate to `scale` times the configured one."""
+        """Set every learning rate to `scale` times the configured one."""
         for optimizer, rates in zip(self.optimizers, self._base_lr, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * scale
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Returns all state as `parameter name.key`, and `skipped`; the tensors are not copies."""
+        """Return all state as `parameter name.key`, and `skipped`; the tensors are not copies."""
         tensors = {"skipped": torch.tensor(self.skipped)}
         for name, parameter in self._named.items():
             for key, value in self._owner[parameter].state[parameter].items():
@@ -195,9 +204,10 @@ class Optimizers:
         return tensors
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replaces all state by what `state_tensors` gave, bit for bit.
+        """Replace all state by what `state_tensors` gave, bit for bit.
 
-        Raises CheckpointError, and changes nothing, where names or shapes are not this model's.
+        Raises:
+            CheckpointError: names or shapes are not this model's; nothing is changed.
         """
         states: dict[str, dict[str, Tensor]] = {name: {} for name in self._named}
         for full_name, value in tensors.items():
@@ -234,7 +244,7 @@ class Optimizers:
 
 
 def clip_gradients(parameters: Iterable[Tensor], clip: float) -> float:
-    """Scales the gradients to a global norm of at most `clip`; returns the norm before that.
+    """Scale the gradients to a global norm of at most `clip`; return the norm before that.
 
     A norm that is not finite leaves them as they are, and so does a clip of 0.
     """
@@ -259,7 +269,8 @@ class Muon(torch.optim.Optimizer):
     time: a piece of a matrix cannot be orthogonalised alone.
     (torch's, without nesterov and with bfloat16 gradients, overwrites its own momentum.)
 
-    Raises ConfigError on settings out of range, other shapes, and splits that do not fit.
+    Raises:
+        ConfigError: settings are out of range, shapes are others, or splits do not fit.
     """
 
     def __init__(
@@ -292,7 +303,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates every parameter that has a gradient; returns the closure's loss, if any."""
+        """Update every parameter that has a gradient; return the closure's loss, if any."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -311,7 +322,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _with_gradient(self) -> Iterator[tuple[Any, Tensor, dict[str, Any]]]:
-        """Yields each parameter that has a gradient, with its momentum and its group."""
+        """Yield each parameter that has a gradient, with its momentum and its group."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -322,7 +333,7 @@ class Muon(torch.optim.Optimizer):
                 yield parameter, state["momentum_buffer"], group
 
     def _move(self, pieces: list["_Piece"]) -> None:
-        """Moves pieces of one shape, orthogonalised together."""
+        """Move pieces of one shape, orthogonalised together."""
         updates = [piece.direction() for piece in pieces]  # each (n, rows, columns)
         together = updates[0] if len(updates) == 1 else torch.cat(updates)
         orthogonal = orthogonalise(together, self.dtype)
@@ -331,7 +342,7 @@ class Muon(torch.optim.Optimizer):
             piece.apply(update)
 
     def _move_sharded(self, parameter: Any, momentum: Any, group: dict[str, Any]) -> None:
-        """Gathers one parameter, moves it on every rank alike, and keeps this rank's part."""
+        """Gather one parameter, move it on every rank alike, and keep this rank's part."""
         weight, grad, moving = (x.full_tensor() for x in (parameter, parameter.grad, momentum))
         for piece in _split(weight, grad, moving, group):
             self._move([piece])
@@ -354,7 +365,7 @@ class _Piece(NamedTuple):
     group: dict[str, Any]
 
     def direction(self) -> Tensor:
-        """Moves the momentum on, and returns what to orthogonalise, never taller than wide."""
+        """Move the momentum on, and return what to orthogonalise, never taller than wide."""
         grad = self._gather(self.grad)
         momentum = self._gather(self.momentum).lerp_(grad, 1 - self.group["momentum"])
         self._scatter(self.momentum, momentum)
@@ -362,7 +373,7 @@ class _Piece(NamedTuple):
         return update.mT if self._tall else update
 
     def apply(self, update: Tensor) -> None:
-        """Moves the weights by an orthogonalised update, after their decay."""
+        """Move the weights by an orthogonalised update, after their decay."""
         lr: float = self.group["lr"]
         rows, columns = self.weight.shape[-2:]
         out_size, in_size = (columns, rows) if self.stacked else (rows, columns)
@@ -390,7 +401,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def _keep_part(sharded: Any, whole: Tensor) -> None:
-    """Writes this rank's part of a tensor that is the same on all ranks."""
+    """Write this rank's part of a tensor that is the same on all ranks."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = sharded.device_mesh
@@ -399,7 +410,7 @@ def _keep_part(sharded: Any, whole: Tensor) -> None:
 
 
 def _bunches(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
-    """Yields pieces together up to `BUNCH` elements, and larger ones alone.
+    """Yield pieces together up to `BUNCH` elements, and larger ones alone.
 
     The updates of a whole model at once would need as much memory again as its weights.
     """
@@ -424,7 +435,7 @@ LR_FACTORS: dict[str, Callable[[int, int], float]] = {
 def orthogonalise(
     matrices: Float[Tensor, "matrices rows columns"], dtype: torch.dtype
 ) -> Float[Tensor, "matrices rows columns"]:
-    """Returns each matrix with its singular values moved near 1, in `dtype`.
+    """Return each matrix with its singular values moved near 1, in `dtype`.
 
     Five quintic Newton-Schulz iterations, whose coefficients trade exactness (the values end
     between about 0.7 and 1.2) for speed (Jordan et al. 2024). Cheapest with rows <= columns.
@@ -447,7 +458,7 @@ def _newton_schulz(
 
 
 def orthogonal_dtype(device: torch.device) -> torch.dtype:
-    """Returns bfloat16 where the device multiplies it faster than float32, else float32.
+    """Return bfloat16 where the device multiplies it faster than float32, else float32.
 
     On a CPU without AMX or AVX512-BF16, bfloat16 products are emulated, 15 to 25 times slower.
     """

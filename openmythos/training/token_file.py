@@ -45,8 +45,10 @@ class TokenFile:
     """The token ids of one side of a corpus.
 
     A batch is a pure function of the seed and of the samples' numbers, counted over the whole
-    training: nothing else is needed to resume. Raises DataError when the file is missing or
-    damaged.
+    training: nothing else is needed to resume.
+
+    Raises:
+        DataError: the file is missing or damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -74,7 +76,8 @@ class TokenFile:
     def windows_per_epoch(self, length: int) -> int:
         """How many windows of `length` predicted tokens fit beside each other.
 
-        Raises DataError when not even one does.
+        Raises:
+            DataError: not even one does.
         """
         if self.tokens < length + 1:
             raise DataError(
@@ -86,9 +89,12 @@ class TokenFile:
     def batch(
         self, samples: Sequence[int] | Int[np.ndarray, " batch"], length: int, *, seed: int
     ) -> Int64[np.ndarray, "batch sequence"]:
-        """Returns `length` + 1 ids for each sample, by its number since the start of training.
+        """Return `length` + 1 ids for each sample, by its number since the start of training.
 
         An epoch has every window once, in an order and from an offset of its own.
+
+        Raises:
+            DataError: as for `windows_per_epoch`.
         """
         windows = self.windows_per_epoch(length)
         starts = [
@@ -98,10 +104,17 @@ class TokenFile:
         return self.read(np.array(starts, dtype=np.int64), length)
 
     def windows(self, length: int, stride: int | None = None) -> "Windows":
-        """Returns windows that cover the file, so that each token is predicted exactly once.
+        """Return windows that cover the file, so that each token is predicted exactly once.
 
         A window gives each of its predictions at least `length` - `stride` tokens of context,
-        but for those at the start of the file (default: stride = length, no overlap).
+        but for those at the start of the file.
+
+        Args:
+            length: predictions in a window.
+            stride: tokens from one window to the next. Default: `length`, no overlap.
+
+        Raises:
+            DataError: `stride` is not from 1 to `length`.
         """
         stride = length if stride is None else stride
         if not 1 <= stride <= length:
@@ -116,7 +129,7 @@ class TokenFile:
     def read(
         self, starts: Int64[np.ndarray, " batch"], length: int
     ) -> Int64[np.ndarray, "batch sequence"]:
-        """Returns `length` + 1 ids from each start, around the ring."""
+        """Return `length` + 1 ids from each start, around the ring."""
         places = (starts[:, None] + np.arange(length + 1)) % self.tokens
         return self._ids[places].astype(np.int64)
 
@@ -124,10 +137,17 @@ class TokenFile:
 def write_tokens(
     path: Path, documents: Iterable[str], tokenizer: Tokenizer, *, source: str, least_tokens: int
 ) -> None:
-    """Tokenises documents into a file, whole or not at all.
+    """Tokenise documents into a file, whole or not at all.
 
-    `source` is the fingerprint of the text. Raises DataError when fewer than `least_tokens` come
-    out, or when the file cannot be written.
+    Args:
+        path: of the file.
+        documents: what it is made of.
+        tokenizer: the model's.
+        source: the fingerprint of the text.
+        least_tokens: fewer are refused.
+
+    Raises:
+        DataError: fewer than `least_tokens` come out, or the file cannot be written.
     """
 
     def content(temporary: Path) -> None:
@@ -174,7 +194,7 @@ def _write_ids(file: BinaryIO, documents: Iterable[str], tokenizer: Tokenizer) -
 
 
 def _bunches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Groups documents so that each group is worth the cores and none fills the memory."""
+    """Group documents so that each group is worth the cores and none fills the memory."""
     bunch: list[str] = []
     characters = 0
     for document in documents:

@@ -57,10 +57,12 @@ class Tokenizer:
 
     @classmethod
     def train(cls, documents: Iterable[str], *, vocab_size: int) -> "Tokenizer":
-        """Learns merges from documents until there are `vocab_size` tokens.
+        """Learn merges from documents until there are `vocab_size` tokens.
 
-        The vocabulary stays smaller when the documents repeat too little to fill it. Raises
-        TokenizerError when `vocab_size` is below 257 (every byte and the end mark).
+        The vocabulary stays smaller when the documents repeat too little to fill it.
+
+        Raises:
+            TokenizerError: `vocab_size` is below 257 (every byte and the end mark).
         """
         if vocab_size < _SMALLEST:
             raise TokenizerError(
@@ -82,9 +84,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Reads a `tokenizer.json`, or the one in a folder.
+        """Read a `tokenizer.json`, or the one in a folder.
 
-        Raises TokenizerError when it is missing, damaged or not byte-level BPE.
+        Raises:
+            TokenizerError: it is missing, damaged or not byte-level BPE.
         """
         path = Path(path)
         if path.is_dir():
@@ -112,18 +115,18 @@ class Tokenizer:
             raise TokenizerError(f"tokenizer={str(path)!r}: {error}") from None
 
     def save(self, path: str | Path) -> None:
-        """Writes a `tokenizer.json` (into `path` when that is a folder), whole or not at all."""
+        """Write a `tokenizer.json` (into `path` when that is a folder), whole or not at all."""
         path = Path(path)
         if path.is_dir():
             path = path / TOKENIZER
         write_atomically(path, self._inner.to_str(pretty=True).encode())
 
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of a text, without an end mark."""
+        """Return the token ids of a text, without an end mark."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the token ids of each text, without end marks, on all cores."""
+        """Return the token ids of each text, without end marks, on all cores."""
         pieces = [list(_pieces(text)) for text in texts]
         flat = [piece for parts in pieces for piece in parts]
         try:
@@ -134,19 +137,19 @@ class Tokenizer:
         return [[token for _ in parts for token in next(encoded).ids] for parts in pieces]
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """Returns the text; U+FFFD stands where the bytes are not UTF-8, nothing for end marks."""
+        """Return the text; U+FFFD stands where the bytes are not UTF-8, nothing for end marks."""
         return self.decode_bytes(token_ids).decode("utf-8", "replace")
 
     def decode_bytes(self, token_ids: Iterable[int]) -> bytes:
-        """Returns the bytes that the tokens stand for, which need not be whole characters."""
+        """Return the bytes that the tokens stand for, which need not be whole characters."""
         return b"".join(self._token(token_id) for token_id in token_ids)
 
     def name(self, token_id: int) -> str:
-        """Returns how the vocabulary writes a token; end marks and other special ones have one."""
+        """Return how the vocabulary writes a token; end marks and other special ones have one."""
         return self._inner.id_to_token(token_id) or f"<|{token_id}|>"
 
     def text_stream(self, after: Sequence[int] = ()) -> "TextStream":
-        """Returns a decoder that takes one token at a time.
+        """Return a decoder that takes one token at a time.
 
         Args:
             after: what stands before them: a character that begins there is made whole.
@@ -185,16 +188,16 @@ class TextStream:
         self._decoder.decode(last)
 
     def push(self, token_id: int) -> str:
-        """Takes a token and returns the text that it makes whole, possibly none."""
+        """Take a token and return the text that it makes whole, possibly none."""
         return self._decoder.decode(self._tokenizer.decode_bytes([token_id]))
 
     def finish(self) -> str:
-        """Returns what is left: U+FFFD for an unfinished character, otherwise nothing."""
+        """Return what is left: U+FFFD for an unfinished character, otherwise nothing."""
         return self._decoder.decode(b"", final=True)
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cuts a long text before line breaks that follow a visible character.
+    """Cut a long text before line breaks that follow a visible character.
 
     No token reaches over such a place and none looks past it, so the pieces have the tokens of the
     whole. A text without such a place is one piece.
@@ -223,7 +226,7 @@ def _require_unicode(texts: Sequence[str]) -> None:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """Returns GPT-2's alphabet: a printable character for each byte."""
+    """Return GPT-2's alphabet: a printable character for each byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -235,7 +238,7 @@ _BYTE_OF_CHARACTER = _byte_of_character()
 
 
 def _bytes_of_tokens(inner: tokenizers.Tokenizer) -> list[bytes]:
-    """Returns the bytes of every token; ids that nothing uses, and special tokens, have none."""
+    """Return the bytes of every token; ids that nothing uses, and special tokens, have none."""
     added = inner.get_added_tokens_decoder()
     vocabulary = inner.get_vocab(with_added_tokens=True)
     table = [b""] * (max(vocabulary.values(), default=-1) + 1)
@@ -271,7 +274,7 @@ def _end_id(inner: tokenizers.Tokenizer) -> int:
 
 
 def _fingerprint(inner: tokenizers.Tokenizer) -> str:
-    """Hashes what decides the ids of a text, whatever the file's layout."""
+    """Hash what decides the ids of a text, whatever the file's layout."""
     content: dict[str, Any] = json.loads(inner.to_str())
     decisive = {
         key: content.get(key) for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")
