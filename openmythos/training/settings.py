@@ -245,7 +245,7 @@ def decay_begins(config: TrainConfig) -> float:
 
 
 def schedule(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Returns what the learning rates are multiplied by at `step` (0-based) of `steps`: 0 to 1.
+    """Return what the learning rates are multiplied by at `step` (0-based) of `steps`: 0 to 1.
 
     A line up over `warmup_steps`, a constant 1, a line down over the last `decay_share` of the
     steps, which would reach 0 one step after the last. Where the two lines overlap the lower
