@@ -130,7 +130,6 @@ def _run_text(settings: Settings, model: Path) -> None:
 
     texts = _texts(settings)
     lm = load(model)
-    warn_of_known(model, settings.corpus, settings.text)
     reading = Reading.usual(
         lm.trained_length,
         lm.model.config.max_length,
@@ -139,6 +138,7 @@ def _run_text(settings: Settings, model: Path) -> None:
         max_tokens=settings.max_tokens,
     )
     result, ruled = _measure(settings, lm, texts.documents, reading)
+    warn_of_known(model, settings.corpus, settings.text)
     report = {
         "model": str(model),
         "text": texts.name,

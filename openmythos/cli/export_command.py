@@ -77,7 +77,6 @@ def run(settings: Settings) -> None:
     _check(settings)
     documents = _documents(settings)
     lm = load(settings.model)
-    warn_of_known(settings.model, settings.corpus, settings.text)
     reading = Reading.usual(
         lm.trained_length,
         lm.model.config.max_length,
@@ -85,6 +84,7 @@ def run(settings: Settings) -> None:
         max_tokens=settings.max_tokens,
     )
     bits_before = None if documents is None else _bits(lm, documents, settings.loops, reading)
+    warn_of_known(settings.model, settings.corpus, settings.text)
     lm.save(settings.folder, settings.weights)
     written = load(settings.folder)
     report: dict[str, Any] = {
