@@ -1,5 +1,6 @@
 """Files that are either whole or not there: written beside, made durable, then renamed."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -8,6 +9,10 @@ from pathlib import Path
 
 TEMPORARY = ".openmythos-"
 """How the names of unfinished files and folders begin. A training removes those in its run."""
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of the system that more free space would mend."""
 
 
 def write_readably(path: Path, write: Callable[[Path], object]) -> None:

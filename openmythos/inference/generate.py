@@ -117,8 +117,7 @@ def _tokens(
 ) -> Iterator[NewToken]:
     batch, prompt = token_ids.shape
     generator = drawing.generator(token_ids.device)
-    # Where a rule ends tokens, few loops may do: the cache grows where they do not.
-    slots = loops if thinking.halting == "none" else min(loops, model.config.mean_loops)
+    slots = thinking.slots_of(model.config)
     cache = model.new_cache(
         batch, prompt + max_new_tokens, loops=slots, policy=thinking.cache_policy
     )

@@ -170,8 +170,7 @@ def _score_batch(
     device, loops = model.embed.weight.device, thinking.loops_of(model.config)
     rule = {"halting": thinking.halting, "threshold": thinking.threshold}
     room = max(len(group.context) - 1 + group.longest for group in groups)
-    # With a rule few tokens take all loops, and a cache grows where one does.
-    cache = model.new_cache(len(groups), room, loops=min(loops, model.config.mean_loops))
+    cache = model.new_cache(len(groups), room, loops=thinking.slots_of(model.config))
     shared, mask = _padded([group.context[:-1] for group in groups], device)
     if shared.numel():
         model(shared, loops, cache=cache, mask=mask, **rule)

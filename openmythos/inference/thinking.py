@@ -25,3 +25,11 @@ class Thinking:
     def loops_of(self, config: MythosConfig) -> int:
         """Return the most loops that a token of this model takes."""
         return config.mean_loops if self.loops is None else self.loops
+
+    def slots_of(self, config: MythosConfig) -> int:
+        """Return the slots that a model's cache begins with: it grows where they are too few.
+
+        Where a rule ends tokens, few loops may do.
+        """
+        loops = self.loops_of(config)
+        return loops if self.halting == "none" else min(loops, config.mean_loops)

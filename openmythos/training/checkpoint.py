@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openmythos.errors import CheckpointError
-from openmythos.files import TEMPORARY, flush_to_disk, write_readably
+from openmythos.files import NO_ROOM, TEMPORARY, flush_to_disk, write_readably
 
 FORMAT = "openmythos-checkpoint"
 VERSION = 1
@@ -82,9 +82,12 @@ def save(
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             _remove_unfinished(run)
+        advice = "Free some space or choose another folder"
+        if isinstance(error, OSError) and error.errno not in NO_ROOM:
+            advice = "Mend that and resume"
         raise CheckpointError(
-            f"run={run} must take a checkpoint, but: {error}. Free some space or choose another "
-            "folder; earlier checkpoints are intact"
+            f"run={run} must take a checkpoint, but: {error}. {advice}; earlier checkpoints are "
+            "intact"
         ) from error
     _prune(run, keep=keep, newest=folder)
     return folder

@@ -161,20 +161,33 @@ def config_in(folder: Path) -> MythosConfig:
     return MythosConfig.load(model)
 
 
+def settings_of(folder: Path) -> Settings | None:
+    """Return the settings of the run that a folder is or lies in; None: of no run.
+
+    Args:
+        folder: of a model, of a run, or of what is in a run: its model or a checkpoint.
+
+    Raises:
+        CheckpointError: they are damaged.
+    """
+    folder = folder.resolve()  # a relative path may have no name of its own
+    run = folder.parent if folder.name == MODEL else run_of(folder)
+    return Settings.load(run) if (run / SETTINGS).is_file() else None
+
+
 def trained_length(folder: Path) -> int | None:
     """Return how many tokens a window had in the training of a folder's model; None: not known.
 
     Args:
-        folder: of a model, of a run, or of what is in a run: its model or a checkpoint.
+        folder: as for `settings_of`.
 
     Raises:
         CheckpointError: what should say it is damaged.
     """
     if (folder / TRAINED).is_file():
         return _kept_length(folder / TRAINED)
-    folder = folder.resolve()  # a relative path may have no name of its own
-    run = folder.parent if folder.name == MODEL else run_of(folder)
-    return Settings.load(run).train.length if (run / SETTINGS).is_file() else None
+    settings = settings_of(folder)
+    return None if settings is None else settings.train.length
 
 
 def keep_trained_length(folder: Path, length: int) -> None:

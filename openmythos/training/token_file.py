@@ -5,7 +5,6 @@ document followed by the end mark. The ids are read as a ring, so that the first
 too: the end mark that closes the last document.
 """
 
-import errno
 import functools
 import json
 import zlib
@@ -18,15 +17,12 @@ import numpy as np
 from jaxtyping import Int, Int64
 
 from openmythos.errors import DataError
-from openmythos.files import write_atomically
+from openmythos.files import NO_ROOM, write_atomically
 from openmythos.training.tokenizer import Tokenizer
 
 _FORMAT = "openmythos tokens 1"
 _HEADER_BYTES = 4096
 _TEXT_AT_ONCE = 1 << 20  # characters that are tokenised together
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-"""Errors of the system that more free space would mend."""
 
 
 @final

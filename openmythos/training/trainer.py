@@ -55,7 +55,7 @@ from openmythos.training.run import (
 )
 from openmythos.training.run_lock import RunLock
 from openmythos.training.settings import Compile, same_until, schedule
-from openmythos.training.token_file import NO_ROOM, TokenFile
+from openmythos.training.token_file import TokenFile
 from openmythos.training.tokenizer import Tokenizer
 
 Report = Callable[[dict[str, Any]], None]
@@ -488,19 +488,9 @@ class Trainer:
             "compiled": self.compiled,
             "torch": torch.__version__,
         }
-        keep = self.config.keep
-        try:
-            return checkpoint.save(
-                self.run, self.step, tensors, state, keep=keep, bits_per_byte=bits_per_byte
-            )
-        except CheckpointError as error:
-            why = error.__cause__
-            if isinstance(why, OSError) and why.errno not in NO_ROOM:
-                raise CheckpointError(
-                    f"run={self.run} must take a checkpoint, but: {why}. Mend that and "
-                    "resume; earlier checkpoints are intact"
-                ) from why
-            raise
+        return checkpoint.save(
+            self.run, self.step, tensors, state, keep=self.config.keep, bits_per_byte=bits_per_byte
+        )
 
     def resume(self) -> bool:
         """Go on from the newest whole checkpoint; False where there is none.
