@@ -141,7 +141,7 @@ def _train(settings: Settings) -> None:
 
 def _show(settings: Settings) -> None:
     from openmythos.inference.language_model import load
-    from openmythos.training.run import metrics
+    from openmythos.training.metrics import metrics
 
     lines = list(metrics(settings.run))
     ppmd = _ppmd()

@@ -34,8 +34,8 @@ class Settings:
 
 def run(settings: Settings) -> None:
     """Read the metrics and draw."""
+    from openmythos.training.metrics import metrics
     from openmythos.training.plots import plot_run
-    from openmythos.training.run import metrics
 
     lines = list(metrics(settings.run))
     folder = settings.out or settings.run / "plots"

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
     from openmythos.training.tokenizer import Tokenizer
 
 SETTINGS = "settings.json"
-METRICS = "metrics.jsonl"
 MODEL = "model"
 TOKENIZER = "tokenizer.json"
 """Of the finished model's files, the one that is written last."""
@@ -218,47 +215,6 @@ def _kept_length(path: Path) -> int:
 def train_config(fields: dict[str, Any]) -> TrainConfig:
     """Build a `TrainConfig` from what `dataclasses.asdict` made of one."""
     return TrainConfig(**{**fields, "optimizer": OptimizerConfig(**fields["optimizer"])})
-
-
-def metrics(run: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of `metrics.jsonl`, NaN where one has null; a torn one is passed over."""
-    path = run / METRICS
-    if not path.is_file():
-        raise CheckpointError(f"run={run} must hold {METRICS}: it is not a training run")
-    for line in path.read_bytes().splitlines():
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(found, dict) and "step" in found:
-            yield _every_number(found, lambda number: math.nan if number is None else number)
-
-
-def metrics_line(line: dict[str, Any]) -> str:
-    """Return a line for `metrics.jsonl`: null stands for NaN and infinity, which JSON has not."""
-    finite = _every_number(
-        line, lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
-    )
-    return json.dumps(finite, allow_nan=False) + "\n"
-
-
-def _every_number(value: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(value, dict):
-        return {name: _every_number(part, change) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_every_number(part, change) for part in value]
-    return change(value)
-
-
-def cut_metrics(run: Path, step: int) -> None:
-    """Forget the metrics of steps that a resumed run will make again."""
-    if (run / METRICS).is_file():
-        kept = [
-            metrics_line(line)
-            for line in metrics(run)
-            if line["step"] < step and not {"final", "gate"} & set(line)
-        ]
-        write_atomically(run / METRICS, "".join(kept).encode())
 
 
 def load_from_run(folder: Path) -> tuple[OpenMythos, Tokenizer]:

@@ -22,6 +22,7 @@ from openmythos.training.corpus import (
     prepare,
 )
 from openmythos.training.memory import check_fits
+from openmythos.training.metrics import check_tensorboard
 from openmythos.training.run import (
     SETTINGS,
     TOKENIZER,
@@ -34,7 +35,7 @@ from openmythos.training.run_lock import RunLock
 from openmythos.training.settings import Source, TrainConfig, decay_begins, same_until
 from openmythos.training.token_file import TokenFile
 from openmythos.training.tokenizer import Tokenizer
-from openmythos.training.trainer import Trainer, check_tensorboard, check_unchanged
+from openmythos.training.trainer import Trainer, check_unchanged
 
 
 def start_run(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import math
 import signal
@@ -17,49 +16,39 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from openmythos.config import MythosConfig
-from openmythos.errors import CheckpointError, ConfigError
+from openmythos.errors import CheckpointError
 from openmythos.model.accounting import training_flops
 from openmythos.model.files import fill, storable
 from openmythos.model.transformer import MythosOutput, OpenMythos, cross_entropy
 from openmythos.training import checkpoint
 from openmythos.training.compiled import compiled_layers, compiling_pays
 from openmythos.training.depth import backprop_loops, sample_loops
-from openmythos.training.evaluate import (
-    Evaluation,
-    HaltingEvaluation,
-    Reading,
-    evaluate,
-    evaluate_halting,
-)
+from openmythos.training.evaluate import Reading
 from openmythos.training.gate import GateReport, Labelled, train_gate
 from openmythos.training.machine import Machine, default_device, matmul_peak, measure
+from openmythos.training.measured import Measured, inside
+from openmythos.training.metrics import Report, cut_metrics, metrics, writing
 from openmythos.training.optimizer import build_optimizers
 from openmythos.training.run import (
-    METRICS,
     MODEL,
     TOKENIZER,
     OfMachine,
     Settings,
-    cut_metrics,
     keep_trained_length,
-    metrics,
-    metrics_line,
     train_config,
 )
 from openmythos.training.run_lock import RunLock
 from openmythos.training.settings import Compile, same_until, schedule
+from openmythos.training.threads import training_threads
 from openmythos.training.token_file import TokenFile
 from openmythos.training.tokenizer import Tokenizer
-
-Report = Callable[[dict[str, Any]], None]
-"""Told of every step and every measurement: the lines of `metrics.jsonl`."""
 
 GATE_BATCH = 4  # sequences at a time while the gate is trained
 NOISE = math.sqrt(2 / 5)  # deviation of a noisy first state (Geiping et al. 2025)
@@ -67,14 +56,6 @@ NOISE = math.sqrt(2 / 5)  # deviation of a noisy first state (Geiping et al. 202
 
 class Stopped(Exception):  # noqa: N818 (not an error)
     """The run was asked to stop; its checkpoint is written."""
-
-
-class Measured(NamedTuple):
-    """What a model gives on held-out text."""
-
-    by_depth: Evaluation
-    act: HaltingEvaluation | None
-    """With its own exits, where they are learnt with it."""
 
 
 class Trainer:
@@ -151,7 +132,10 @@ class Trainer:
         self.prepare()
         if self.step < self.config.steps:  # the model of fewer steps is not the finished one
             (self.run / MODEL / TOKENIZER).unlink(missing_ok=True)
-        with self._stop_on_signals(), self._metrics(report) as write:
+        with (
+            self._stop_on_signals(),
+            writing(self.run, self.config.log, self.step, report) as write,
+        ):
             while self.step < self.config.steps:
                 write(self._one_step())
                 self._between_steps(write)
@@ -187,7 +171,7 @@ class Trainer:
         score = None
         if self.step % self.config.evaluate_every == 0 and not done:
             result = self._evaluate(self.config.evaluate_tokens)
-            score = self._score(result)
+            score = result.as_trained(self.model_config.mean_loops)
             write(self._measurement(result))
         best = score is not None and score < checkpoint.best_score(self.run)
         if best or self.step % self.config.save_every == 0 or done or self._stop:
@@ -201,7 +185,7 @@ class Trainer:
         result = self._evaluate(self.config.evaluate_tokens)
         if not self._is_measured():
             write(self._measurement(result))
-        self.save(self._score(result))
+        self.save(result.as_trained(self.model_config.mean_loops))
         taken = self._take_best() if self.config.finish == "best" else self.step
         same = self.measures_all and taken == self.step
         whole = result if same else self._evaluate(None)
@@ -261,23 +245,6 @@ class Trainer:
         finally:
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
-
-    @contextlib.contextmanager
-    def _metrics(self, report: Report) -> Iterator[Report]:
-        board = _tensorboard(self.run, self.step) if self.config.log == "tensorboard" else None
-        with (self.run / METRICS).open("a", encoding="utf-8") as file:
-
-            def write(line: dict[str, Any]) -> None:
-                file.write(metrics_line(line))
-                file.flush()
-                if board is not None:
-                    for name, value in scalars(line):
-                        board.add_scalar(name, value, line["step"])
-                report(line)
-
-            yield write
-        if board is not None:
-            board.close()
 
     def one_step(self) -> dict[str, Any]:
         """Take one optimizer step; return its line of metrics."""
@@ -405,51 +372,13 @@ class Trainer:
         return line
 
     def _evaluate(self, max_tokens: int | None) -> Measured:
-        mean = self.model_config.mean_loops
-        loops = sorted({1, 2, 4, 8, 16, mean}) if mean > 1 else [1]
-        text = (self.model, self.validation, self.tokenizer.token_bytes)
-        reading, act = Reading.of(self.config.length, max_tokens), None
+        reading = Reading.of(self.config.length, max_tokens)
         with self._autocast():
-            by_depth = evaluate(*text, loops, reading=reading)
-            if self.model_config.learned_act:
-                act = evaluate_halting(*text, halting="act", budget=mean, reading=reading)
-        return Measured(by_depth, act)
-
-    def _score(self, result: Measured) -> float:
-        """Bits per byte as the model is trained to run: with its exits, or with its mean loops."""
-        if result.act is not None:
-            return result.act.bits_per_byte
-        depths = result.by_depth
-        return depths.bits_per_byte[depths.loops.index(self.model_config.mean_loops)]
+            return Measured.of(self.model, self.validation, self.tokenizer.token_bytes, reading)
 
     def _measurement(self, result: Measured) -> dict[str, Any]:
-        depths = result.by_depth
-        line: dict[str, Any] = {
-            "step": self.step - 1,
-            "validation": dict(zip(map(str, depths.loops), depths.bits_per_byte, strict=True)),
-        }
-        if (act := result.act) is not None:
-            line["act"] = {
-                "bits_per_byte": act.bits_per_byte,
-                "mean_loops": act.mean_loops,
-                "budget": act.budget,
-            }
-        return line | self._inside()
-
-    @torch.no_grad()
-    def _inside(self) -> dict[str, Any]:
-        """RMS of the state after each loop and load of each expert, on held-out text."""
-        self.model.eval()
-        windows = self.validation.windows(self.config.length)
-        ids = self.validation.read(windows.starts[:4], windows.length)[:, :-1]
-        loops = max(2, 2 * self.model_config.mean_loops) if self.model_config.mean_loops > 1 else 1
-        out = self.model(torch.from_numpy(ids).to(self.device), loops, return_states=True)
-        rms = out.states.float().square().mean((1, 2, 3)).sqrt()
-        line: dict[str, Any] = {"state_rms": [round(float(x), 5) for x in rms]}
-        if (loads := out.loads) is not None:
-            share = loads.float() / loads.sum(-1, keepdim=True)
-            line["expert_share"] = [[[round(float(x), 5) for x in r] for r in s] for s in share]
-        return line
+        within = inside(self.model, self.validation, self.config.length)
+        return {"step": self.step - 1} | result.line() | within
 
     def _train_gate(self) -> GateReport:
         windows = self.validation.windows(self.config.length)
@@ -552,32 +481,6 @@ class Trainer:
             )
 
 
-@contextlib.contextmanager
-def training_threads(count: int) -> Iterator[None]:
-    """Compute with so many threads, which take denormals for 0, and then as before.
-
-    Large logits early in training make denormals, and steps ten times slower. A thread of torch's
-    inherits how it takes them from the one that it is made by, and keeps it: those that are made
-    in here go on taking them for 0.
-    """
-    threads, flushing = torch.get_num_threads(), _denormals_are_0()
-    if threads != count:
-        torch.set_num_threads(count)
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(flushing)
-        if threads != count:
-            torch.set_num_threads(threads)
-
-
-def _denormals_are_0() -> bool:
-    """Whether this thread takes them for 0, which torch can be told but not asked."""
-    denormal = torch.ones((), dtype=torch.int32).view(torch.float32)
-    return int((denormal * 1).view(torch.int32)) == 0
-
-
 def check_unchanged(state: dict[str, Any], where: Path, **now: str) -> None:
     """Raise `CheckpointError` where text or tokenizer are not those of a checkpoint's state."""
     for what, fingerprint in now.items():
@@ -586,34 +489,3 @@ def check_unchanged(state: dict[str, Any], where: Path, **now: str) -> None:
                 f"{what}={fingerprint[:12]} must be {state[what][:12]}, as in {where}: "
                 f"the {what} has changed since; put the old one back, or start a new run"
             )
-
-
-def scalars(line: dict[str, Any], under: str = "") -> Iterator[tuple[str, float]]:
-    """Yield a line's numbers by path, as `validation/4`, but for the step and the last line's mark.
-
-    A list's numbers are named by their places. Those of the last line, which is of all held-out
-    text, are no points of the curves before: `final/validation/4`.
-    """
-    if line.get("final"):
-        line, under = {name: value for name, value in line.items() if name != "final"}, "final/"
-    for name, value in line.items():
-        if isinstance(value, list):
-            value = {str(place): part for place, part in enumerate(value)}
-        if isinstance(value, dict):
-            yield from scalars(value, f"{under}{name}/")
-        elif isinstance(value, int | float) and name != "step":
-            yield f"{under}{name}", value
-
-
-def check_tensorboard() -> None:
-    """Raise `ConfigError` where tensorboard is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError("log='tensorboard' needs the package: pip install tensorboard")
-
-
-def _tensorboard(run: Path, step: int) -> Any:
-    """A writer that hides what an earlier process told of `step` and later ones."""
-    check_tensorboard()
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run / "tensorboard"), purge_step=step)

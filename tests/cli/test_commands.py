@@ -33,7 +33,8 @@ from openmythos.scales import SCALES
 from openmythos.training import corpus
 from openmythos.training.corpus import read_documents
 from openmythos.training.evaluate import Reading, evaluate, evaluate_halting, tokenised
-from openmythos.training.run import OfMachine, metrics
+from openmythos.training.metrics import metrics
+from openmythos.training.run import OfMachine
 from openmythos.training.settings import TrainConfig
 from openmythos.training.tokenizer import Tokenizer
 

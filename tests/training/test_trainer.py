@@ -23,18 +23,17 @@ from openmythos.cli.train_command import _better
 from openmythos.errors import CheckpointError, ConfigError, DataError
 from openmythos.training import checkpoint, compiled, machine, memory
 from openmythos.training.evaluate import Reading, evaluate, evaluate_halting
+from openmythos.training.metrics import METRICS, metrics, scalars
 from openmythos.training.run import (
-    METRICS,
     OfMachine,
     Settings,
     finished,
     load_from_run,
-    metrics,
     trained_length,
 )
 from openmythos.training.settings import OptimizerConfig, Source, TrainConfig
 from openmythos.training.start import open_run, start_run
-from openmythos.training.trainer import Stopped, Trainer, scalars
+from openmythos.training.trainer import Stopped, Trainer
 
 SHAPE = {
     "vocab_size": 300,
@@ -127,7 +126,7 @@ def test_held_out_text_that_is_measured_whole_is_not_measured_again(
         measured.append(evaluate(*values, **how))
         return measured[-1]
 
-    monkeypatch.setattr("openmythos.training.trainer.evaluate", counting)
+    monkeypatch.setattr("openmythos.training.measured.evaluate", counting)
     trainer = start(tmp_path / "run", text, steps=2, evaluate_tokens=tokens)
     trainer.fit()
     whole = tokens > trainer.validation.tokens
