@@ -119,18 +119,18 @@ def test_a_run_learns_resumes_and_writes_its_model(tmp_path, text, precision):
 def test_a_claims_training_learns_and_stays_on_the_gpu(tmp_path):
     model, token_ids, losses = tiny(), some_ids(4, 8), []
 
-    def batch(_step, _level):
+    def batch(_step):
         return Batch(token_ids[:, :-1], token_ids[:, 1:], 2)
 
     config = FitConfig(steps=6, report_every=1)
-    fit(model, batch, config, tmp_path, report=lambda _step, _level, loss: losses.append(loss))
+    fit(model, batch, config, tmp_path, report=lambda _step, loss: losses.append(loss))
     assert model.embed.weight.device.type == GPU.type
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("most", [16, 1], ids=["each size recorded", "one recorded"])
 def test_recorded_passes_train_as_those_that_are_not(tmp_path, monkeypatch, most):
-    def batch(step, _level):
+    def batch(step):
         token_ids = some_ids(4, 8 + step % 2)
         return Batch(token_ids[:, :-1], token_ids[:, 1:], 1 + step % 3)
 

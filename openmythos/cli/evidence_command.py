@@ -20,6 +20,7 @@ from typing import Annotated
 
 import tyro
 
+from openmythos.errors import InputError
 from openmythos.evidence.claims import CLAIMS, Reproduction, claim, reproduce
 
 
@@ -53,11 +54,13 @@ class Settings:
     """CPU threads. Default: as many as torch takes."""
 
     json: bool = False
-    """Print what was measured as JSON."""
+    """Print what was measured, as OUT/evidence/CLAIM.json has it, and nothing else."""
 
 
 def run(settings: Settings) -> None:
     """Reproduce, or list what can be."""
+    from openmythos.evidence.report import as_markdown, read_claim
+
     if settings.claim is None:
         print("Claims that are put to the test; docs/evidence.md says what held and what not.\n")
         for name, line in CLAIMS.items():
@@ -71,20 +74,17 @@ def run(settings: Settings) -> None:
         work=settings.work,
         out=settings.out,
     )
-    hours = claim(settings.claim).HOURS
-    if not settings.json:
-        print("a few minutes" if how.quick else f"about {hours:g} hours of one core for all of it")
     if settings.threads is not None:
+        if settings.threads < 1:
+            raise InputError(f"threads={settings.threads} must be 1 or more")
         import torch
 
         torch.set_num_threads(settings.threads)
     say = _silent if settings.json else _say
     written = reproduce(settings.claim, how, say)
     if settings.json:
-        files = [str(file) for file in written.files]
-        print(json.dumps({"files": files, "missing": written.missing}))
+        print(json.dumps(read_claim(how.pages, settings.claim)))
         return
-    from openmythos.evidence.report import as_markdown
 
     print(f"\n{as_markdown(written.section)}")
     for file in written.files:

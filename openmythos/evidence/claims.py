@@ -115,6 +115,7 @@ def reproduce(name: str, how: Reproduction, say: Callable[[str], None]) -> Writt
         names = ", ".join(cell.name for cell in cells)
         raise InputError(f"only={how.only!r} must begin one of {names}")
     _keep_others(how, name, {cell.name for cell in cells})
+    say("a few minutes" if how.quick else f"about {module.HOURS:g} hours of one core for all of it")
     work = how.work / ("quick" if how.quick else "full") / name
     if how.published is not None:
         taken = take_results(read_claim(how.published, name)["results"], cells, work)

@@ -200,9 +200,9 @@ class FactTraining:
         model = self.new_model()
         course = _read_course(folder / COURSE_FILE)
 
-        def report(step: int, level: int, loss: float) -> None:
+        def report(step: int, loss: float) -> None:
             share = right(model, self.task, min(self.questions, 300), [self.depth], COURSE)
-            course[str(step)] = {"loss": loss, "level": level} | {
+            course[str(step)] = {"loss": loss} | {
                 name: by_depth[self.depth] for name, by_depth in share.items()
             }
             write_atomically(folder / COURSE_FILE, json.dumps(course).encode())
@@ -213,7 +213,7 @@ class FactTraining:
             )
 
         fitted = self.fit_config(self.steps, self.adam_lr)
-        seconds, _ = fit(model, lambda step, _: self.batch(step), fitted, folder, report=report)
+        seconds = fit(model, lambda step: self.batch(step), fitted, folder, report=report)
         return model, {
             "parameters": trained_parameters(model),
             "flops": self.training_flops(model),
@@ -228,7 +228,7 @@ class FactTraining:
         taught = copy.deepcopy(model)
         before = self._after_adding(model)
         fitted = self.fit_config(self.added_steps, self.adam_lr / 4)
-        fit(taught, lambda step, _: self.added_batch(step, rehearse=rehearse), fitted, folder)
+        fit(taught, lambda step: self.added_batch(step, rehearse=rehearse), fitted, folder)
         return taught, {"before": before, "after": self._after_adding(taught)}
 
     def _after_adding(self, model: OpenMythos) -> Shares:

@@ -1,9 +1,7 @@
 """Trains a model on labelled batches: the short trainings that the claims rest on.
 
-A batch is a pure function of the step and the level, so a checkpoint needs only weights,
-optimizers and these two, and an interrupted training goes on to the same end. The level is the
-curriculum: it rises whenever the loss has fallen far enough, so that no schedule has to be
-guessed (a model that cannot follow four hops learns nothing from twenty).
+A batch is a pure function of the step, so a checkpoint needs only that, weights and optimizers, and
+an interrupted training goes on to the same end.
 """
 
 from __future__ import annotations
@@ -62,10 +60,6 @@ class FitConfig:
     """One training of a claim."""
 
     steps: int
-    levels: int = 1
-    """Levels of the curriculum."""
-    promote_below: float = 0.3
-    """Running mean of the loss, in nats, below which the next level begins."""
     backprop_loops: int | None = None
     """Last loops that carry gradient; None: all."""
     seed: int = 0
@@ -74,8 +68,8 @@ class FitConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
-Report = Callable[[int, int, float], None]
-"""Told of the step, the level and the mean loss since the last report, in nats."""
+Report = Callable[[int, float], None]
+"""Told of the steps taken and the mean loss since the last report, in nats."""
 
 Loss = Callable[[OpenMythos, Batch], tuple[Float[Tensor, ""], Tensor | None]]
 """A batch's loss in nats, and the loads of a core with experts."""
@@ -87,7 +81,7 @@ says whether to go on."""
 
 def fit(
     model: OpenMythos,
-    batch: Callable[[int, int], Batch],
+    batch: Callable[[int], Batch],
     config: FitConfig,
     folder: Path,
     *,
@@ -96,14 +90,14 @@ def fit(
     watch: Watch | None = None,
     frozen: Sequence[str] = (),
     text: str = "",
-) -> tuple[float, int]:
+) -> float:
     """Train `model` in place, from the newest checkpoint of `folder` if there is one.
 
     It is trained, and stays, on the GPU where there is one.
 
     Args:
         model: as initialised.
-        batch: gives the batch of a step at a level, both from 0.
+        batch: gives the batch of a step, from 0.
         config: the training.
         folder: holds the checkpoints; the last one stays there.
         loss: of a batch, in nats, and the experts' loads; default: the mean of the places asked.
@@ -115,8 +109,7 @@ def fit(
             another text is refused.
 
     Returns:
-        The seconds that all steps took, those before an interruption included, and the level
-        reached.
+        The seconds that all steps took, those before an interruption included.
 
     Raises:
         CheckpointError: the folder holds a training with other settings, or a damaged one.
@@ -132,7 +125,7 @@ def fit(
         model.named_parameters(), config.optimizer, fused_splits=model.fused_splits()
     )
     asked = _asked(model, config, frozen, text)
-    step, seconds, course = 0, 0.0, Course(config)
+    step, seconds = 0, 0.0
     losses: list[float] = []  # since the last report
     if (newest := checkpoint.latest(folder)) is not None:
         found = checkpoint.load(newest)
@@ -143,36 +136,34 @@ def fit(
         fill(model, found.tensors["model"], str(newest))
         optimizers.load_state_tensors(found.tensors["optimizer"])
         step, seconds = found.step, found.state["seconds"]
-        course.level, course.mean = found.state["level"], found.state["mean"]
         losses = list(found.state.get("losses", []))
     started = time.perf_counter() - seconds
     gradients = _gradients(model, config, optimizers, loss, watched=watch is not None)
     if step < config.steps:
-        layers = _layers(model, config, batch(0, config.levels - 1))
+        layers = _layers(model, config, batch(0))
     model.train()
     while step < config.steps:
         optimizers.set_lr(schedule(step, config.steps, config.optimizer))
         with layers(), products():
-            nats, loads = gradients(batch(step, course.level))
+            nats, loads = gradients(batch(step))
         norm = optimizers.step()
         if loads is not None and math.isfinite(norm):
             model.core.rebalance(loads)
         losses.append(float(nats.detach()))
-        course.learn(losses[-1])
         step += 1
         if watch is not None and not watch(step, losses[-1], norm):
             break
         if step % config.report_every == 0 or step == config.steps:
             if report is not None:
-                report(step, course.level, float(np.mean(losses)))
+                report(step, float(np.mean(losses)))
             losses = []
         if step % config.save_every == 0 or step == config.steps:
-            state = {"asked": asked, "seconds": time.perf_counter() - started}
-            state |= {"level": course.level, "mean": course.mean, "losses": losses}
+            seconds = time.perf_counter() - started
+            state = {"asked": asked, "seconds": seconds, "losses": losses}
             tensors = {"model": storable(model), "optimizer": optimizers.state_tensors()}
             checkpoint.save(folder, step, tensors, state, keep=1)
     model.eval()
-    return time.perf_counter() - started, course.level
+    return time.perf_counter() - started
 
 
 def _gradients(
@@ -228,16 +219,15 @@ def _with_defaults(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layers(
-    model: OpenMythos, config: FitConfig, largest: Batch
+    model: OpenMythos, config: FitConfig, first: Batch
 ) -> Callable[[], AbstractContextManager[None]]:
     """Compile the layers where the training is long; return what makes contexts for its steps."""
-    tokens, length = largest.token_ids.numel(), largest.token_ids.shape[-1]
-    loops = round(float(torch.as_tensor(largest.loops).float().mean()))
+    tokens, length = first.token_ids.numel(), first.token_ids.shape[-1]
+    loops = round(float(torch.as_tensor(first.loops).float().mean()))
     flops = training_flops(model, config.steps * tokens, length // 2, loops)
     if not compiling_pays("auto", flops, model.embed.weight.device):
         return nullcontext
-    one_size = config.levels == 1 and not isinstance(largest.loops, Tensor)
-    return compiled_layers(model, sizes_vary=not one_size)
+    return compiled_layers(model, sizes_vary=isinstance(first.loops, Tensor))
 
 
 @contextmanager
@@ -249,24 +239,6 @@ def _tensor_cores() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-class Course:
-    """Where a training stands in its curriculum."""
-
-    MEMORY = 0.85
-    RISE = 0.1
-
-    def __init__(self, config: FitConfig) -> None:
-        self.config, self.level, self.mean = config, 0, math.inf
-
-    def learn(self, loss: float) -> None:
-        """Take the loss of one step; go up a level where the running mean has fallen enough."""
-        keep = self.MEMORY if math.isfinite(self.mean) else 0.0
-        self.mean = loss if keep == 0.0 else keep * self.mean + (1 - keep) * loss
-        if self.mean < self.config.promote_below and self.level + 1 < self.config.levels:
-            self.level += 1
-            self.mean += self.RISE  # the new level must be learnt before the next begins
 
 
 def _loss(

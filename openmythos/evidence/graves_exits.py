@@ -142,12 +142,12 @@ def teach(
 
     told = "without exits" if price is None else f"{price:g} nats a loop"
 
-    def report(step: int, _: int, mean: float) -> None:
+    def report(step: int, mean: float) -> None:
         say(f"{told}: step {step} of {config.steps}, loss {mean:.4f}")
 
     fit(
         model,
-        lambda step, _: Batch(*asked(step), budget),
+        lambda step: Batch(*asked(step), budget),
         config,
         folder,
         loss=loss,

@@ -110,11 +110,11 @@ class HopTraining:
         """Train, or go on training; return the model and what the training took."""
         model = OpenMythos(self.config, seed=self.seed)
 
-        def report(step: int, _: int, loss: float) -> None:
+        def report(step: int, loss: float) -> None:
             say(f"step {step} of {self.steps}, loss {loss:.3f}")
 
         fitted = self.fit_config
-        seconds, _ = fit(model, lambda step, _: self.batch(step), fitted, folder, report=report)
+        seconds = fit(model, lambda step: self.batch(step), fitted, folder, report=report)
         return model, {
             "parameters": trained_parameters(model),
             "flops": self.training_flops(model),

@@ -15,6 +15,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ show how the mechanism behaves, not how large models score.
 
 What was wanted of each claim was written down before it was measured, except where † marks it:
 there the wish, or what it is asked of, was set after something had missed, as a note says. What was
-missed is listed here, and below beside the figure that it has."""
+missed is listed here, and below beside the figure that it has; a wish is open where what it asks
+for has not all run."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,13 @@ class Expectation:
     what: str
     wanted: str
     measured: str
-    met: bool
+    met: bool | None
+    """None: open, since what has run cannot settle it."""
     later: str = ""
     """What was set or changed after a measurement had missed; empty where nothing was."""
+
+
+SETTLED = {True: "yes", False: "**no**", None: "open"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,20 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     if len(values) == 1:
         return mean
     return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def at_least(value: float, digits: int) -> str:
+    """Return a number that `value` is not below, for "so much or more"."""
+    return _rounded(value, digits, ROUND_FLOOR)
+
+
+def at_most(value: float, digits: int) -> str:
+    """Return a number that `value` is not above, for "so much or less"."""
+    return _rounded(value, digits, ROUND_CEILING)
+
+
+def _rounded(value: float, digits: int, way: str) -> str:
+    return str(Decimal(repr(value)).quantize(Decimal(1).scaleb(-digits), way))
 
 
 def with_devices(section: Section, results: dict[str, dict[str, Any]]) -> Section:
@@ -155,7 +175,7 @@ def as_markdown(section: Section, picture: str = "") -> str:
     parts = [first, "\n".join(f"- {sentence}" for sentence in others), picture]
     if section.expectations:
         rows = [
-            (e.what + (" †" if e.later else ""), e.wanted, e.measured, "yes" if e.met else "**no**")
+            (e.what + (" †" if e.later else ""), e.wanted, e.measured, SETTLED[e.met])
             for e in section.expectations
         ]
         parts.append(table(("wanted", "at", "measured", "met"), rows))
@@ -204,18 +224,23 @@ def _evidence(claims: dict[str, dict[str, Any]]) -> str:
 
 
 def _overview(claims: dict[str, dict[str, Any]]) -> str:
-    """Return the table of what each claim met and missed, and what has not run."""
+    """Return the table of what each claim met, missed and left open, and what has run."""
     rows = []
     for content in claims.values():
         wanted = content["expectations"]
-        missed = [e["what"] for e in wanted if not e["met"]]
-        met = f"{len(wanted) - len(missed)} of {len(wanted)}"
+        missed = [e["what"] for e in wanted if e["met"] is False]
+        unsettled = [f"{e['what']} (open)" for e in wanted if e["met"] is None]
+        met = f"{len(wanted) - len(missed) - len(unsettled)} of {len(wanted)}"
         if later := sum(bool(e.get("later")) for e in wanted):
             met += f" ({later} †)"
         link = f"[{content['title']}](#{_anchor(content['title'])})"
         has, lacks = len(content["results"]), len(content["missing"])
-        rows.append((link, met, "; ".join(missed) or "nothing", f"{has} of {has + lacks}"))
-    return table(("claim", "met", "missed", "trainings and measurements that have run"), rows)
+        rows.append(
+            (link, met, "; ".join(missed + unsettled) or "nothing", f"{has} of {has + lacks}")
+        )
+    return table(
+        ("claim", "met", "missed, or open", "trainings and measurements that have run"), rows
+    )
 
 
 def _anchor(title: str) -> str:

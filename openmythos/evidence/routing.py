@@ -278,6 +278,8 @@ def _frozen(rows: dict[str, Runs]) -> list[str]:
         return [f"{said}: learning to route is worth that much."]
     if gap.low > 0 and len(by_seed) == 1:
         return [f"{said}: learning to route is worth that much {UNSETTLED}."]
+    if min(by_seed) < 0 < max(by_seed):
+        return [f"{said}: the seeds disagree, so learning to route adds nothing sure at this size."]
     how = "it reads better" if gap.high < 0 else "that cannot be told from nothing"
     return [f"{said}: {how}, so learning to route adds nothing that shows at this size."]
 
@@ -427,7 +429,16 @@ def _frozen_expectation(rows: dict[str, Runs]) -> list[Expectation]:
         return []
     gap, by_seed = found
     helps = _learning_helps(gap, by_seed)
-    return [Expectation("nats that a frozen router costs", "> 0, every seed", str(gap), helps)]
+    open_yet = gap.low > 0 and len(by_seed) == 1
+    measured = f"{gap}{', one seed' if len(by_seed) == 1 else ''}"
+    return [
+        Expectation(
+            "nats that a frozen router costs",
+            "> 0, every seed",
+            measured,
+            None if open_yet else helps,
+        )
+    ]
 
 
 CHOICES_NOTE = """\

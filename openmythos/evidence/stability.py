@@ -197,13 +197,10 @@ def _unlearnt(rows: Rows) -> list[str]:
     """Rates at which a training stayed finite and learnt next to nothing."""
     cases = []
     for (recipe, kind), row in rows.items():
-        rates = [
-            rate
-            for rate, runs in row.runs.items()
-            if any(run["loss"] is not None and not learns(run) for run in runs)
-        ]
+        counts = {rate: _how_many_unlearnt(runs) for rate, runs in row.runs.items()}
+        rates = [f"{rate:g}{_of_seeds(count)}" for rate, count in counts.items() if count[0]]
         if rates:
-            cases.append(f"{KINDS[kind]} at {_listed(rates)} ({recipe})")
+            cases.append(f"{KINDS[kind]} at {', '.join(rates)} ({recipe})")
     if not cases:
         return []
     said = (
@@ -211,6 +208,15 @@ def _unlearnt(rows: Rows) -> list[str]:
         f"tokens end {'; '.join(cases)}."
     )
     return [said]
+
+
+def _how_many_unlearnt(runs: list[Result]) -> tuple[int, int]:
+    """How many trainings of a rate stayed finite and learnt next to nothing, and of how many."""
+    return sum(run["loss"] is not None and not learns(run) for run in runs), len(runs)
+
+
+def _of_seeds(count: tuple[int, int]) -> str:
+    return "" if count[0] == count[1] else f" in {count[0]} of {count[1]} seeds"
 
 
 def _comparison(recipe: Recipe, gaps: list[Gap]) -> str:
@@ -284,7 +290,8 @@ def _outcome(runs: list[Result]) -> str:
         return ""
     if None in losses:
         return "ends not finite"
-    mark = "" if all(map(learns, runs)) else " (nothing learnt)"
+    count = _how_many_unlearnt(runs)
+    mark = f" (nothing learnt{_of_seeds(count)})" if count[0] else ""
     return f"{statistics.fmean(losses):.3f}{mark}"
 
 

@@ -112,13 +112,13 @@ class StressTraining:
             steps=self.steps, seed=self.seed, optimizer=self.optimizer, save_every=self.steps
         )
 
-        def report(step: int, _: int, loss: float) -> None:
+        def report(step: int, loss: float) -> None:
             say(f"step {step} of {self.steps}, loss {loss:.3f}")
 
         with Course(model) as course:
             fit(
                 model,
-                lambda step, _: self.text.batch(step, texts.training),
+                lambda step: self.text.batch(step, texts.training),
                 config,
                 training,
                 report=report,

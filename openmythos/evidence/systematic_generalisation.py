@@ -28,7 +28,15 @@ from typing import TYPE_CHECKING, Any
 from openmythos.evidence.cells import Cell, Result, Say, by_number
 from openmythos.evidence.fact_training import ADDED, COURSE, FactTraining, lens, right
 from openmythos.evidence.paired import runs_of
-from openmythos.evidence.report import Expectation, Section, counted, spread, table
+from openmythos.evidence.report import (
+    Expectation,
+    Section,
+    at_least,
+    at_most,
+    counted,
+    spread,
+    table,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -167,8 +175,8 @@ def _main_sentence(looped: list[Result], plain: dict[str, Result]) -> list[str]:
     says = "works" if two >= REACHED else "works often" if two >= 0.5 else "does not work"
     sentence = (
         f"A fact that was seen alone only {says} in chains: with {looped[0]['alone']} such facts "
-        f"on each of {graphs}, the looped model answers chains of two of them with {two:.3f} right "
-        f"or more and chains of four with {four:.3f}"
+        f"on each of {graphs}, the looped model answers chains of two of them with "
+        f"{at_least(two, 3)} right or more and chains of four with {at_least(four, 3)}"
     )
     learnt = [cell for cell, run in plain.items() if _reached(run, ["chained-4"])]
     others = [cell for cell in plain if cell not in learnt]
@@ -185,7 +193,7 @@ def _at_two(runs: dict[str, Result], cells: list[str]) -> str:
     """The most that rows have of two hops, after their names."""
     most = max(_share(runs[cell], "alone-2") for cell in cells)
     names = ", ".join(sorted({cell.split("/")[0] for cell in cells}))
-    return f"({names}) have {most:.2f} or less at two"
+    return f"({names}) have {at_most(most, 2)} or less at two"
 
 
 def _state_sentence(looped: list[Result], state: list[Result]) -> list[str]:

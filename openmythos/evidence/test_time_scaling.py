@@ -323,7 +323,14 @@ def _notes(runs: Runs) -> list[str]:
     return [
         f"Measured on {tokens}; curves are means over seeds, expectations are of the worst seed.",
         "`near` draws the mean, one loop fewer or one more; `poisson` draws widely.",
+        READ_BEFORE,
     ]
+
+
+READ_BEFORE = (
+    "The held-out messages told when a part of the recipe of openmythos-lm had gone on for too "
+    "long, so they flatter it a little; the novel is of an author whose other novels it has read."
+)
 
 
 def draw_figure(results: dict[str, Result]) -> Figure:

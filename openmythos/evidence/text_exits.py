@@ -218,7 +218,8 @@ def table_of(found: Result, learnt: Result | None = None) -> str:
 
 NOTE = (
     f"On text every way of leaving reads the same {TOKENS:,} tokens of held-out messages; the "
-    "oracle knows each next token, as no rule can."
+    "oracle knows each next token, as no rule can. These messages told when a part of the model's "
+    "recipe had gone on for too long."
 )
 
 LEARNT_NOTE = (

@@ -129,12 +129,12 @@ class TextTraining:
         """
         model = self.new_model()
 
-        def report(step: int, _: int, loss: float) -> None:
+        def report(step: int, loss: float) -> None:
             say(f"step {step} of {self.steps}, loss {loss:.3f}")
 
-        seconds, _ = fit(
+        seconds = fit(
             model,
-            lambda step, _: self.batch(step, texts.training),
+            lambda step: self.batch(step, texts.training),
             self.fit_config,
             folder,
             report=report,

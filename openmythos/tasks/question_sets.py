@@ -66,7 +66,7 @@ class Task:
     """`choice`: the likeliest of several answers. `word`: the one word that follows. `text`: one
     longer answer, whose bits are counted."""
     comparison: Comparison = "raw"
-    """How answers of unequal length compare by default, as most publications of the set do it."""
+    """How answers of unequal length compare by default, as the package of the set has it."""
 
 
 TASKS: dict[TaskName, Task] = {
@@ -84,18 +84,12 @@ TASKS: dict[TaskName, Task] = {
     "boolq": Task("boolq/rc_0shot"),
     "copycolors": Task("copycolors/xl_10way"),
     "copycolors_100": Task("copycolors/10way"),
-    "basic_skills_arithmetic": Task("basic_skills_arithmetic/rc_5shot", comparison="per_byte"),
-    "basic_skills_pattern": Task("basic_skills_pattern/rc_5shot", comparison="per_byte"),
-    "basic_skills_string_operations": Task(
-        "basic_skills_string_operations/rc_5shot", comparison="per_byte"
-    ),
-    "basic_skills_logical_reasoning": Task(
-        "basic_skills_logical_reasoning/rc_5shot", comparison="per_byte"
-    ),
-    "basic_skills_common_knowledge": Task(
-        "basic_skills_common_knowledge/rc_5shot", comparison="per_byte"
-    ),
-    "basic_skills_coding": Task("basic_skills_coding/rc_5shot", comparison="per_byte"),
+    "basic_skills_arithmetic": Task("basic_skills_arithmetic/rc_5shot"),
+    "basic_skills_pattern": Task("basic_skills_pattern/rc_5shot"),
+    "basic_skills_string_operations": Task("basic_skills_string_operations/rc_5shot"),
+    "basic_skills_logical_reasoning": Task("basic_skills_logical_reasoning/rc_5shot"),
+    "basic_skills_common_knowledge": Task("basic_skills_common_knowledge/rc_5shot"),
+    "basic_skills_coding": Task("basic_skills_coding/rc_5shot"),
     "gsm8k": Task("gsm8k/gold_bpb_5shot", "text"),
     "squad": Task("squad/bpb_5shot", "text"),
     "drop": Task("drop/bpb_5shot", "text"),

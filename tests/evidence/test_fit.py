@@ -1,4 +1,4 @@
-"""The claims' trainings: they learn, climb their levels, and resume to the bit."""
+"""The claims' trainings: they learn, and resume to the bit."""
 
 import dataclasses
 import math
@@ -8,14 +8,14 @@ import torch
 from tiny import tiny
 
 from openmythos.errors import CheckpointError
-from openmythos.evidence.fit import IGNORE, Batch, Course, FitConfig, fit
+from openmythos.evidence.fit import IGNORE, Batch, FitConfig, fit
 from openmythos.training import checkpoint
 from openmythos.training.settings import OptimizerConfig
 
 FAST = FitConfig(steps=8, save_every=3, optimizer=OptimizerConfig(matrices="adamw", warmup_steps=1))
 
 
-def copying(step, level):
+def copying(step):
     """Say again what stands there: easy, so that a few steps show."""
     torch.manual_seed(step)
     token_ids = torch.randint(0, 5, (4, 6))
@@ -31,23 +31,23 @@ class InterruptedTrainingError(Exception):
 def test_a_training_learns(tmp_path):
     losses = []
     config = dataclasses.replace(FAST, steps=60, report_every=20)
-    fit(tiny(), copying, config, tmp_path, report=lambda step, level, loss: losses.append(loss))
+    fit(tiny(), copying, config, tmp_path, report=lambda step, loss: losses.append(loss))
     assert losses[-1] < 0.5 * losses[0]
 
 
 def test_an_interrupted_training_ends_with_the_same_bits(tmp_path):
     def until(stop):
-        def batch(step, level):
+        def batch(step):
             if step == stop:
                 raise InterruptedTrainingError
-            return copying(step, level)
+            return copying(step)
 
         return batch
 
     told = {"whole": [], "cut": []}
 
     def teller(name):
-        return lambda step, _level, loss: told[name].append((step, loss))
+        return lambda step, loss: told[name].append((step, loss))
 
     whole, cut = tiny(), tiny()
     config = dataclasses.replace(FAST, report_every=4)
@@ -74,26 +74,14 @@ def test_another_text_is_refused(tmp_path):
         fit(tiny(), copying, FAST, tmp_path, text="another")
 
 
-def test_levels_rise_when_the_loss_has_fallen_and_not_before():
-    course = Course(FitConfig(steps=1, levels=3, promote_below=0.5))
-    course.learn(1.0)
-    assert course.level == 0
-    for _ in range(20):
-        course.learn(0.4)
-    assert 1 <= course.level <= 2
-    for _ in range(50):
-        course.learn(0.0)
-    assert course.level == 2  # the last
-
-
 def test_loops_may_differ_between_tokens(tmp_path):
-    def batch(step, level):
-        token_ids, targets, _ = copying(step, level)
+    def batch(step):
+        token_ids, targets, _ = copying(step)
         return Batch(token_ids, targets, torch.randint(1, 4, token_ids.shape))
 
     losses = []
     config = dataclasses.replace(FAST, steps=40, report_every=20)
-    fit(tiny(), batch, config, tmp_path, report=lambda step, level, loss: losses.append(loss))
+    fit(tiny(), batch, config, tmp_path, report=lambda step, loss: losses.append(loss))
     assert losses[-1] < losses[0]
 
 

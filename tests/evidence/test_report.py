@@ -12,6 +12,8 @@ from openmythos.evidence.report import (
     Expectation,
     Section,
     as_markdown,
+    at_least,
+    at_most,
     spread,
     table,
     with_devices,
@@ -24,7 +26,11 @@ SECTION = Section(
     "A title",
     ["One sentence."],
     [table(["a", "b"], [[1, "x"]])],
-    [Expectation("accuracy", "≥ 0.9", "0.95", met=True), Expectation("speed", "≥ 2", "1", False)],
+    [
+        Expectation("accuracy", "≥ 0.9", "0.95", met=True),
+        Expectation("speed", "≥ 2", "1", met=False),
+        Expectation("every seed", "> 0", "1, one seed", met=None),
+    ],
     ["A note."],
 )
 
@@ -40,6 +46,7 @@ def test_a_missed_expectation_is_shown_as_missed():
     assert "| accuracy | ≥ 0.9 | 0.95 | yes |" in text
     assert "| speed | ≥ 2 | 1 | **no** |" in text
     assert "| 1 | x |" in text
+    assert "| every seed | > 0 | 1, one seed | open |" in text
     assert "- A note." in text
 
 
@@ -78,7 +85,9 @@ def test_pages_hold_the_claims_there_are_in_their_order(tmp_path):
     page = (tmp_path / "evidence.md").read_text()
     assert page.index("evidence first") < page.index("evidence second")
     assert "absent" not in page
-    assert "| [The first: 1, 2](#the-first-1-2) | 1 of 2 | speed | 1 of 2 |" in page
+    assert (
+        "| [The first: 1, 2](#the-first-1-2) | 1 of 3 | speed; every seed (open) | 1 of 2 |" in page
+    )
     assert "## The first: 1, 2" in page
     gallery = (tmp_path / "gallery.md").read_text()
     assert "evidence/first.png" in gallery
@@ -161,11 +170,25 @@ def test_bad_input_is_refused_before_any_work(tmp_path, name, how, sentence):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize(
+    ("value", "digits", "low", "high"),
+    [
+        (0.988, 3, "0.988", "0.988"),
+        (0.0142, 2, "0.01", "0.02"),
+        (0.00221, 4, "0.0022", "0.0023"),
+        (1.0, 2, "1.00", "1.00"),
+        (3e-5, 3, "0.000", "0.001"),
+    ],
+)
+def test_a_bound_that_is_printed_holds(value, digits, low, high):
+    assert (at_least(value, digits), at_most(value, digits)) == (low, high)
+
+
 def test_published_figures_give_their_own_page_again_without_any_training(tmp_path):
     docs, said = Path(__file__).parents[2] / "docs", []
     how = Reproduction(only="lm/", published=docs, work=tmp_path / "work", out=tmp_path / "out")
     reproduce("shipped-models", how, said.append)
     page = "evidence/shipped-models.json"
     assert (tmp_path / "out" / page).read_bytes() == (docs / page).read_bytes()
-    assert len(said) == 1
-    assert "results are taken from" in said[0]
+    assert len(said) == 2
+    assert "results are taken from" in said[1]

@@ -217,6 +217,14 @@ def test_a_training_that_learnt_only_frequencies_has_failed():
     assert "Of 2 trainings of the free diagonal that failed, 2 had learnt a radius of 1" in text
 
 
+def test_of_two_seeds_one_that_learnt_nothing_is_counted():
+    results = a_row(OURS, STANDS) | a_row("free", losses(5, 5, 5, 5, 6.5))
+    results["stress/free/rate-0.03/seed-0"]["loss"] = 5.0
+    text = as_markdown(conclude(results))
+    assert "a free diagonal (a h + B e) at 0.03 in 1 of 2 seeds (stress)" in text
+    assert "5.750 (nothing learnt in 1 of 2 seeds)" in text
+
+
 def test_ours_that_diverges_misses():
     section = conclude(a_row(OURS, losses(5.5, 5.0, 5.05, None, None)) | a_row("add", STANDS))
     missed = {e.what: e.measured for e in section.expectations if not e.met}
