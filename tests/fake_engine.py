@@ -51,6 +51,8 @@ class Run:
                 listener(event)
             self.listeners.append(listener)
 
+    hand_over = add_listener
+
     def cancel(self):
         self.cancelled.set()
 
@@ -159,8 +161,11 @@ class FakeEngine:
             self.script(run)
         return run
 
+    def pages_needed(self, request, max_new_tokens=None):
+        return 1
+
     def statistics(self):
-        return Statistics(running=len(self.runs), pages_total=8, pages_used=2)
+        return Statistics(running=len(self.runs), pages_total=8, pages_used=2, pages_promised=1)
 
     def stop(self, drain=True):
         self.alive = False

@@ -9,7 +9,7 @@ MODEL is the folder of a model or of a training run; without one it is the packa
 try it stands at /. Routes: /v1/completions, /v1/chat/completions, /v1/models, /health (503 until
 the model is loaded) and /metrics (Prometheus). Beside OpenAI's fields a request may have `loops`,
 `halting`, `threshold`, `cache_policy`, `draft_loops` and `priority`. Ctrl-C or SIGTERM lets running
-requests finish; a second one does not.
+requests finish; a second one does not. Where the engine fails, the process ends with exit code 2.
 """  # noqa: E501 (a line to copy is one line)
 
 from __future__ import annotations

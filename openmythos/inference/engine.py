@@ -10,7 +10,7 @@ import atexit
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,13 +20,12 @@ from openmythos.inference.engine_settings import EngineSettings
 from openmythos.inference.language_model import LanguageModel
 from openmythos.inference.pages import PAGE
 from openmythos.inference.passes import page_bytes
-from openmythos.inference.request import Event, FinishEvent, FinishReason, Request
+from openmythos.inference.request import FinishReason, Request
+from openmythos.inference.submission import Submission
 from openmythos.inference.ticks import Counts, Ticker, told
 from openmythos.inference.work import Work
 
 LOG = logging.getLogger(__name__)
-
-Listener = Callable[[Event], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,84 +51,14 @@ class Statistics:
     """Up to this tick; a copy of its own."""
 
 
-class Submission:
-    """A request that the engine has accepted: its events, in order, and a way to cancel it.
-
-    Iterating waits for events and ends after the last choice's `FinishEvent`; it may be done
-    several times and on any thread, each time from the first event.
-    """
-
-    def __init__(self, request: Request, cancel: Callable[[Submission], None]) -> None:
-        self.request = request
-        self._cancel = cancel
-        self._events: list[Event] = []
-        self._listeners: list[Listener] = []
-        self._open = set(range(request.choices))
-        self._changed = threading.Condition()
-
-    def __iter__(self) -> Iterator[Event]:
-        """Yield events as they come."""
-        at = 0
-        while True:
-            with self._changed:
-                while at == len(self._events) and self._open:
-                    self._changed.wait()
-                if at == len(self._events):
-                    return
-                event = self._events[at]
-            at += 1
-            yield event
-
-    @property
-    def finished(self) -> bool:
-        """Whether every choice has ended."""
-        return not self._open
-
-    def add_listener(self, listener: Listener) -> None:
-        """Call `listener` with every event: those so far now, later ones on the engine's thread.
-
-        It must return at once and not raise: hand over to an event loop with
-        `call_soon_threadsafe`. A listener that raises is dropped and the request cancelled.
-        """
-        with self._changed:
-            for event in self._events:
-                listener(event)
-            self._listeners.append(listener)
-
-    def cancel(self) -> None:
-        """End all choices with `cancelled` at the next tick; without effect once they ended."""
-        self._cancel(self)
-
-    def deliver(self, event: Event) -> None:
-        """Add an event; the engine calls this."""
-        with self._changed:
-            self._events.append(event)
-            if isinstance(event, FinishEvent):
-                self._open.discard(event.choice)
-            self._changed.notify_all()
-            for listener in list(self._listeners):
-                try:
-                    listener(event)
-                except Exception:
-                    LOG.exception("a listener failed: it is dropped and its request cancelled")
-                    self._listeners.remove(listener)
-                    self._cancel(self)
-
-    def close(self, reason: FinishReason, error: str | None = None) -> None:
-        """End the choices that have not ended; the engine calls this."""
-        for choice in sorted(self._open):
-            tokens = len(self.request.token_ids)
-            self.deliver(
-                FinishEvent(choice=choice, reason=reason, error=error, prompt_tokens=tokens)
-            )
-
-
 class Engine:
     """Serves requests with one model, many at once; see `EngineSettings`.
 
     Args:
         lm: model and tokenizer. The engine's thread runs the model; others may use it meanwhile
-            only for reading.
+            only for reading. Between requests its weights may be replaced or written to: what was
+            cached is then forgotten. After writing through `tensor.data`, of which torch tells
+            nobody, make a new engine.
         settings: sizes and mode.
 
     Raises:
@@ -213,6 +142,15 @@ class Engine:
             self._wake.notify()
         return submissions
 
+    def pages_needed(self, request: Request, max_new_tokens: int | None = None) -> int:
+        """Return the most pages that a request may need; admission waits until as many are there.
+
+        Args:
+            request: whatever the model or the cache make of it.
+            max_new_tokens: count so many in place of the request's own.
+        """
+        return self._ticker.pages_needed(request, max_new_tokens)
+
     def _ask_to_cancel(self, submission: Submission) -> None:
         with self._wake:
             if not submission.finished:
@@ -283,18 +221,21 @@ class Engine:
             self._inbox.clear()
             self._cancelled.clear()
             # Added under the lock, so that none is counted as waiting in neither place.
-            for submission in inbox:
-                self._add(submission)
+            refused = [pair for submission in inbox if (pair := self._add(submission))]
+        for submission, error in refused:  # not under it: a listener may cancel or submit
+            submission.close("error", error)
         for submission in cancelled:
             if submission in self._works:
                 self._ticker.end(self._works.pop(submission), "cancelled")
         return not (self._stopping == "now" or (self._stopping == "drain" and self._ticker.idle))
 
-    def _add(self, submission: Submission) -> None:
+    def _add(self, submission: Submission) -> tuple[Submission, str] | None:
+        """Let a submission wait; return it with what is wrong where that fails."""
         try:
             self._works[submission] = self._ticker.add(submission.request, submission.deliver)
         except Exception as failure:  # noqa: BLE001 - a constraint is the caller's own code
-            submission.close("error", told(failure))
+            return submission, told(failure)
+        return None
 
     def _tidy(self) -> None:
         self._works = {

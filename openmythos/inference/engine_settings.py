@@ -13,7 +13,8 @@ class EngineSettings:
     """How much an engine holds and does at once."""
 
     cache_bytes: int = 1 << 28
-    """Memory for keys and values, in bytes; rounded down to whole pages."""
+    """Memory for keys and values, in bytes; rounded down to whole pages. A table of where they lie
+    takes memory beside it for each choice, for which as many pages are left unused."""
     budget: int = 64
     """Most rows of a tick, and most choices in flight; an eighth more for requests of one choice
     beside those of several. Prompts get at most half of it while anything is being written."""

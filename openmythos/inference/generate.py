@@ -1,8 +1,12 @@
-"""Generation as it is: prefill; then sample, append, repeat. The reference for anything faster."""
+"""Generation as it is: prefill; then draw, append, repeat. The reference for anything faster.
+
+Draws are those of `openmythos.inference.noise`, by seed, row and position. So with one seed a row
+is what the engine writes as the choice of its number, where logits agree.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from openmythos.errors import InputError
-from openmythos.inference.sampling import Sampling, draw
+from openmythos.inference.noise import draw_at
+from openmythos.inference.sampling import Sampling, with_text
 from openmythos.inference.thinking import Thinking
 from openmythos.model.call import check_call
 from openmythos.model.transformer import OpenMythos
@@ -43,7 +48,8 @@ def generate(
         token_ids: int64 prompts; shorter ones padded, with False in `mask`.
         max_new_tokens: how many to make.
         thinking: loops, halting and the cache's policy.
-        sampling: how tokens are drawn.
+        sampling: how tokens are drawn. Rows have draws of their own; without a seed, one is drawn
+            from torch's generator.
         mask: `(batch, prompt)` bool, True where a prompt has text.
         vocab_size: ids from here on are never drawn, because the tokenizer has no text for them;
             default: the model's.
@@ -75,14 +81,16 @@ class _Drawing(NamedTuple):
     vocab_size: int | None
     end_id: int | None
 
-    def generator(self, device: torch.device) -> torch.Generator | None:
-        """Noise of the seed; None: of torch's own."""
+    def seed(self) -> int:
+        """The seed of one text."""
         seed = self.sampling.seed
-        return None if seed is None else torch.Generator(device=device).manual_seed(seed)
+        return int(torch.randint(2**63 - 1, ())) if seed is None else seed
 
-    def draw(self, logits: Tensor, before: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Draw a token for each row, behind the tokens `before`."""
-        logits = logits[:, : self.vocab_size]
+    def draw(
+        self, logits: Tensor, before: Tensor, seed: int, positions: Sequence[int]
+    ) -> Int[Tensor, " batch"]:
+        """Draw a token for each row, behind the tokens `before`, to stand at `positions`."""
+        logits = with_text(logits, self.vocab_size)
         if self.end_id is not None and bool((before == self.end_id).any()):
             logits = torch.stack(
                 [
@@ -90,7 +98,13 @@ class _Drawing(NamedTuple):
                     for row, token in zip(logits, before, strict=True)
                 ]
             )
-        return draw(logits, self.sampling, generator)
+        if self.sampling.temperature == 0:
+            return logits.argmax(-1)  # as `draw_at` says, for all rows at once
+        drawn = [
+            draw_at(row, self.sampling, seed, number, position)
+            for number, (row, position) in enumerate(zip(logits, positions, strict=True))
+        ]
+        return torch.tensor(drawn, device=logits.device)
 
 
 def not_empty(logits: Float[Tensor, " vocab"], before: int, end_id: int) -> Tensor:
@@ -116,19 +130,28 @@ def _tokens(
     drawing: _Drawing,
 ) -> Iterator[NewToken]:
     batch, prompt = token_ids.shape
-    generator = drawing.generator(token_ids.device)
+    seed, lengths = drawing.seed(), _lengths(token_ids, mask)
     slots = thinking.slots_of(model.config)
     cache = model.new_cache(
         batch, prompt + max_new_tokens, loops=slots, policy=thinking.cache_policy
     )
     how = {"halting": thinking.halting, "threshold": thinking.threshold}
-    for _ in range(max_new_tokens):
+    for made in range(max_new_tokens):
         out = model(token_ids, loops, cache=cache, mask=mask, **how)
         last = _last_places(mask)
         rows = torch.arange(batch, device=token_ids.device)
-        new = drawing.draw(out.logits[rows, last], token_ids[rows, last], generator)
+        places = [length + made for length in lengths]
+        new = drawing.draw(out.logits[rows, last], token_ids[rows, last], seed, places)
         yield NewToken(new, out.loops[rows, last])
         token_ids, mask = new.unsqueeze(1), None
+
+
+def _lengths(token_ids: Tensor, mask: Tensor | None) -> list[int]:
+    """Tokens of each prompt, without padding."""
+    if mask is None:
+        return [token_ids.shape[1]] * len(token_ids)
+    lengths: list[int] = mask.sum(1).tolist()
+    return lengths
 
 
 def _last_places(mask: Tensor | None) -> Tensor | int:

@@ -78,7 +78,8 @@ def grade(
     """
     pairs = [pair for q in questions for pair in zip(q.contexts, q.answers, strict=True)]
     answers = encode_pairs(lm.tokenizer, pairs)
-    scores = score(lm.model, answers, thinking, progress=progress)
+    vocab = lm.tokenizer.vocab_size
+    scores = score(lm.model, answers, thinking, vocab_size=vocab, progress=progress)
     asked, scored = _by_question(answers, questions), _by_question(scores, questions)
     gold = [row[question.right] for row, question in zip(scored, questions, strict=True)]
     nats = np.array([-one.log_likelihood for one in gold])

@@ -31,7 +31,7 @@ from openmythos.inference.thinking import Thinking
 NEW_TOKENS = 256
 """Tokens that a task may write where it does not say; the harness's own default."""
 
-MOST_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+TOKEN_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """Names that tasks have for it; the first one given counts, as in the harness."""
 
 
@@ -155,6 +155,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # the harness is not there when t
             thinking=self.thinking,
             sampling=wish.sampling,
             vocab_size=tokenizer.vocab_size,
+            end_id=tokenizer.end_id,
         )
         for token in tokens:
             token_id = int(token.token_ids)
@@ -172,7 +173,13 @@ class HarnessModel(LM):  # type: ignore[misc]  # the harness is not there when t
                 bar.total = total
                 bar.update(done - bar.n)
 
-            return score(self.lm.model, asked, self.thinking, progress=progress)
+            return score(
+                self.lm.model,
+                asked,
+                self.thinking,
+                vocab_size=self.lm.tokenizer.vocab_size,
+                progress=progress,
+            )
 
     def _tell_cut(self, count: int) -> None:
         if count:
@@ -199,7 +206,7 @@ class Wish:
         """
         asked = {name: value for name, value in given.items() if value is not None}
         until = asked.pop("until", ())
-        sizes = [int(asked.pop(name)) for name in MOST_TOKENS if name in asked]
+        sizes = [int(asked.pop(name)) for name in TOKEN_LIMITS if name in asked]
         new_tokens = (*sizes, NEW_TOKENS)[0]
         sampled = asked.pop("do_sample", None)
         temperature = float(asked.pop("temperature", 1.0 if sampled else 0.0))
@@ -209,10 +216,10 @@ class Wish:
         for name, value in asked.items():
             raise InputError(
                 f"generation_kwargs has {name}={value}, must have only until, do_sample, "
-                f"temperature, top_k, top_p, min_p, num_beams=1 and {MOST_TOKENS[0]}: leave it out"
+                f"temperature, top_k, top_p, min_p, num_beams=1 and {TOKEN_LIMITS[0]}: leave it out"
             )
         if new_tokens < 1:
-            raise InputError(f"{MOST_TOKENS[0]}={new_tokens} must be 1 or more")
+            raise InputError(f"{TOKEN_LIMITS[0]}={new_tokens} must be 1 or more")
         stops = (until,) if isinstance(until, str) else tuple(until)
         sampling = Sampling(temperature=0.0 if sampled is False else temperature, **filters)
         return cls(tuple(filter(None, stops)), new_tokens, sampling)

@@ -144,7 +144,7 @@ class LanguageModel:
             top_k: keep the k likeliest; 0 keeps all.
             top_p: keep the likeliest whose probabilities reach p.
             min_p: keep tokens at least min_p times as likely as the likeliest.
-            seed: the same seed gives the same text.
+            seed: the same seed gives the same text, here and by the engine.
             stop: strings that end the text, wherever token boundaries fall.
             cache_policy: `per_loop`, or `last` for a cache that is `loops` times smaller.
 

@@ -1,5 +1,7 @@
 """Draws that are a pure function of seed, choice and position, so company cannot change them.
 
+All text is drawn so: the engine's, and that of `generate`, whose rows count as choices.
+
 A running generator would give a request other numbers when it shares a batch, resumes or is
 drawn in another order. A draw is a race: token i arrives after an exponential time divided by its
 probability, and the first one wins, with just that probability. Two distributions that are nearly

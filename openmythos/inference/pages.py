@@ -23,6 +23,9 @@ PAGE = 16
 
 Addresses = np.ndarray[Any, np.dtype[np.int64]]
 
+ADDRESS = np.dtype(np.int64)
+"""A place in the storage, as the native code reads it."""
+
 
 @dataclass(eq=False)
 class Column:
@@ -49,8 +52,6 @@ class Pages:
         self.promised = 0
         """Pages that sequences may still take."""
         self.cached = 0
-        self.evictions = 0
-        """Columns given up for their pages, ever."""
         self._free = list(range(total - 1, -1, -1))
         self._found: dict[Hashable, Column] = {}
         self._unused: OrderedDict[Column, None] = OrderedDict()  # longest unused first
@@ -147,16 +148,23 @@ class Pages:
         return found
 
     def forget(self) -> None:
-        """Free all cached pages."""
-        while self._unused:
-            self._evict()
+        """Let no column be found any more; free the pages of those that nobody uses now.
+
+        Whoever uses one keeps it, and must publish none behind it.
+        """
+        for column in self._found.values():
+            column.key = None
+        for column in self._unused:
+            self._free += column.pages.values()
+        self._found.clear()
+        self._unused.clear()
+        self.cached = 0
 
     def _evict(self) -> None:
         column, _ = self._unused.popitem(last=False)
         assert column.key is not None
         del self._found[column.key]
         self.cached -= len(column.pages)
-        self.evictions += 1
         self._free += column.pages.values()
 
     def check(self) -> None:
@@ -193,6 +201,8 @@ class Layout:
     outer: int
     loops: int
     latest: bool = False
+    page_bytes: int | None = None
+    """Of a page in memory; with it, what a sequence's `Table` takes counts as pages too."""
 
     @property
     def first(self) -> int:
@@ -206,16 +216,26 @@ class Layout:
 
     def pages(self, prompt: int, new: int) -> int:
         """Most pages of a sequence of `prompt` and up to `new` more positions in the core."""
-        columns = -(-(prompt + new) // PAGE)
+        columns, table = -(-(prompt + new) // PAGE), self.table_pages(prompt + new)
         if not self.latest:
-            return columns * self.slots
+            return columns * self.slots + table
         read = -(-prompt // PAGE)
-        return read * self.slots + (columns - read) * self.first
+        return read * self.slots + (columns - read) * self.first + table
 
     def fork_pages(self, prompt: int, new: int) -> int:
         """Most pages of another sequence that shares the first one's full columns."""
         columns = -(-(prompt + new) // PAGE) - prompt // PAGE
-        return columns * (self.first if self.latest else self.slots)
+        own = columns * (self.first if self.latest else self.slots)
+        return own + self.table_pages(prompt + new)
+
+    def table_pages(self, length: int) -> int:
+        """Pages that take as much memory as the table of a sequence of so many positions.
+
+        They are promised and never taken: choices that share a long prompt each have a table of it.
+        """
+        if self.page_bytes is None:
+            return 0
+        return -(-(self.slots + 1) * length * ADDRESS.itemsize // self.page_bytes)
 
 
 class Table:
@@ -227,7 +247,7 @@ class Table:
 
     def __init__(self, pages: Pages, layout: Layout, capacity: int, promised: int) -> None:
         self.pages, self.layout, self.promised = pages, layout, promised
-        self.addresses: Addresses = np.zeros((layout.slots, capacity), dtype=np.int64)
+        self.addresses: Addresses = np.zeros((layout.slots, capacity), dtype=ADDRESS)
         self.base: int = self.addresses.__array_interface__["data"][0]
         """Where `addresses` lies in memory."""
         self.step = self.addresses.strides[0]
@@ -238,7 +258,7 @@ class Table:
         self.done = 0
         """Columns of which every position has left."""
         self.findable = not layout.latest
-        """Whether all columns up to `done` can be found by others."""
+        """Whether all columns up to `done` can be found by others, and later ones may be."""
 
     def adopt(self, columns: Sequence[Column]) -> None:
         """Start with columns that others have written."""

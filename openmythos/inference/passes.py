@@ -25,6 +25,7 @@ from openmythos.inference.rules import Rules
 from openmythos.inference.scheduler import Row, Track
 from openmythos.inference.tiles import TILE, Some, filled, in_parts, integers, longer
 from openmythos.inference.views import Lane, Views, always, entries
+from openmythos.inference.weights import Weights
 from openmythos.model.cache import Declaration
 from openmythos.model.core import Rows
 from openmythos.model.native.exits import Exits
@@ -73,6 +74,8 @@ class Passes:
             for _ in range(self.lanes)
         ]
         self.paged = paged(model, self.storage)
+        self.weights = Weights(model, native=self.native)
+        self._lost = False  # does the native code no longer take the model?
         self.alone = deterministic and not self.native
         """Whether rows go through torch, and must not depend on each other."""
         self.views = Views(self.null, self.device, alone=self.alone)
@@ -97,20 +100,31 @@ class Passes:
         """Whether the native code takes the whole model: rows then depend on nothing else."""
         return self.paged is not None
 
-    def check(self) -> None:
+    def changed(self) -> bool:
         """Look, once in each tick, whether the model is what it was.
 
-        Raises:
-            RuntimeError: the native code took all of it and does not any more.
+        True: its weights may be others than before, and pages hold what those before have read. See
+        `Weights` for what is seen; after other changes, a new engine must be made.
         """
-        if self.paged is None:
-            return
-        if not self.paged.stands():
-            again = paged(self.model, self.storage)  # its weights may only have moved
+        self._lost = False
+        if self.paged is not None and not self.paged.stands():
+            again = paged(self.model, self.storage)
+            self._lost = again is None
             if again is None:
-                raise RuntimeError(CHANGED)
+                return False
             self.paged = again
-        if not may_run():
+        elif self.weights.stand():
+            return False
+        self.weights = Weights(self.model, native=self.native)
+        return True
+
+    def check(self) -> None:
+        """Check what `changed` has found.
+
+        Raises:
+            RuntimeError: the native code took all of the model and does not any more.
+        """
+        if self.native and (self._lost or not may_run()):
             raise RuntimeError(CHANGED)
 
     def _sit(self, rows: Sequence[Row]) -> None:
@@ -298,4 +312,4 @@ def page_bytes(model: OpenMythos) -> int:
 
 def layout(model: OpenMythos, loops: int, policy: str) -> Layout:
     """The slots of a sequence that takes up to so many loops."""
-    return Layout(outer_slots(model), loops, latest=policy == "last")
+    return Layout(outer_slots(model), loops, latest=policy == "last", page_bytes=page_bytes(model))

@@ -58,7 +58,8 @@ class Request:
     thinking: Thinking = field(default_factory=Thinking)
     """Loops, halting rule, its threshold and the cache's policy."""
     sampling: Sampling = field(default_factory=Sampling)
-    """How tokens are drawn. Without a seed the engine draws one."""
+    """How tokens are drawn: each choice has draws of its own. Without a seed the engine draws one;
+    with it, choice n draws what row n of `generate` does."""
     stop: tuple[str, ...] = ()
     """Strings that end the text, not included, wherever token boundaries fall."""
     stop_at_end: bool = True
@@ -146,8 +147,8 @@ class TokenEvent:
     loops: int
     """Loops that the position took which it was drawn from."""
     logprob: float | None = None
-    """Of this token, in nats, under the model's own distribution: before temperature, filters and
-    constraint. None where the request did not ask."""
+    """Of this token, in nats, under the model's own distribution over the tokenizer's ids: before
+    temperature, filters and constraint. None where the request did not ask."""
     top_logprobs: tuple[tuple[int, float], ...] = ()
     """The likeliest tokens with their logprobs, likeliest first, ties by lower id."""
 
@@ -175,7 +176,7 @@ class FinishEvent:
     text: str = ""
     """Text that was held back until now."""
     stop: str | None = None
-    """The stop string that ended it."""
+    """The stop string that ended it; None: none did."""
     error: str | None = None
     """One sentence, where reason is `error`."""
     prompt_tokens: int = 0

@@ -1,12 +1,13 @@
 """The halting rules of requests: which there are, what each says of rows, and what it remembers.
 
 Rules that the native code knows are decided there, loop by loop; all others are asked here after
-each loop. What a rule remembers of a row lies in the row's seat, as its state does.
+each loop, those of one kind together, whatever thresholds requests gave them. What a rule
+remembers of a row lies in the row's seat, as its state does, in one memory for each kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence, Set
+from collections.abc import Hashable, Sequence, Set
 
 import torch
 from jaxtyping import Float, Int
@@ -14,19 +15,16 @@ from torch import Tensor
 
 from openmythos.inference.scheduler import Row
 from openmythos.inference.tiles import TILE, filled, in_parts, integers, longer
-from openmythos.model.halting import Memory, Rule
+from openmythos.model.halting import Memory, Rule, with_thresholds
 from openmythos.model.native.exits import BY_BUDGET, Decided, Exits, decided_here
 from openmythos.model.native.run import MOST_ROWS
-
-MOST_RULES = 16
-"""Rules kept for requests to come, each with its own threshold and its memory of rows."""
 
 LONG = 1 << 15
 """Numbers from which torch sums a lone row in parts, one for each thread."""
 
 
 class Rules:
-    """Keeps halting rules by name, asks them about rows, and holds their memories.
+    """Keeps the halting rules of requests, asks them about rows, and holds their memories.
 
     Args:
         vocab_size: the model's.
@@ -42,28 +40,26 @@ class Rules:
         self.short = vocab_size < LONG
         """Whether torch sums a row of logits in one piece."""
         self.kept: dict[Hashable, Rule | None] = {}
-        self.memories: dict[Hashable, Memory] = {}
-        """By seat, of the rules that are asked here."""
+        """By the name that jobs have for them: of one kind, each threshold is one."""
+        self.memories: dict[type[Rule], Memory] = {}
+        """By seat, of the kinds that are asked here."""
         self._decided: dict[Hashable, Decided | None] = {}
         """The same as the native code knows them; None: it does not."""
         self._quiet = torch.zeros(1, dtype=torch.bool)
         """By seat, of the rules decided natively: `Exits.quiet`."""
 
-    def have(self, name: Hashable, make: Callable[[], Rule | None], used: Set[Hashable]) -> None:
-        """Have a rule by its name; forget those that are not `used` where they are many."""
-        if name not in self.kept and len(self.kept) >= MOST_RULES:
-            self.kept = {key: rule for key, rule in self.kept.items() if key in used}
-            self.memories = {key: part for key, part in self.memories.items() if key in used}
-        if name not in self.kept:
-            self.kept[name] = make()
+    def have(self, name: Hashable, rule: Rule | None, used: Set[Hashable]) -> None:
+        """Have a rule by its name, beside those that are `used`; forget all others."""
+        self.kept = {key: rule for key, rule in self.kept.items() if key in used}
+        self.kept.setdefault(name, rule)
         self._decided = {key: decided_here(rule) for key, rule in self.kept.items()}
 
     def grow(self, more: int) -> None:
         """Make room for so many more seats."""
         self._quiet = longer(self._quiet, more)
         self.memories = {
-            key: tuple(longer(part, more) for part in memory)
-            for key, memory in self.memories.items()
+            kind: tuple(longer(part, more) for part in memory)
+            for kind, memory in self.memories.items()
         }
 
     def all_native(self, rows: Sequence[Row]) -> bool:
@@ -98,7 +94,7 @@ class Rules:
             after: and after it.
         """
         asked = {
-            name
+            name: rule
             for name, rule in self.kept.items()
             if rule is not None and not (self.native and self._decided[name])
         }
@@ -106,67 +102,79 @@ class Rules:
             return []
         fires: list[int] = []
         old, new = torch.cat(list(before)), torch.cat(list(after))
-        kinds: dict[tuple[Hashable, bool], list[int]] = {}
+        kinds: dict[tuple[type[Rule], bool], list[int]] = {}
         for number, row in enumerate(rows):
-            name = row.track.job.halting
-            if name in asked:
-                kinds.setdefault((name, row.loop == 0), []).append(number)
-        for (name, _), numbers in kinds.items():
-            size = TILE if self._tiled(name) else MOST_ROWS if self.native else len(rows)
+            rule = asked.get(row.track.job.halting)
+            if rule is not None:
+                kinds.setdefault((type(rule), row.loop == 0), []).append(number)
+        for numbers in kinds.values():
+            tiled = self._tiled(asked[rows[numbers[0]].track.job.halting])
+            size = TILE if tiled else MOST_ROWS if self.native else len(rows)
             for some in in_parts(numbers, size):
-                where = self._numbers(name, some)
+                where = self._numbers(some, tiled)
                 parts = old.index_select(0, where), new.index_select(0, where)
-                said = self._ask(name, [rows[number] for number in some], *parts)
+                said = self._ask([rows[number] for number in some], *parts, tiled=tiled)
                 fires += [number for number, does in zip(some, said, strict=True) if does]
         return fires
 
-    def _tiled(self, name: Hashable) -> bool:
+    def _tiled(self, rule: Rule) -> bool:
         """Whether a rule is asked about a fixed number of rows, because its answer may hang on it.
 
         Torch's elementwise functions have other bits in the last few numbers of an array, and it
         sums a single long row in parts, one for each thread.
         """
-        rule = self.kept[name]
-        apart = rule is not None and rule.row_by_row and self.native and self.short
-        return self.deterministic and not apart
+        return self.deterministic and not (rule.row_by_row and self.native and self.short)
 
-    def _numbers(self, name: Hashable, values: Sequence[int]) -> Int[Tensor, " rows"]:
-        """As a tensor; of a whole tile where this rule is asked in tiles."""
-        return (filled if self._tiled(name) else integers)(values).to(self.device)
+    def _numbers(self, values: Sequence[int], tiled: bool) -> Int[Tensor, " rows"]:
+        """As a tensor; of a whole tile where a rule is asked in tiles."""
+        return (filled if tiled else integers)(values).to(self.device)
+
+    def _rule(self, rows: Sequence[Row], like: Tensor) -> Rule:
+        """One rule for rows of one kind; `like` has as many, or more where a tile is filled up."""
+        rules = [self.kept[row.track.job.halting] for row in rows]
+        first = rules[0]
+        assert first is not None
+        if all(rule is first for rule in rules):
+            return first
+        thresholds = [rule.threshold for rule in rules if rule is not None]
+        thresholds += [first.threshold] * (len(like) - len(rows))
+        return with_thresholds(first, like.new_tensor(thresholds))
 
     def _ask(
         self,
-        name: Hashable,
         rows: Sequence[Row],
         before: Float[Tensor, "filled hidden"],
         after: Float[Tensor, "filled hidden"],
+        *,
+        tiled: bool,
     ) -> list[bool]:
-        """Let one rule decide on some rows, all in their first loop or none; keep its memory."""
-        rule = self.kept[name]
-        assert rule is not None
-        seats = self._numbers(name, [row.seat for row in rows])
+        """Let one kind of rule decide on some rows, all in their first loop or none.
+
+        Keeps what it remembers of them.
+        """
+        rule = self._rule(rows, after)
+        kind, seats = type(rule), self._numbers([row.seat for row in rows], tiled)
         if rows[0].loop == 0:
             memory = rule.start(len(before), before)
         else:
-            memory = tuple(x.index_select(0, seats) for x in self.memories[name])
+            memory = tuple(x.index_select(0, seats) for x in self.memories[kind])
         ends = [row.loop + 1 == row.track.job.loops for row in rows]
-        fires, memory = rule.decide(before, after, memory, self._numbers(name, ends).bool())
-        if name not in self.memories:
+        fires, memory = rule.decide(before, after, memory, self._numbers(ends, tiled).bool())
+        if kind not in self.memories:
             places = len(self._quiet)
-            self.memories[name] = tuple(x.new_zeros(places, *x.shape[1:]) for x in memory)
-        for kept, x in zip(self.memories[name], memory, strict=True):
+            self.memories[kind] = tuple(x.new_zeros(places, *x.shape[1:]) for x in memory)
+        for kept, x in zip(self.memories[kind], memory, strict=True):
             kept.index_copy_(0, seats[: len(rows)], x[: len(rows)])
         return fires[: len(rows)].tolist()
 
     def output(self, rows: Sequence[Row], h: Float[Tensor, "seats hidden"]) -> None:
         """Make of the state of each row that left what its rule hands to the coda."""
-        kinds: dict[Hashable, list[int]] = {}
+        kinds: dict[type[Rule], tuple[Rule, list[int]]] = {}
         for row in rows:
-            kinds.setdefault(row.track.job.halting, []).append(row.seat)
-        for name, numbers in kinds.items():
-            rule = self.kept[name]
-            if rule is None or name not in self.memories:
-                continue
+            rule = self.kept[row.track.job.halting]
+            if rule is not None and type(rule) in self.memories:
+                kinds.setdefault(type(rule), (rule, []))[1].append(row.seat)
+        for kind, (rule, numbers) in kinds.items():
             seats = integers(numbers).to(self.device)
-            memory = tuple(x.index_select(0, seats) for x in self.memories[name])
+            memory = tuple(x.index_select(0, seats) for x in self.memories[kind])
             h.index_copy_(0, seats, rule.output(h.index_select(0, seats), memory))

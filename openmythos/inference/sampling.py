@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, then top-k, top-p and min-p, then one draw."""
+"""From logits to the probabilities of a draw: temperature, then top-k, top-p and min-p."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from openmythos.numbers import at_least, real, whole
 COLDEST, HOTTEST = 1e-30, 1e30  # temperatures that fp32 can still divide by
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,20 +90,9 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     return filtered / filtered.sum(-1, keepdim=True)
 
 
-def draw(logits: Tensor, sampling: Sampling, generator: Generator | None = None) -> Tensor:
-    """Draw one token for each row.
+def with_text(logits: Tensor, vocab_size: int | None) -> Tensor:
+    """Cut logits `(*rows, vocab)` to the ids that the tokenizer has text for: None: all of them.
 
-    Args:
-        logits: `(rows, vocab)`.
-        sampling: how.
-        generator: source of the draws, on the logits' device.
-
-    Returns:
-        `(rows,)` int64.
+    No other id is ever drawn, told or scored, and probabilities sum to 1 over these.
     """
-    import torch
-
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    weights = distribution(logits, sampling)
-    return torch.multinomial(weights, 1, generator=generator).squeeze(-1)
+    return logits[..., :vocab_size]

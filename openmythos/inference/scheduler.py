@@ -70,6 +70,11 @@ class Job:
     """Pages of all jobs together that came later and were admitted before it."""
 
     @property
+    def looks_up(self) -> bool:
+        """Whether its prompt is looked for in columns that others wrote."""
+        return self.salt is not None and self.use_cached
+
+    @property
     def new_positions(self) -> int:
         """Most positions after the prompt: the last token drawn never enters the core."""
         return max(0, self.max_new_tokens - 1)
@@ -219,7 +224,7 @@ class Scheduler:
 
     def _start(self, job: Job) -> Track | None:
         columns = []
-        if job.salt is not None and job.use_cached:
+        if job.looks_up:
             # The last position is always run, because a token is drawn from its logits.
             columns = self.pages.find(job.salt, job.token_ids[:-1])
         for column in columns:
@@ -248,6 +253,12 @@ class Scheduler:
         for track in list(job.tracks):
             self.finish(track)
         job.unopened = 0
+
+    def forget(self) -> None:
+        """Let nothing that has been read so far be found any more: other weights would read it."""
+        self.pages.forget()
+        for track in self.tracks:
+            track.table.findable = False
 
     def plan(self) -> list[Row]:
         """Return the rows of the next tick, those of a sequence in order of position.

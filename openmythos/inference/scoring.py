@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from openmythos.errors import InputError
+from openmythos.inference.sampling import with_text
 from openmythos.inference.thinking import Thinking
 from openmythos.model.call import check_loops
 from openmythos.model.transformer import OpenMythos, cross_entropy
@@ -88,6 +90,7 @@ def score(
     continuations: Sequence[Continuation],
     thinking: Thinking,
     *,
+    vocab_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Score]:
     """Score every continuation; equal ones once, so that their scores are equal to the bit.
@@ -96,6 +99,8 @@ def score(
         model: in evaluation mode.
         continuations: what to score; may be longer than the model's max_length.
         thinking: loops, halting rule and threshold. The cache's policy plays no part.
+        vocab_size: ids that the tokenizer has text for, which alone can stand anywhere; default:
+            the model's.
         progress: called after each batch with the parts of different continuations done and all
             there are.
 
@@ -104,6 +109,7 @@ def score(
     """
     loops = thinking.loops_of(model.config)
     check_loops(loops, 1, 1)
+    _check_ids(continuations, vocab_size)
     # In another turn of a batch, or with other padding, the same one is rounded otherwise.
     numbers = {one: number for number, one in enumerate(dict.fromkeys(continuations))}
     parts = [
@@ -114,7 +120,7 @@ def score(
     scores = [Score(0.0, True, 0)] * len(numbers)
     done = 0
     for batch in _batches(parts, min(MOST_TOKENS, MOST_SLOTS // loops)):
-        for number, new in _score_batch(model, batch, thinking):
+        for number, new in _score_batch(model, batch, thinking, vocab_size):
             old = scores[number]
             scores[number] = Score(
                 old.log_likelihood + new.log_likelihood,
@@ -164,7 +170,7 @@ def _batches(parts: Sequence[tuple[int, Continuation]], most_tokens: int) -> Ite
 
 
 def _score_batch(
-    model: OpenMythos, groups: Sequence[_Group], thinking: Thinking
+    model: OpenMythos, groups: Sequence[_Group], thinking: Thinking, vocab_size: int | None
 ) -> Iterator[tuple[int, Score]]:
     """Yield the number and score of every continuation of the groups."""
     device, loops = model.embed.weight.device, thinking.loops_of(model.config)
@@ -183,13 +189,21 @@ def _score_batch(
         targets, _ = _padded([ids for _, ids in rows], device)
         out = model(token_ids, loops, cache=cache, mask=mask, **rule)
         cache.rollback(mask.sum(1).tolist())
-        losses = cross_entropy(out.logits, targets).cpu().double()  # not every GPU has float64
+        logits = with_text(out.logits, vocab_size)
+        losses = cross_entropy(logits, targets).cpu().double()  # not every GPU has float64
         nats = (losses * mask.cpu()).sum(1).tolist()
-        greedy = ((out.logits.argmax(-1) == targets) | ~mask).all(1).tolist()
+        greedy = ((logits.argmax(-1) == targets) | ~mask).all(1).tolist()
         taken = (out.loops * mask).sum(1).tolist()
         for (number, ids), loss, likeliest, took in zip(rows, nats, greedy, taken, strict=True):
             if ids:
                 yield number, Score(-loss, likeliest, took)
+
+
+def _check_ids(continuations: Sequence[Continuation], vocab_size: int | None) -> None:
+    """Raise `InputError` where a token to be scored has no text; the model checks all others."""
+    largest = max((max(one.token_ids, default=0) for one in continuations), default=0)
+    if vocab_size is not None and largest >= vocab_size:
+        raise InputError(f"token_ids holds {largest}, must be below vocab_size={vocab_size}")
 
 
 def _padded(

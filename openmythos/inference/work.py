@@ -82,17 +82,19 @@ class Work:
         )
 
     def tell_finish(self, number: int, reason: FinishReason, error: str | None = None) -> None:
-        """End choice `number` and tell it."""
+        """End choice `number` and tell it; where the last text completes a stop, that ended it."""
         choice, text = self.choices[number], ""
         if not choice.hold.stopped:
             text = choice.hold.push(choice.text.finish()) + choice.hold.finish()
+        if reason == "length" and choice.hold.stop is not None:
+            reason = "stop"
         choice.finished = True
         self.emit(
             FinishEvent(
                 choice=number,
                 reason=reason,
                 text=text,
-                stop=choice.hold.stop,
+                stop=choice.hold.stop if reason == "stop" else None,
                 error=error,
                 prompt_tokens=len(self.request.token_ids),
                 cached_tokens=self.cached_tokens,

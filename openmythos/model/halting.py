@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -275,6 +276,17 @@ def make_rule(name: str, threshold: float | None, learned: Any, readout: Readout
     if not isinstance(name, str) or name not in HALTING:
         raise InputError(f"halting={name!r} must be one of {', '.join(HALTING)}")
     return HALTING[name](threshold, learned, readout)
+
+
+def with_thresholds(rule: Rule, thresholds: Float[Tensor, " rows"]) -> Rule:
+    """Return a rule of the same kind for one call, in which each row has a threshold of its own.
+
+    What it says of a row is what a rule with that row's threshold says, to the bit: torch rounds a
+    number to a tensor's dtype before it compares or multiplies.
+    """
+    made = copy(rule)
+    made.threshold = thresholds  # type: ignore[assignment]  # for `decide` alone, which takes both
+    return made
 
 
 def select(memory: Memory, rows: Tensor | Bool[Tensor, " rows"]) -> Memory:

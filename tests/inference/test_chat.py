@@ -75,7 +75,16 @@ def test_a_template_may_refuse_a_conversation():
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ messages[9].content }}", "{{ messages + 1 }}", "{{ 1 / 0 }}", "{{ ''.x.y }}"]
+    "template",
+    [
+        "{{ messages[9].content }}",
+        "{{ messages + 1 }}",
+        "{{ 1 / 0 }}",
+        "{{ ''.x.y }}",
+        "{{ '{0}'.format() }}",
+        "{{ '{a}'.format() }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
 )
 def test_a_template_that_fails_is_a_refusal(template):
     with pytest.raises(InputError, match="messages must be a conversation"):

@@ -17,7 +17,8 @@ from openmythos.errors import EngineStopped, InputError, QueueFull
 from openmythos.inference.engine import Engine, EngineSettings
 from openmythos.inference.generate import generate
 from openmythos.inference.language_model import LanguageModel
-from openmythos.inference.passes import Passes
+from openmythos.inference.pages import Pages, Table
+from openmythos.inference.passes import Passes, page_bytes
 from openmythos.inference.request import (
     FinishEvent,
     PromptEvent,
@@ -25,8 +26,10 @@ from openmythos.inference.request import (
     TokenEvent,
 )
 from openmythos.inference.sampling import Sampling
+from openmythos.inference.scoring import Continuation, score
 from openmythos.inference.thinking import Thinking
-from openmythos.inference.ticks import Ticker
+from openmythos.inference.ticks import Ticker, likeliest
+from openmythos.model.halting import HALTING
 from openmythos.training.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(
@@ -297,7 +300,8 @@ def test_a_full_cache_gives_up_what_nobody_uses_and_admits_in_turn(lm):
     needed = ticker_of(lm)._job(requests[0], 0).pages
     ticker = ticker_of(lm, pages=needed * 2)
     together = run(ticker, requests)
-    assert ticker.pages.evictions
+    (again,) = run(ticker, [requests[0]])
+    assert again[-1].cached_tokens == 0  # it was given up
     assert [written(events) for events in together] == [written(alone(lm, one)) for one in requests]
 
 
@@ -504,6 +508,12 @@ def test_a_character_cut_off_by_the_length_is_marked(lm):
     assert events[-1].new_tokens == 4
 
 
+def test_a_stop_that_the_last_character_completes_is_why_a_text_ends(lm):
+    events = ending(lm, "日本", max_new_tokens=4, stop=("\ufffd",))
+    assert text_of(events) == "日"
+    assert (events[-1].reason, events[-1].stop) == ("stop", "\ufffd")
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_constraint_bounds_every_choice_and_finishes_it(lm, packed):
     constraint = Spelling(*letters("ab"), [5, 6, 7], packed=packed)
@@ -571,14 +581,48 @@ def test_a_constraint_that_cannot_be_copied_ends_its_own_request_alone(lm):
         assert list(engine.submit(request()))[-1].reason == "length"
 
 
+def thresholds(halting, count):
+    """Requests under one kind of rule, each with a threshold of its own."""
+    middle = THINKING[halting].threshold
+    at = [middle * (0.5 + number / count / 2) for number in range(count)]
+    kinds = [Thinking(loops=6, halting=halting, threshold=threshold) for threshold in at]
+    return [
+        request(9, seed=number, max_new_tokens=3, thinking=thinking)
+        for number, thinking in enumerate(kinds)
+    ]
+
+
 def test_thresholds_of_requests_long_gone_are_forgotten(lm):
     ticker = ticker_of(lm)
-    for number in range(40):
-        think = Thinking(loops=2, halting="kl", threshold=0.01 + number / 1000)
-        run(ticker, [request(2, max_new_tokens=1, thinking=think)])
     rules = ticker.passes.rules
-    assert len(rules.kept) <= 16
-    assert set(rules.memories) <= set(rules.kept)
+    for one in thresholds("kl", 5):
+        run(ticker, [one])
+        assert len(rules.kept) == 1
+
+
+@pytest.mark.parametrize("halting", ["kl", "act"])
+def test_rules_of_one_kind_are_asked_together_whatever_their_thresholds(lm, halting, monkeypatch):
+    kind, asked = HALTING[halting], []
+    real = kind.decide
+
+    def decide(self, before, *rest):
+        asked.append(len(before))
+        return real(self, before, *rest)
+
+    requests = thresholds(halting, 4)
+    expected = [written(alone(lm, one)) for one in requests]
+    assert len({loops for one in expected for _, _, loops, *_ in one}) > 1
+    monkeypatch.setattr(kind, "decide", decide)
+    ticker, calls = ticker_of(lm), []
+    for some in ([replace(requests[0], choices=4)], requests):
+        asked.clear()
+        events = run(ticker, some)
+        calls.append(len(asked) / ticker.counts.ticks)
+    assert [written(one) for one in events] == expected
+    assert calls[1] < 1.5 * calls[0]
+    memory = ticker.passes.rules.memories
+    assert list(memory) == [kind]
+    assert len(memory[kind][0]) == len(ticker.passes.h)
 
 
 def test_a_tick_that_fails_ends_those_in_flight_and_the_engine_goes_on(lm, monkeypatch, caplog):
@@ -673,6 +717,106 @@ def test_weights_that_move_write_the_same_and_new_ones_are_read():
     assert found == written(alone(lm, request()))
 
 
+def replaced(lm):
+    layer = lm.model.core.layers[0].attention.out
+    layer.weight = torch.nn.Parameter(-layer.weight.detach())
+
+
+@torch.no_grad()
+def written_in_place(lm):
+    lm.model.core.layers[0].attention.out.weight.neg_()
+
+
+@torch.no_grad()
+def learned_exit(lm):
+    lm.model.core.gate.bias.add_(3.0)
+
+
+@pytest.mark.parametrize("name", ["gqa, experts", "lora, linear injection"])
+@pytest.mark.parametrize("change", [replaced, written_in_place, learned_exit])
+def test_nothing_that_other_weights_have_read_is_found(name, change):
+    lm = model_of(name)
+    ticker = ticker_of(lm)
+    one = request(40, max_new_tokens=3, thinking=THINKING["gate"])
+    first, found = run(ticker, [one])[0], run(ticker, [one])[0]
+    assert found[-1].cached_tokens == 32
+    change(lm)
+    events, again = run(ticker, [one])[0], run(ticker, [one])[0]
+    assert events[-1].cached_tokens == 0
+    assert again[-1].cached_tokens == 32
+    assert written(first) != written(events) == written(again) == written(alone(lm, one))
+
+
+def test_what_weights_that_are_gone_still_write_is_never_found(lm):
+    lm, started = model_of(), []
+    ticker = ticker_of(lm, budget=1)  # the second waits until the first has ended
+    one = request(20, max_new_tokens=20)
+    with torch.inference_mode():
+        ticker.add(one, started.append)
+        while not any(isinstance(event, TokenEvent) for event in started):
+            ticker.tick()
+    written_in_place(lm)
+    (waited,) = run(ticker, [replace(one, max_new_tokens=2)])
+    assert isinstance(started[-1], FinishEvent)
+    assert waited[-1].cached_tokens == 0
+    assert written(waited) == written(alone(lm, replace(one, max_new_tokens=2)))
+
+
+def test_only_prompts_that_are_looked_up_count_as_such(lm):
+    one = request(20, max_new_tokens=1)
+    unseen = [
+        replace(one, prompt_logprobs=True),
+        replace(one, thinking=Thinking(loops=3, cache_policy="last")),
+    ]
+    ticker = ticker_of(lm)
+    run(ticker, [one, *unseen])
+    assert (ticker.counts.prompt_tokens, ticker.counts.looked_up_tokens) == (60, 20)
+    ticker = ticker_of(lm, prefix_sharing=False)
+    run(ticker, [one])
+    assert (ticker.counts.prompt_tokens, ticker.counts.looked_up_tokens) == (20, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_likeliest_are_those_of_a_stable_sort(dtype):
+    generator = torch.Generator().manual_seed(0)
+    for turn in range(60):
+        logprobs = torch.randn(97, generator=generator).to(dtype).float()
+        if turn % 3:
+            logprobs = (logprobs * 2).round()  # ties
+        if turn % 2:
+            logprobs[torch.rand(97, generator=generator) < 0.9] = -torch.inf
+        values, ids = logprobs.sort(descending=True, stable=True)
+        for count in (0, 1, 5, 20, 97, 200):
+            expected = list(zip(ids[:count].tolist(), values[:count].tolist(), strict=True))
+            assert list(likeliest(logprobs, count)) == expected
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=1.3, top_k=40, seed=5), GREEDY])
+def test_choices_write_what_the_rows_of_generate_write(lm, sampling):
+    one = request(9, choices=3, sampling=sampling, max_new_tokens=8)
+    new = generate(
+        lm.model,
+        torch.tensor([one.token_ids] * 3),
+        max_new_tokens=one.max_new_tokens,
+        sampling=sampling,
+    )
+    rows = torch.stack([token.token_ids for token in new], 1).tolist()
+    events = alone(lm, one)
+    for choice, row in enumerate(rows):
+        assert [event[1] for event in written(events) if event[0] == choice] == row
+
+
+def test_logprobs_are_those_of_scores_where_the_model_has_ids_without_text():
+    lm = model_of(vocab_size=TOKENIZER.vocab_size + 50)
+    one = request(12, max_new_tokens=4)
+    tokens = [event for event in alone(lm, one) if isinstance(event, TokenEvent)]
+    written_ids = tuple(event.token_id for event in tokens)
+    asked = [Continuation(one.token_ids, written_ids)]
+    (found,) = score(lm.model, asked, one.thinking, vocab_size=TOKENIZER.vocab_size)
+    assert found.log_likelihood == pytest.approx(sum(e.logprob for e in tokens), abs=1e-4)
+    assert found.greedy
+
+
 def test_a_listener_that_fails_loses_its_request_alone(lm, caplog):
     with Engine(lm, EngineSettings(cache_bytes=1 << 22)) as engine:
         one = request(9, max_new_tokens=30)
@@ -681,10 +825,7 @@ def test_a_listener_that_fails_loses_its_request_alone(lm, caplog):
         def listener(event):
             raise RuntimeError("the loop is closed")
 
-        try:
-            bad.add_listener(listener)
-        except RuntimeError:  # an event had come already
-            bad.cancel()
+        bad.add_listener(listener)
         assert list(bad)[-1].reason in ("cancelled", "length")
         assert written(list(good)) == written(alone(lm, one))
 
@@ -700,6 +841,27 @@ def test_listeners_and_readers_get_every_event_in_order(lm):
         submission.add_listener(late.append)
         assert early == late == read == list(submission)
         assert submission.finished
+
+
+def test_a_listener_of_a_request_that_could_not_start_may_wait_for_one_who_cancels(lm):
+    class Single(Spelling):
+        def copy(self):
+            raise RuntimeError("there is but one")
+
+    engine, waited = Engine(lm, EngineSettings(cache_bytes=1 << 22)), []
+    bad, other = engine.submit(request(constraint=Single([1]))), engine.submit(request())
+
+    def listener(event):
+        canceller = threading.Thread(target=other.cancel, daemon=True)
+        canceller.start()
+        canceller.join(5)
+        waited.append(not canceller.is_alive())
+
+    bad.add_listener(listener)
+    with engine:
+        assert list(bad)[-1].reason == "error"
+        assert list(other)[-1].reason in ("cancelled", "length")
+    assert waited == [True]
 
 
 def test_a_full_queue_refuses_and_says_so(lm):
@@ -788,6 +950,24 @@ def test_cancelling_twice_or_late_is_harmless(lm):
         assert list(other)[-1].reason == "length"
         other.cancel()
         assert list(other)[-1].reason == "length"
+
+
+def test_the_pages_that_a_request_needs_are_told_for_any_number_of_tokens(lm):
+    engine = Engine(lm, EngineSettings(cache_bytes=1 << 22))
+    one = request(20, max_new_tokens=30, choices=2)
+    longer = replace(one, max_new_tokens=60)
+    assert engine.pages_needed(one) == engine._ticker._job(one, 0).pages
+    assert engine.pages_needed(one, 60) == engine.pages_needed(longer) > engine.pages_needed(one)
+    engine.stop()
+
+
+def test_tables_of_choices_that_share_a_long_prompt_count_as_pages(lm):
+    job = ticker_of(lm)._job(request(100, max_new_tokens=2, choices=16), 0)
+    table = Table(Pages(1), job.layout, 101, 0)
+    tables = 16 * (table.addresses.nbytes + table.exits.nbytes)
+    of_keys = replace(job.layout, page_bytes=None)
+    without = of_keys.pages(100, 1) + 15 * of_keys.fork_pages(100, 1)
+    assert (job.pages - without) * page_bytes(lm.model) >= tables
 
 
 REFUSED = [

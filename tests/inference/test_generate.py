@@ -7,6 +7,7 @@ from typecheck import unchecked
 
 from openmythos.errors import InputError
 from openmythos.inference.generate import generate
+from openmythos.inference.noise import draw_at
 from openmythos.inference.sampling import Sampling
 from openmythos.inference.thinking import Thinking
 
@@ -67,6 +68,25 @@ def test_a_seed_repeats_a_text_and_another_does_not():
         written(model, token_ids, 12, sampling=Sampling(temperature=2.0, seed=seed))[0].tolist()
         for seed in (1, 1, 2)
     ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_rows_are_drawn_by_seed_row_and_place_behind_their_own_prompt():
+    model, sampling = tiny(), Sampling(temperature=2.0, seed=1)
+    batch, mask = some_ids(2, 5), torch.tensor([[True] * 5, [False] * 2 + [True] * 3])
+    tokens, _ = written(model, batch, 3, sampling=sampling, mask=mask)
+    for row, prompt in enumerate([batch[0].tolist(), batch[1, 2:].tolist()]):
+        for token in tokens[row].tolist():
+            logits = model(torch.tensor([prompt])).logits[0, -1]
+            assert token == draw_at(logits, sampling, 1, row, len(prompt))
+            prompt.append(token)
+
+
+def test_without_a_seed_torchs_own_generator_decides():
+    model, token_ids, texts = tiny(), some_ids(), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        texts.append(written(model, token_ids, 12, sampling=Sampling(temperature=2.0))[0].tolist())
     assert texts[0] == texts[1] != texts[2]
 
 

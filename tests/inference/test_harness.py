@@ -117,6 +117,20 @@ def test_it_writes_what_the_model_writes(make, folder):
     assert model.generate_until(asked(("the", short))) == [expected]
 
 
+def test_no_document_that_it_writes_is_empty(make):
+    model = make(loops=2)
+    end = model.lm.tokenizer.end_id
+
+    def likes_to_end(_, __, logits):
+        logits[..., end] += 1e6
+        return logits
+
+    model.lm.model.head.register_forward_hook(likes_to_end)
+    nothing, word = model.generate_until(asked(("", {}), ("the", {})))
+    assert nothing
+    assert word == ""  # which ends one that is not
+
+
 def test_it_draws_as_it_is_asked_to(make, folder):
     lm, model = library.load(folder), make(loops=2)
     for wish, sampling in (

@@ -102,12 +102,38 @@ def test_a_column_unused_for_longest_is_given_up_first_and_later_ones_before_ear
     for chain in chains:
         for column in reversed(chain):
             pages.release(column)
-    for given_up, found in ((1, [1, 1]), (2, [0, 1]), (3, [0, 0])):
+    for found in ([1, 1], [0, 1], [0, 0]):
         assert pages.promise(1)
         pages.take()
-        assert pages.evictions == given_up
         lengths = [len(pages.find("salt", [t] * 2 * PAGE)) for t in (1, 2)]
         assert lengths == found
+
+
+def test_nothing_is_found_after_forgetting_and_no_page_is_lost():
+    pages, chain = Pages(4), []
+    assert pages.promise(3)
+    for token, before in ((1, None), (2, None), (3, 1)):
+        column = Column({0: pages.take()})
+        pages.publish(column, "salt" if before is None else chain[before], (token,) * PAGE, (0,))
+        chain.append(column)
+    pages.release(chain[0])  # the others are in use
+    pages.forget()
+    pages.check()
+    assert (pages.free, pages.cached, pages.used) == (2, 0, 2)
+    assert pages.find("salt", [1] * PAGE) == pages.find("salt", [2] * PAGE) == []
+    for column in (chain[2], chain[1]):
+        pages.release(column)
+    pages.check()
+    assert pages.free == pages.total
+
+
+def test_a_table_counts_as_the_pages_whose_memory_it_takes():
+    of_keys = Layout(outer=1, loops=3)
+    both = Layout(outer=1, loops=3, page_bytes=1000)
+    table = Table(Pages(1), both, 50, 0)
+    size = table.addresses.nbytes + table.exits.nbytes
+    assert both.pages(40, 10) - of_keys.pages(40, 10) == -(-size // 1000)
+    assert both.fork_pages(40, 10) - of_keys.fork_pages(40, 10) == -(-size // 1000)
 
 
 def test_nothing_is_found_behind_another_salt_or_other_tokens():

@@ -142,6 +142,18 @@ def test_what_the_model_would_write_itself_is_greedy():
     assert scores[0].log_likelihood > scores[1].log_likelihood
 
 
+def test_ids_without_text_play_no_part():
+    model = tiny(dtype=torch.float64)
+    logits = model(torch.tensor([[7, 8]]), 3).logits[0, -1].detach()
+    most = int(logits.argmax())  # from here on the tokenizer has none
+    best = int(logits[:most].argmax())
+    (one,) = score(model, [Continuation((7, 8), (best,))], Thinking(loops=3), vocab_size=most)
+    assert one.greedy
+    assert one.log_likelihood == pytest.approx(float(logits[:most].log_softmax(-1)[best]))
+    with pytest.raises(InputError, match=f"token_ids holds {most}, must be below vocab_size"):
+        score(model, [Continuation((7,), (most,))], Thinking(loops=3), vocab_size=most)
+
+
 def test_a_shared_context_is_read_once():
     model, read = tiny(max_length=40), []
     model.embed.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].numel()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,13 @@ from torch import Tensor
 
 from openmythos.inference.language_model import LanguageModel
 from openmythos.inference.thinking import Thinking
-from openmythos.model.transformer import cross_entropy
+from openmythos.model.rope import rope_rows
+from openmythos.model.span import Place, Span
+from openmythos.model.transformer import OpenMythos, cross_entropy
+
+
+class Unwanted(Exception):  # noqa: N818 - nothing has gone wrong
+    """Nobody waits for what is worked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +44,17 @@ class Lens:
 
 @torch.inference_mode()
 def look(
-    lm: LanguageModel, token_ids: Sequence[int], *, thinking: Thinking, top: int, first: int = 0
+    lm: LanguageModel,
+    token_ids: Sequence[int],
+    *,
+    thinking: Thinking,
+    top: int,
+    first: int = 0,
+    unwanted: Callable[[], bool] = lambda: False,
 ) -> Lens:
     """Run a text through the core once and read out the states after every loop.
 
-    One loop's logits are held at a time.
+    One loop's logits are held at a time, of the places that are shown.
 
     Args:
         lm: the model; only read.
@@ -50,11 +62,14 @@ def look(
         thinking: loops, halting rule and threshold. The cache's policy plays no part.
         top: likeliest tokens to keep at each place.
         first: the place to show first; those before are read all the same.
+        unwanted: asked before the core runs and before each loop is read out.
 
     Raises:
+        Unwanted: `unwanted` said so.
         InputError: the model cannot take the tokens, loops, rule or threshold.
     """
     model, vocab = lm.model, lm.tokenizer.vocab_size
+    _check_wanted(unwanted)
     ids = torch.tensor([list(token_ids)], device=model.embed.weight.device)
     out = model(
         ids,
@@ -69,11 +84,28 @@ def look(
     loops, final = out.loops[0, shown], out.logits[0, shown, :vocab]
     lens = _empty(final, loops, count=len(out.states), top=min(top, vocab))
     for loop, states in enumerate(out.states):
+        _check_wanted(unwanted)
         drawn_from = (loops == loop + 1).unsqueeze(-1)
-        logits = torch.where(drawn_from, final, model.decode(states)[0, shown, :vocab])
+        logits = torch.where(drawn_from, final, _decoded(model, states, shown)[:, :vocab])
         _fill(lens, loop, logits, following)
     experts = None if out.routing is None else out.routing[:, :, 0, shown]
     return replace(lens, experts=experts)
+
+
+def _check_wanted(unwanted: Callable[[], bool]) -> None:
+    if unwanted():
+        raise Unwanted
+
+
+def _decoded(
+    model: OpenMythos, states: Float[Tensor, "1 sequence hidden"], shown: slice
+) -> Float[Tensor, "places vocab"]:
+    """Return what `model.decode` does at the places that are shown: the coda needs the others."""
+    sequence, device = states.shape[1], states.device
+    span = Span.fresh(1, sequence, None, device)
+    rope = rope_rows(0, sequence, *model.rope_kind(), device).per_head()
+    y = model.after_core(states, rope, iter([Place(span)] * len(model.coda)))
+    return model.readout(y[0, shown])
 
 
 def _empty(

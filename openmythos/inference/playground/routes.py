@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, final
+from typing import Annotated, Any, final
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends
@@ -21,17 +21,23 @@ from starlette.responses import Response
 
 from openmythos.config import HaltingKind
 from openmythos.inference.language_model import LanguageModel
-from openmythos.inference.playground.lens import Lens, look
+from openmythos.inference.playground.lens import Lens, Unwanted, look
 from openmythos.inference.playground.walks import WalkBody, Walks
 from openmythos.inference.request import Event, FinishEvent, Request
-from openmythos.inference.server.answers import finish_of, respond, text_of, tokens_of
-from openmythos.inference.server.errors import busy, gone, invalid, json_response
+from openmythos.inference.server.answers import (
+    disconnected,
+    finish_of,
+    respond_with_events,
+    text_of,
+    tokens_of,
+)
+from openmythos.inference.server.errors import busy, gone, invalid, json_response, json_text
 from openmythos.inference.server.logprobs import token_text
-from openmythos.inference.server.schemas import Body, CompletionBody, Count, StreamOptions, TokenId
+from openmythos.inference.server.schemas import Body, CompletionBody, Count, StreamOptions, TokenIds
 from openmythos.inference.server.serving import Loaded, Serving, serving
 from openmythos.inference.server.settings import ServerSettings
-from openmythos.inference.server.stream import STREAMED
-from openmythos.inference.server.translate import check_max_loops, of_completion
+from openmythos.inference.server.stream import STREAMED, WholeAnswer
+from openmythos.inference.server.translate import allowed_loops, of_completion
 from openmythos.inference.shipped import REASONER
 from openmythos.inference.thinking import Thinking
 from openmythos.model.halting import halting_kinds
@@ -40,21 +46,22 @@ from openmythos.training.tokenizer import Tokenizer
 
 STATIC = Path(__file__).parent / "static"
 """The page's files."""
-MOST_TOKENS = 1024
-"""Longest text that is looked into: logits of all its places are held at once."""
-MOST_CELLS = 1 << 14
+LONGEST_LOOK = 1024
+"""Tokens of the longest text that is looked into: logits of all its places are held at once."""
+MOST_RUN = 1 << 15
+"""Most tokens times loops of one look: some seconds of a small model, in which others wait."""
+MOST_SHOWN = 1 << 14
 """Most places times loops in one answer, which is then at most a few megabytes."""
 MOST_WAITING = 8
 """Most looks and walks that are worked at or wait; more are refused."""
 
 Server = Annotated[Serving, Depends(serving)]
-T = TypeVar("T")
 
 
 class LensBody(Body):
     """The body of `POST /v1/playground/lens`."""
 
-    token_ids: Annotated[list[TokenId], Field(min_length=1)]
+    token_ids: TokenIds
     """The text, with the end-of-document token that starts it."""
     first: Count = 0
     """Show places from this one on; those before are read all the same."""
@@ -81,11 +88,13 @@ def playground(reasoner: str | Path = REASONER) -> APIRouter:
         return json_response({**known, "reasoner": walks.describe()})
 
     @router.post("/stream", response_class=Response, responses=STREAMED)
-    async def stream(body: CompletionBody, server: Server, http: HttpRequest) -> Response:
+    async def stream(body: CompletionBody, server: Server) -> Response:
         """Continue a text: a stream of tokens with their ids, loops and losses."""
         body = streamed(body)
         read = partial(read_stream, body, server.settings)
-        return await respond(body, http, server, read, prefix="play", named="playground.tokens")
+        return await respond_with_events(
+            body, server, read, prefix="play", named="playground.tokens"
+        )
 
     @router.post("/lens")
     async def lens(body: LensBody, server: Server, http: HttpRequest) -> Response:
@@ -93,14 +102,16 @@ def playground(reasoner: str | Path = REASONER) -> APIRouter:
         loaded = server.ready()
         body.refuse_unknown()
         thinking = check_lens(body, loaded, server.settings)
-        return json_response(await turns.take(lambda: see(body, loaded.lm, thinking), http))
+        seen = await turns.take(partial(see, body, loaded.lm, thinking), server, http)
+        return WholeAnswer(seen, server.settings.send_seconds)
 
     @router.post("/walk")
     async def walk(body: WalkBody, server: Server, http: HttpRequest) -> Response:
         """Solve a walk through rooms, and show what is believed after each loop."""
         server.ready()
         body.refuse_unknown()
-        return json_response(await turns.take(lambda: walks.solve(body), http))
+        solved = await turns.take(lambda _: json_text(walks.solve(body)), server, http)
+        return WholeAnswer(solved, server.settings.send_seconds)
 
     return router
 
@@ -137,11 +148,19 @@ class Turns:
     def __init__(self) -> None:
         self._lock, self._taken = asyncio.Lock(), 0
 
-    async def take(self, work: Callable[[], T], http: HttpRequest) -> T:
+    async def take(
+        self, work: Callable[[Callable[[], bool]], str], server: Serving, http: HttpRequest
+    ) -> str:
         """Wait for a turn and return what `work` returns.
 
+        Args:
+            work: may ask what it is given whether it is still wanted, and then raise `Unwanted`.
+            server: may run out of time for it.
+            http: who asks, and may go away.
+
         Raises:
-            ApiError: too many wait already, or the client has gone meanwhile.
+            ApiError: too many wait already, the client has gone meanwhile, or the server is being
+                stopped and waits no longer.
         """
         if self._taken >= MOST_WAITING:
             raise busy(
@@ -152,9 +171,23 @@ class Turns:
             async with self._lock:
                 if await http.is_disconnected():
                     raise gone()
-                return await to_thread.run_sync(work)
+                return await self._do(work, server, http)
+        except Unwanted:
+            raise server.unavailable() if server.given_up else gone() from None
         finally:
             self._taken -= 1
+
+    async def _do(
+        self, work: Callable[[Callable[[], bool]], str], server: Serving, http: HttpRequest
+    ) -> str:
+        """Work in a thread, which cannot be ended: it asks whether to go on."""
+        if server.given_up:
+            raise Unwanted
+        watching = asyncio.create_task(disconnected(http))
+        try:
+            return await to_thread.run_sync(work, lambda: watching.done() or server.given_up)
+        finally:
+            watching.cancel()
 
 
 @final
@@ -189,10 +222,6 @@ class TokenWriter:
         finishes = [event for event in events if isinstance(event, FinishEvent)]
         return {"tokens": tokens, "rest": text_of(finishes), "finish_reason": finish_of(events)}
 
-    def whole(self, events: Sequence[Event]) -> dict[str, Any]:
-        """All of it."""
-        return self.opening() | self.chunk(events)
-
     def _named(self, token_id: int) -> dict[str, Any]:
         return {"id": token_id, "name": token_text(self._tokenizer, token_id)}
 
@@ -207,7 +236,11 @@ def describe(name: str, loaded: Loaded, settings: ServerSettings) -> dict[str, A
         "max_loops": settings.max_loops,
         "core_layers": config.core_layers,
         "experts": config.experts,
-        "lens": {"max_tokens": min(MOST_TOKENS, loaded.max_length), "max_cells": MOST_CELLS},
+        "lens": {
+            "max_tokens": min(LONGEST_LOOK, loaded.max_length),
+            "max_run": MOST_RUN,
+            "max_shown": MOST_SHOWN,
+        },
         "rules": rules(loaded.lm.model),
     }
 
@@ -230,9 +263,12 @@ def check_lens(body: LensBody, loaded: Loaded, settings: ServerSettings) -> Thin
     """Return how deep the text is thought about.
 
     Raises:
-        ApiError: the text or the answer would be too long, or loops too many.
+        ApiError: the text or the answer would be too long, or loops or all of them together too
+            many.
     """
-    count, most = len(body.token_ids), min(MOST_TOKENS, loaded.max_length)
+    count, most = len(body.token_ids), min(LONGEST_LOOK, loaded.max_length)
+    if not count:
+        raise invalid("token_ids must hold at least one token id", "token_ids")
     if count > most:
         raise invalid(
             f"token_ids holds {count} tokens, must hold at most {most}: look into a shorter text",
@@ -245,28 +281,40 @@ def check_lens(body: LensBody, loaded: Loaded, settings: ServerSettings) -> Thin
         )
     if body.first >= count:
         raise invalid(f"first={body.first} must be below the {count} tokens of token_ids", "first")
-    thinking = Thinking(loops=body.loops, halting=body.halting, threshold=body.threshold)
+    asked = allowed_loops(body.loops, loaded, settings)
+    thinking = Thinking(loops=asked, halting=body.halting, threshold=body.threshold)
     loops = thinking.loops_of(loaded.lm.model.config)
-    check_max_loops(loops, settings)
-    if (count - body.first) * loops > MOST_CELLS:
+    if count * loops > MOST_RUN:
         raise invalid(
-            f"first={body.first} with loops={loops} must leave at most {MOST_CELLS // loops} of "
-            f"{count} places: raise it to {count - MOST_CELLS // loops}",
+            f"loops={loops} with {count} tokens must be at most {MOST_RUN // count}: ask for "
+            "fewer, or look into a shorter text",
+            "loops",
+        )
+    if (count - body.first) * loops > MOST_SHOWN:
+        raise invalid(
+            f"first={body.first} with loops={loops} must leave at most {MOST_SHOWN // loops} of "
+            f"{count} places: raise it to {count - MOST_SHOWN // loops}",
             "first",
         )
     return thinking
 
 
-def see(body: LensBody, lm: LanguageModel, thinking: Thinking) -> dict[str, Any]:
-    """Look into a text and return what is seen, in plain values."""
-    lens = look(lm, body.token_ids, thinking=thinking, top=body.top, first=body.first)
-    return {
-        "first": body.first,
-        "places": _places(lens),
-        "names": {
-            str(token): token_text(lm.tokenizer, token) for token in lens.top.unique().tolist()
-        },
-    }
+def see(body: LensBody, lm: LanguageModel, thinking: Thinking, unwanted: Callable[[], bool]) -> str:
+    """Look into a text and return what is seen as JSON.
+
+    Raises:
+        Unwanted: `unwanted` said so.
+    """
+    lens = look(
+        lm,
+        body.token_ids,
+        thinking=thinking,
+        top=body.top,
+        first=body.first,
+        unwanted=unwanted,
+    )
+    names = {str(token): token_text(lm.tokenizer, token) for token in lens.top.unique().tolist()}
+    return json_text({"first": body.first, "places": _places(lens), "names": names})
 
 
 def _places(lens: Lens) -> list[dict[str, Any]]:

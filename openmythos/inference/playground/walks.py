@@ -80,7 +80,7 @@ class Walks:
         hops = int(HOUSE.follow(token_ids).hops[0, -1])
         loops = min(MOST_LOOPS, self._reasoner.enough(hops)) if body.loops is None else body.loops
         thinking = Thinking(loops=loops, halting=body.halting, threshold=body.threshold)
-        return told(self._reasoner.solve(token_ids, thinking))
+        return plain_values(self._reasoner.solve(token_ids, thinking))
 
 
 def walk_of(body: WalkBody) -> Int64[np.ndarray, "1 sequence"]:
@@ -106,7 +106,7 @@ def walk_of(body: WalkBody) -> Int64[np.ndarray, "1 sequence"]:
     return token_ids
 
 
-def told(trace: Trace) -> dict[str, Any]:
+def plain_values(trace: Trace) -> dict[str, Any]:
     """Return a trace in plain values: rooms by their numbers, a walk's words as they are."""
     return {
         "walk": [WORDS[token_id] for token_id in trace.chain.token_ids[0].tolist()],

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, final, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, final, runtime_checkable
 
 from anyio import to_thread
 from fastapi import Request as HttpRequest
@@ -19,14 +19,13 @@ from openmythos.inference.server.errors import (
     gone,
     invalid,
     json_text,
-    text_response,
     unavailable,
 )
 from openmythos.inference.server.json_output import TOO_COMPLEX
 from openmythos.inference.server.mailbox import Mailbox
 from openmythos.inference.server.schemas import Generation, StreamOptions, refuse_model
 from openmythos.inference.server.serving import Loaded, Serving
-from openmythos.inference.server.stream import EventStream
+from openmythos.inference.server.stream import EventStream, WholeAnswer
 
 T = TypeVar("T")
 MOST_AT_ONCE = 32
@@ -46,16 +45,24 @@ class Writer(Protocol):
         """Return the chunk of some events; None: nothing of them shows."""
         ...
 
+
+@runtime_checkable
+class WholeWriter(Writer, Protocol):
+    """Writes a choice in one piece as well."""
+
     def whole(self, events: Sequence[Event]) -> dict[str, Any]:
         """Return the choice from all of its events."""
         ...
+
+
+W = TypeVar("W", bound=Writer, covariant=True)
 
 
 async def respond(
     body: Generation,
     http: HttpRequest,
     server: Serving,
-    read: Callable[[Loaded], tuple[Sequence[Request], Sequence[Writer]]],
+    read: Callable[[Loaded], tuple[Sequence[Request], Sequence[WholeWriter]]],
     *,
     prefix: str,
     named: str,
@@ -73,34 +80,58 @@ async def respond(
     Raises:
         ApiError, InputError: the body does not fit, or the server cannot take it now.
     """
+    if body.stream:
+        return await respond_with_events(body, server, read, prefix=prefix, named=named)
+    answer = await _submitted(body, server, read, prefix=prefix, named=named)
+    try:
+        text = await unless_gone(http, answer.whole())
+    finally:
+        answer.mailbox.close()
+    return WholeAnswer(text, server.settings.send_seconds)
+
+
+async def respond_with_events(
+    body: Generation,
+    server: Serving,
+    read: Callable[[Loaded], tuple[Sequence[Request], Sequence[Writer]]],
+    *,
+    prefix: str,
+    named: str,
+) -> Response:
+    """Do the same for a body that asks for a stream."""
+    answer = await _submitted(body, server, read, prefix=prefix, named=named)
+    chunks = answer.chunks(body.stream_options or StreamOptions())
+    return EventStream(chunks, answer.mailbox, server.settings.send_seconds)
+
+
+async def _submitted(
+    body: Generation,
+    server: Serving,
+    read: Callable[[Loaded], tuple[Sequence[Request], Sequence[W]]],
+    *,
+    prefix: str,
+    named: str,
+) -> Answer[W]:
+    """Check a body and give it to the engine; whoever calls closes the mailbox."""
     loaded = server.ready()
     refuse_model(body.model, server.name)
     body.check()
     # In a thread: long texts and schemas take a while, in which others want their tokens.
     requests, writers = await to_thread.run_sync(read, loaded)
-    settings = server.settings
-    answer = Answer(
+    most = server.settings.max_unread * len(writers) if body.stream else None
+    return Answer(
         prefix=prefix,
         object=named,
         model=server.name,
         writers=writers,
         choices=body.choices,
-        mailbox=server.submit(
-            requests, most=settings.max_unread * len(writers) if body.stream else None
-        ),
-        usage=Usage([len(request.token_ids) for request in requests]),
+        mailbox=server.submit(requests, most=most),
+        usage=UsageSoFar([len(request.token_ids) for request in requests]),
     )
-    if body.stream:
-        chunks = answer.chunks(body.stream_options or StreamOptions())
-        return EventStream(chunks, answer.mailbox, settings.send_seconds)
-    try:
-        return text_response(await unless_gone(http, answer.whole()))
-    finally:
-        answer.mailbox.close()
 
 
 @final
-class Usage:
+class UsageSoFar:
     """What a request has taken so far.
 
     Args:
@@ -134,26 +165,26 @@ class Usage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class Answer(Generic[W]):
     """The frame that is the same in every chunk of one answer."""
 
     prefix: str
     """Of its id."""
     object: str
     model: str
-    writers: Sequence[Writer]
+    writers: Sequence[W]
     """One for each choice, those of the first prompt first."""
     choices: int
     """Of each prompt."""
     mailbox: Mailbox
-    usage: Usage
+    usage: UsageSoFar
     id: str = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", f"{self.prefix}-{uuid.uuid4().hex}")
 
-    async def whole(self) -> str:
+    async def whole(self: Answer[WholeWriter]) -> str:
         """Wait for every choice and return the answer as JSON.
 
         Raises:
@@ -164,7 +195,7 @@ class Answer:
             events[index] += parts
         return await to_thread.run_sync(self._written, events)
 
-    def _written(self, events: Sequence[Sequence[Event]]) -> str:
+    def _written(self: Answer[WholeWriter], events: Sequence[Sequence[Event]]) -> str:
         """Return the whole answer as JSON, each choice by itself: nothing else runs in between."""
         choices = [
             json_text({"index": index, **writer.whole(events[index])})
@@ -269,7 +300,7 @@ async def unless_gone(request: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
         ApiError: the client has gone.
     """
     working = asyncio.create_task(work)
-    watching = asyncio.create_task(_gone(request))
+    watching = asyncio.create_task(disconnected(request))
     try:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -280,6 +311,7 @@ async def unless_gone(request: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
         watching.cancel()
 
 
-async def _gone(request: HttpRequest) -> None:
+async def disconnected(request: HttpRequest) -> None:
+    """Wait until the client has gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -25,7 +25,13 @@ from openmythos import __version__
 from openmythos.inference.server import chat, completions
 from openmythos.inference.server.errors import add_handlers, json_response
 from openmythos.inference.server.metrics import CONTENT_TYPE
-from openmythos.inference.server.middleware import CountAnswers, LimitBody, RequireKey, is_within
+from openmythos.inference.server.middleware import (
+    CountAnswers,
+    CountRunning,
+    LimitBody,
+    RequireKey,
+    is_within,
+)
 from openmythos.inference.server.schemas import (
     ErrorBody,
     Health,
@@ -78,6 +84,9 @@ def create_app(
         app.include_router(part)
     if static is not None:
         app.router.routes.append(Rest("/", Fresh(directory=static, html=True), list(app.routes)))
+    app.add_middleware(
+        CountRunning, counted=server.answering
+    )  # bodies that still come do not count
     app.add_middleware(LimitBody, most=lambda: server.most_body)
     if server.settings.api_key is not None:
         app.add_middleware(RequireKey, key=server.settings.api_key)

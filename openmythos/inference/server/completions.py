@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from openmythos.inference.request import Event, PromptEvent, Request
 from openmythos.inference.server.answers import finish_of, respond, text_of, tokens_of
-from openmythos.inference.server.logprobs import CompletionLogprobs, Offsets
+from openmythos.inference.server.logprobs import LogprobLists, Offsets
 from openmythos.inference.server.schemas import Completion, CompletionBody
 from openmythos.inference.server.serving import Loaded, Serving, serving
 from openmythos.inference.server.settings import ServerSettings
@@ -75,7 +75,7 @@ class Echo:
     def logprobs(self, event: PromptEvent) -> dict[str, list[Any]]:
         """Return the entries of the prompt's tokens, without the mark that the server put first."""
         if self._lists is None:
-            entries = CompletionLogprobs(self._tokenizer)
+            entries = LogprobLists(self._tokenizer)
             marks = len(event.logprobs) - len(self._token_ids)
             for place, token_id in enumerate(self._token_ids, start=marks):
                 entries.add(token_id, event.logprobs[place], event.top_logprobs[place])
@@ -95,9 +95,9 @@ class CompletionWriter:
 
     def __init__(self, body: CompletionBody, prompt: Echo, tokenizer: Tokenizer) -> None:
         self._body, self._prompt, self._echoed = body, prompt, prompt.text
-        self._logprobs: CompletionLogprobs | None = None
+        self._logprobs: LogprobLists | None = None
         if body.logprobs is not None:
-            self._logprobs = CompletionLogprobs(tokenizer, prompt.offsets())
+            self._logprobs = LogprobLists(tokenizer, prompt.offsets())
 
     def opening(self) -> dict[str, Any] | None:
         """The prompt, where it is wanted back without what must be computed first."""

@@ -183,11 +183,11 @@ def _unreadable(cause: BaseException | None) -> str:
 
 
 def _is_of_an_id(found: dict[str, Any]) -> bool:
-    """Whether it is a number in a prompt that is no token id."""
+    """Whether it is a number among token ids that is none."""
     value, is_in_a_list = found["input"], isinstance(found["loc"][-1], int)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     kind = found["type"].startswith(("int", "greater_than", "less_than"))
-    return number and kind and is_in_a_list and "prompt" in found["loc"]
+    return number and kind and is_in_a_list and not {"prompt", "token_ids"}.isdisjoint(found["loc"])
 
 
 def _unexpected(_: Request, __: Exception) -> Response:

@@ -31,10 +31,10 @@ LAYOUT: JsonCompileOptions = {
 }
 
 
-MOST_PARTS = 5000
+SCHEMA_PARTS = 5000
 """Objects and lists that a schema may have. A grammar is compiled by recursion, which each of them
 may make one deeper: past the end of a stack the whole process would die."""
-MOST_BYTES = 1 << 17
+SCHEMA_BYTES = 1 << 17
 """Bytes that a schema may have as JSON: to compile so many takes some tenths of a second."""
 TOO_COMPLEX = "schema is too complex to be kept"
 """How the sentence begins about a schema that can be compiled and then not be followed."""
@@ -60,15 +60,15 @@ class JsonGrammars:
         if schema is False:
             raise InputError("schema must be a JSON schema that allows something, is false")
         schema = {} if schema is True else schema
-        if (parts := _parts(schema)) > MOST_PARTS:
+        if (parts := _parts(schema)) > SCHEMA_PARTS:
             raise InputError(
-                f"schema must be a JSON schema of at most {MOST_PARTS} objects and lists, has "
+                f"schema must be a JSON schema of at most {SCHEMA_PARTS} objects and lists, has "
                 f"{parts} or more"
             )
         text = _written(schema)
-        if len(text) > MOST_BYTES:
+        if len(text) > SCHEMA_BYTES:
             raise InputError(
-                f"schema must be a JSON schema of at most {MOST_BYTES} bytes, has {len(text)}"
+                f"schema must be a JSON schema of at most {SCHEMA_BYTES} bytes, has {len(text)}"
             )
         try:
             matcher = _on_a_deep_stack(
@@ -127,9 +127,9 @@ class JsonConstraint:
 
 
 def _parts(schema: object) -> int:
-    """Count objects and lists, to a few beyond `MOST_PARTS`; nesting of any depth is fine."""
+    """Count objects and lists, to a few beyond `SCHEMA_PARTS`; nesting of any depth is fine."""
     count, rest = 0, [schema]
-    while rest and count <= MOST_PARTS:
+    while rest and count <= SCHEMA_PARTS:
         part = rest.pop()
         if isinstance(part, dict | list):
             count += 1

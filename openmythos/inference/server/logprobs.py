@@ -59,7 +59,7 @@ class Offsets:
         return start
 
 
-class CompletionLogprobs:
+class LogprobLists:
     """The shape of completions.
 
     Args:

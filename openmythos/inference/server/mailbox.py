@@ -13,8 +13,7 @@ from contextlib import suppress
 from typing import Protocol, runtime_checkable
 
 from openmythos.inference.request import Event, FinishEvent
-
-Listener = Callable[[Event], None]
+from openmythos.inference.submission import Listener
 
 
 @runtime_checkable

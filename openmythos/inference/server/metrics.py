@@ -175,11 +175,13 @@ def engine_metrics(now: Statistics, metrics: Metrics) -> list[Metric]:
         gauge("num_requests_waiting", "Requests that wait for admission", now.waiting),
         gauge(
             "kv_cache_usage_perc",
-            "Part of the cache's pages that requests in flight hold, from 0 to 1",
-            now.pages_used / now.pages_total,
+            "Part of the cache's pages that requests in flight hold or were promised, from 0 to 1",
+            (now.pages_used + now.pages_promised) / now.pages_total,
         ),
         gauge("core_rows", "Positions in the core", now.rows),
-        total("prefix_cache_queries", "Prompt tokens looked up in the cache", done.prompt_tokens),
+        total(
+            "prefix_cache_queries", "Prompt tokens looked up in the cache", done.looked_up_tokens
+        ),
         total("prefix_cache_hits", "Prompt tokens found in the cache", done.cached_tokens),
         total("spec_decode_num_draft_tokens", "Tokens drafted", done.drafted_tokens),
         total("spec_decode_num_accepted_tokens", "Drafts that proved true", done.accepted_tokens),

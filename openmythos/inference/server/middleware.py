@@ -1,10 +1,11 @@
-"""What stands before the routes: the key, the bound on bodies, the count of answers, the name."""
+"""What stands before the routes: the key, the bound on bodies, the counts of answers, the name."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from typing import final
 
 from starlette.datastructures import Headers
@@ -136,6 +137,27 @@ class CheckHost:
             await error.response()(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+
+@final
+class CountRunning:
+    """Counts a request while it is answered: from the end of its body to the answer's last byte.
+
+    Args:
+        app: what stands behind it.
+        counted: holds for as long as one is.
+    """
+
+    def __init__(self, app: ASGIApp, counted: Callable[[], AbstractContextManager[None]]) -> None:
+        self._app, self._counted = app, counted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on and count it meanwhile."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        with self._counted():
+            await self._app(scope, receive, send)
 
 
 @final

@@ -6,14 +6,12 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from openmythos.inference.passes import layout
 from openmythos.inference.request import Request
-from openmythos.inference.scheduler import Job
 from openmythos.inference.server.errors import ApiError, invalid
 from openmythos.inference.server.serving import Loaded
 from openmythos.inference.thinking import Thinking
 
-MOST_CELLS = 1 << 18
+ANSWER_LOGPROBS = 1 << 18
 """Most log-probabilities that are held at once for one answer: its choices, times their positions,
 times the likeliest tokens and the one that stands there. As JSON they have up to 7 MB (as chat
 20 MB). The new tokens of a stream do not count, because they go out as they come."""
@@ -43,7 +41,7 @@ class Asked:
     """Whether tokens go out as they come."""
 
 
-def room(asked: Asked, loaded: Loaded) -> int:
+def tokens_to_make(asked: Asked, loaded: Loaded) -> int:
     """Return the most tokens to make: as many as asked, or as usual where so many fit.
 
     Raises:
@@ -60,7 +58,7 @@ def room(asked: Asked, loaded: Loaded) -> int:
     return fitting
 
 
-def check_cells(requests: Sequence[Request], field: str, streamed: bool) -> None:
+def check_logprobs(requests: Sequence[Request], field: str, streamed: bool) -> None:
     """Check how many log-probabilities one answer would hold.
 
     Args:
@@ -69,21 +67,21 @@ def check_cells(requests: Sequence[Request], field: str, streamed: bool) -> None
         streamed: whether tokens go out as they come.
 
     Raises:
-        ApiError: more than `MOST_CELLS`.
+        ApiError: more than `ANSWER_LOGPROBS`.
     """
-    cells = sum(
+    count = sum(
         one.choices
         * (one.logprobs + 1)
         * (one.max_new_tokens * (not streamed) + len(one.token_ids) * one.prompt_logprobs)
         for one in requests
         if one.logprobs is not None
     )
-    if cells > MOST_CELLS:
+    if count > ANSWER_LOGPROBS:
         echoed = ", prompt with echo" if requests[0].prompt_logprobs else ""
         raise invalid(
-            f"{field}={requests[0].logprobs} with n={requests[0].choices} would give {cells} "
-            f"log-probabilities, must give at most {MOST_CELLS} in one answer: ask for less of "
-            f"{field}, n, max_tokens{echoed}",
+            f"{field}={requests[0].logprobs} with n={requests[0].choices} would give {count} "
+            f"log-probabilities, must give at most {ANSWER_LOGPROBS} in one answer: ask for less "
+            f"of {field}, n, max_tokens{echoed}",
             field,
         )
 
@@ -116,7 +114,7 @@ def _shown(asked: Asked) -> int:
     """Return how many tokens' log-probabilities an answer has place for: at least one's."""
     if asked.logprobs is None or asked.streamed:
         return asked.usual
-    positions = MOST_CELLS // (asked.answered * (asked.logprobs + 1))
+    positions = ANSWER_LOGPROBS // (asked.answered * (asked.logprobs + 1))
     return max(1, positions - len(asked.token_ids) * asked.echoed)
 
 
@@ -143,15 +141,10 @@ def _check_cached(asked: Asked, loaded: Loaded, new: int) -> None:
 
 def _pages(asked: Asked, loaded: Loaded, new: int) -> int:
     """Return how many pages the engine promises for so many new tokens of each choice."""
-    model, thinking = loaded.lm.model, asked.thinking
-    loops = thinking.loops_of(model.config)
-    job = Job(
-        number=0,
+    request = Request(
         token_ids=asked.token_ids,
         max_new_tokens=new,
-        loops=loops,
+        thinking=asked.thinking,
         choices=asked.choices,
-        priority=0,
-        layout=layout(model, loops, thinking.cache_policy),
     )
-    return job.pages
+    return loaded.engine.pages_needed(request)

@@ -24,6 +24,8 @@ NEAR = ("localhost", "127.0.0.1", "[::1]")
 """What this machine is called by programs on it."""
 LAST_SECONDS = 5
 """How long connections have to close once every request has been answered or given up."""
+FAILED_SECONDS = 5.0
+"""How long clients are told that the engine has died, before the process ends."""
 
 
 def run(app: FastAPI, *, on_ready: Callable[[str], None]) -> None:
@@ -36,6 +38,7 @@ def run(app: FastAPI, *, on_ready: Callable[[str], None]) -> None:
     Raises:
         ConfigError: the address cannot be listened on.
         CheckpointError, TokenizerError: the model cannot be loaded.
+        EngineStopped: the engine has died.
     """
     server: Serving = app.state.serving
     listening = listen(server.settings.host, server.settings.port)
@@ -109,7 +112,7 @@ class Process(uvicorn.Server):
     """uvicorn, but the first signal drains: it answers 503 to what is new and 200 to what runs.
 
     A second signal cancels what runs. Both end with exit code 0, where uvicorn would raise the
-    signal again.
+    signal again. Where the engine has died, it ends by itself, a moment later.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class Process(uvicorn.Server):
         self._server, self._on_ready = server, on_ready
         self._told = False
         self._deadline: float | None = None
+        self._died: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; the second time, give up what runs."""
@@ -133,6 +137,9 @@ class Process(uvicorn.Server):
             self._on_ready()
         if self._server.failure is not None:
             self.should_exit = True
+        if self._server.died:
+            self._died = time.monotonic() if self._died is None else self._died
+            self.should_exit |= time.monotonic() >= self._died + FAILED_SECONDS
         if self._deadline is not None:
             if time.monotonic() >= self._deadline:
                 self._server.give_up()

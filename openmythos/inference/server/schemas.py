@@ -83,7 +83,7 @@ MESSAGE_IDLE: dict[str, tuple[Any, ...]] = {
 """The same of messages: a client may send a reply back as its library keeps it."""
 
 
-def describe(schema: dict[str, Any], body: type[Body]) -> None:
+def make_strict(schema: dict[str, Any], body: type[Body]) -> None:
     """Make the JSON schema of a body as strict as `Body.refuse_unknown` and further checks are."""
     idle = {name: {"enum": [*values, None]} for name, values in body.IDLE.items()}
     schema["properties"] |= idle | {name: {} for name in body.LABELS}
@@ -95,7 +95,9 @@ def describe(schema: dict[str, Any], body: type[Body]) -> None:
 class Body(BaseModel):
     """Part of a request: types are exact, and fields that are not known are kept, to be judged."""
 
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True, json_schema_extra=describe)
+    model_config = ConfigDict(
+        strict=True, extra="allow", frozen=True, json_schema_extra=make_strict
+    )
 
     IDLE: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """Fields that are not supported, and the values with which they change nothing."""
@@ -185,7 +187,8 @@ class Generation(Body):
     """Go on after the end of a document. Not OpenAI's."""
 
     loops: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
-    """Most loops a token takes; default: the model's mean. Ours."""
+    """Most loops a token takes; default: the model's mean, or the server's
+    max_loops where that is less. Ours."""
     halting: HaltingKind | None = "none"
     """When a token leaves the core before. Ours."""
     threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
@@ -244,7 +247,8 @@ class CompletionBody(Generation):
 
     prompt: str | TokenIds | Texts | Prompts | None = ""
     """Text, which starts a document; or token ids, taken as they are; or a list of either."""
-    max_tokens: Count | None = 16
+    max_tokens: Count | None = None
+    """Most tokens of a choice; default: 16, or as many as fit."""
     best_of: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     """No other than `n`: nothing is made and thrown away."""
     echo: bool | None = False
@@ -422,7 +426,7 @@ class ModelCard(BaseModel):
     owned_by: str
     max_model_len: int
     mean_loops: int
-    """Loops of a token where a request names none."""
+    """Loops of a token where a request names none and `max_loops` is no less."""
     max_loops: int
     halting: list[str]
     """Rules that this model can follow."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, final, runtime_checkable
 
@@ -17,9 +18,10 @@ from openmythos.inference.language_model import LanguageModel
 from openmythos.inference.request import Request
 from openmythos.inference.server.errors import ApiError, busy, unavailable
 from openmythos.inference.server.json_output import JsonGrammars
-from openmythos.inference.server.mailbox import Listener, Mailbox
+from openmythos.inference.server.mailbox import Mailbox
 from openmythos.inference.server.metrics import Metrics, engine_metrics
 from openmythos.inference.server.settings import ServerSettings
+from openmythos.inference.submission import Listener
 
 OTHER_FIELDS, TOKEN_BYTES, LARGEST_BODY = 1 << 18, 8, 8 << 20
 """Bytes of a body: for all but its prompts, for each token of those, and at most, all together."""
@@ -32,6 +34,10 @@ class Accepted(Protocol):
 
     def add_listener(self, listener: Listener) -> None:
         """Call `listener` with every event, those so far included."""
+        ...
+
+    def hand_over(self, listener: Listener) -> None:
+        """Do the same for the last listener, and keep no events."""
         ...
 
     def cancel(self) -> None:
@@ -50,6 +56,10 @@ class Continues(Protocol):
 
     def submit_all(self, requests: Sequence[Request]) -> Sequence[Accepted]:
         """Accept requests, or raise `InputError`, `QueueFull` or `EngineStopped`."""
+        ...
+
+    def pages_needed(self, request: Request, max_new_tokens: int | None = None) -> int:
+        """Return the most pages that a request may need, or would with so many new tokens."""
         ...
 
     def statistics(self) -> Statistics:
@@ -101,6 +111,9 @@ class Serving:
         self._loader: threading.Thread | None = None
         self._loaded: Loaded | None = None
         self._draining = self._stopped = False
+        self.given_up = False
+        """Whether what still runs has no time left."""
+        self._answering = 0
         self._open: set[Mailbox] = set()
         self._lock = threading.Lock()
 
@@ -116,9 +129,24 @@ class Serving:
         return "ready" if self._loaded.engine.alive else "failed"
 
     @property
+    def died(self) -> bool:
+        """Whether the engine has ended without having been told to."""
+        loaded = self._loaded
+        return loaded is not None and not self._stopped and not loaded.engine.alive
+
+    @property
     def idle(self) -> bool:
-        """Whether no request is being answered."""
-        return not self._open
+        """Whether no request is being answered, to the last byte."""
+        return not self._answering
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Count a request that is being answered; on the event loop."""
+        self._answering += 1
+        try:
+            yield
+        finally:
+            self._answering -= 1
 
     def start(self) -> None:
         """Begin to load."""
@@ -147,10 +175,11 @@ class Serving:
         """
         loaded = self._loaded
         if loaded is None or self.state != "ready":
-            raise self._unavailable()
+            raise self.unavailable()
         return loaded
 
-    def _unavailable(self) -> ApiError:
+    def unavailable(self) -> ApiError:
+        """Return why it cannot be asked now."""
         state = self.state
         return unavailable(
             {
@@ -181,13 +210,13 @@ class Serving:
             for number, (request, accepted) in enumerate(zip(requests, every, strict=True)):
                 mailbox.expect(accepted, request.choices)
                 accepted.add_listener(meters[number])
-                accepted.add_listener(mailbox.listener(number))
+                accepted.hand_over(mailbox.listener(number))
         except BaseException as error:
             mailbox.close()
             if isinstance(error, QueueFull):
                 raise busy(str(error)) from None
             if isinstance(error, EngineStopped):
-                raise self._unavailable() from None
+                raise self.unavailable() from None
             raise
         return mailbox
 
@@ -197,12 +226,15 @@ class Serving:
 
     def give_up(self) -> None:
         """Cancel every request that still runs."""
+        self.given_up = True
         for mailbox in list(self._open):
             mailbox.cancel()
 
     def stop(self) -> None:
-        """End the engine."""
+        """End the engine; where it has died, that is the server's failure."""
         with self._lock:
+            if self.died:
+                self.failure = EngineStopped("the engine has failed: the lines before say why")
             self._stopped, loaded = True, self._loaded
         if loaded is not None:
             loaded.engine.stop(drain=False)

@@ -11,7 +11,7 @@ from openmythos.inference.request import Constraint, Request
 from openmythos.inference.sampling import Sampling
 from openmythos.inference.server.errors import invalid
 from openmythos.inference.server.json_output import JsonGrammars
-from openmythos.inference.server.room import Asked, check_cells, room, too_long
+from openmythos.inference.server.room import Asked, check_logprobs, tokens_to_make, too_long
 from openmythos.inference.server.schemas import ChatBody, ChatMessage, CompletionBody, Generation
 from openmythos.inference.server.serving import Loaded
 from openmythos.inference.server.settings import ServerSettings
@@ -47,7 +47,7 @@ def of_completion(
                 fields=("prompt", "max_tokens"),
                 choices=body.choices,
                 answered=body.choices * count,
-                thinking=_thinking(body, settings),
+                thinking=_thinking(body, loaded, settings),
                 logprobs=body.logprobs,
                 echoed=bool(body.echo) and body.logprobs is not None,
                 streamed=bool(body.stream),
@@ -55,7 +55,7 @@ def of_completion(
         )
         for token_ids in prompts
     ]
-    check_cells(requests, "logprobs", bool(body.stream))
+    check_logprobs(requests, "logprobs", bool(body.stream))
     return requests, starts
 
 
@@ -89,29 +89,33 @@ def of_chat(body: ChatBody, loaded: Loaded, settings: ServerSettings) -> Request
             fields=("messages", name),
             choices=body.choices,
             answered=body.choices,
-            thinking=_thinking(body, settings),
+            thinking=_thinking(body, loaded, settings),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             echoed=False,
             streamed=bool(body.stream),
         ),
     )
-    check_cells([request], "top_logprobs", bool(body.stream))
+    check_logprobs([request], "top_logprobs", bool(body.stream))
     return request
 
 
-def check_max_loops(loops: int, settings: ServerSettings) -> None:
-    """Raise `ApiError` where more loops are asked for than the server allows."""
-    if loops > settings.max_loops:
-        raise invalid(
-            f"loops={loops} must be at most {settings.max_loops}, this server's max_loops", "loops"
-        )
+def allowed_loops(asked: int | None, loaded: Loaded, settings: ServerSettings) -> int | None:
+    """Return the most loops of a token; None: the model's mean, where the server allows so many.
+
+    Raises:
+        ApiError: more are asked for than the server allows.
+    """
+    most = settings.max_loops
+    if asked is None:
+        return None if loaded.lm.model.config.mean_loops <= most else most
+    if asked > most:
+        raise invalid(f"loops={asked} must be at most {most}, this server's max_loops", "loops")
+    return asked
 
 
-def _thinking(body: Generation, settings: ServerSettings) -> Thinking:
-    if body.loops is not None:
-        check_max_loops(body.loops, settings)
+def _thinking(body: Generation, loaded: Loaded, settings: ServerSettings) -> Thinking:
     return Thinking(
-        loops=body.loops,
+        loops=allowed_loops(body.loops, loaded, settings),
         halting=body.halting or "none",
         threshold=body.threshold,
         cache_policy=body.cache_policy or "per_loop",
@@ -119,7 +123,7 @@ def _thinking(body: Generation, settings: ServerSettings) -> Thinking:
 
 
 def _request(body: Generation, loaded: Loaded, asked: Asked) -> Request:
-    most, constraint = room(asked, loaded), _constraint(body, loaded.grammars)
+    most, constraint = tokens_to_make(asked, loaded), _constraint(body, loaded.grammars)
     if body.draft_loops is not None and constraint is not None:
         raise invalid("draft_loops must be left out with response_format", "draft_loops")
     return Request(

@@ -399,7 +399,7 @@ def test_sampling_may_be_set_as_finely_as_the_server_takes_it(visit):
 
 
 def test_what_was_not_looked_into_is_told_with_its_reason(visit, monkeypatch):
-    monkeypatch.setattr(routes, "MOST_CELLS", 43)
+    monkeypatch.setattr(routes, "MOST_SHOWN", 43)
     held = threading.Event()
 
     def script(run):

@@ -1,20 +1,27 @@
 """The playground's routes: what the page is told, and what is refused."""
 
+import asyncio
 import json
 import re
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from fake_engine import SAID, client_of, error_of, events_of, language_model, say
+from fake_engine import SAID, client_of, error_of, events_of, language_model, say, wait_until
+from fastapi.exceptions import RequestValidationError
 from tiny import tiny
 
 from openmythos.inference.playground import routes
-from openmythos.inference.playground.routes import STATIC, playground
+from openmythos.inference.playground.lens import Unwanted, look
+from openmythos.inference.playground.routes import STATIC, Turns, playground
 from openmythos.inference.reasoner import Reasoner
+from openmythos.inference.server.errors import unavailable
 from openmythos.inference.thinking import Thinking
 from openmythos.model.halting import HALTING
+from openmythos.model.transformer import OpenMythos
 from openmythos.tasks.rooms import HOUSE, ROOMS, read_walk
 
 BASE = "/v1/playground"
@@ -165,10 +172,10 @@ def test_a_look_inside_is_the_lens_in_json(client):
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
-        ({"token_ids": []}, "token_ids=[] must have at least 1 item"),
+        ({"token_ids": []}, "token_ids must hold at least one token id"),
         ({"token_ids": [0] * 65}, "token_ids holds 65 tokens, must hold at most 64"),
         ({"token_ids": [0, 290]}, "token_ids holds 290, must hold ids below vocab_size="),
-        ({"token_ids": [0, -1]}, "token_ids[1]=-1 must be greater than or equal to 0"),
+        ({"token_ids": [0, -1]}, "token_ids[1]=-1 must be a token id: an integer from 0 to"),
         ({"token_ids": [0], "first": 1}, "first=1 must be below the 1 tokens"),
         ({"token_ids": [0], "top": 11}, "top=11 must be less than or equal to 10"),
         ({"token_ids": [0], "loops": 65}, "loops=65 must be at most 64"),
@@ -183,8 +190,111 @@ def test_what_the_lens_cannot_show_is_refused(client, body, sentence):
     assert (error.status, error.message[: len(sentence)]) == (400, sentence)
 
 
+def test_a_long_list_of_wrong_ids_is_refused_at_the_first(client, monkeypatch):
+    """An error for each item would hold up everybody for half a minute."""
+    found, errors = [], RequestValidationError.errors
+
+    def counted(self):
+        found.append(len(errors(self)))
+        return errors(self)
+
+    monkeypatch.setattr(RequestValidationError, "errors", counted)
+    error = error_of(client.post(f"{BASE}/lens", json={"token_ids": [-1] * 30_000}))
+    assert (error.status, error.param) == (400, "token_ids[0]")
+    assert found == [1]
+
+
+def test_the_work_of_a_look_is_bounded_however_little_is_shown(client, monkeypatch):
+    monkeypatch.setattr(routes, "MOST_RUN", 28)
+    body = {"token_ids": [0] * 9, "first": 8}
+    error = error_of(client.post(f"{BASE}/lens", json={**body, "loops": 4}))
+    assert error.param == "loops"
+    assert error.message.startswith("loops=4 with 9 tokens must be at most 3: ask for fewer")
+    assert len(post(client, "lens", **body, loops=3)["places"]) == 1
+
+
+def test_without_loops_a_look_takes_the_mean_or_as_many_as_are_allowed():
+    with client_of(routers=[playground("nowhere")], max_loops=2) as client:
+        (place,) = post(client, "lens", token_ids=[0])["places"]
+        assert (place["loops"], language_model().model.config.mean_loops) == (2, 3)
+
+
+def in_turns(server, visitors):
+    """Give each visitor's work its turn; return what it said, or its error."""
+
+    async def main():
+        turns = Turns()
+        return await asyncio.gather(
+            *(turns.take(work, server, http) for work, http in visitors), return_exceptions=True
+        )
+
+    return asyncio.run(main())
+
+
+class Visitor:
+    """A client that goes once it is told to."""
+
+    def __init__(self):
+        self.went = threading.Event()
+
+    async def is_disconnected(self):
+        return self.went.is_set()
+
+    async def receive(self):
+        while not self.went.is_set():
+            await asyncio.sleep(0.001)
+        return {"type": "http.disconnect"}
+
+
+def test_work_that_nobody_waits_for_makes_way_for_the_next():
+    def forever(unwanted):
+        gone.went.set()
+        look(language_model(), [0], thinking=Thinking(), top=1, unwanted=waiting(unwanted))
+
+    gone, server = Visitor(), SimpleNamespace(given_up=False)
+    error, said = in_turns(server, [(forever, gone), (lambda _: "next", Visitor())])
+    assert (error.status, said) == (499, "next")
+
+
+def waiting(unwanted):
+    """Ask until it is so, as a look of a thousand loops would."""
+
+    def asked():
+        wait_until(unwanted)
+        return True
+
+    return asked
+
+
+def test_looks_end_when_the_server_has_no_time_left():
+    def forever(unwanted):
+        server.given_up = True
+        look(language_model(), [0], thinking=Thinking(), top=1, unwanted=waiting(unwanted))
+
+    server = SimpleNamespace(given_up=False, unavailable=lambda: unavailable("stopped", "draining"))
+    errors = in_turns(server, [(forever, Visitor()), (forever, Visitor())])
+    assert [(error.status, error.code) for error in errors] == [(503, "draining")] * 2
+
+
+def test_a_look_asks_before_each_loop_whether_it_is_wanted(monkeypatch):
+    asked, places, readout = [], [], OpenMythos.readout
+
+    def counted(self, y):
+        places.append(y.shape[:-1].numel())
+        return readout(self, y)
+
+    monkeypatch.setattr(OpenMythos, "readout", counted)
+    lm, how = language_model(), {"thinking": Thinking(loops=3), "top": 1, "first": 4}
+    look(lm, [0] * 6, **how, unwanted=lambda: bool(asked.append(1)))
+    assert len(asked) == 1 + 3
+    assert places == [6, 2, 2, 2]  # the call's own, and then what is shown
+    with pytest.raises(Unwanted):
+        look(lm, [0] * 6, **how, unwanted=lambda: True)
+    assert len(places) == 4
+
+
 def test_an_answer_of_the_lens_is_bounded(client, monkeypatch):
-    monkeypatch.setattr(routes, "MOST_CELLS", 12)
+    monkeypatch.setattr(routes, "MOST_SHOWN", 12)
     body = {"token_ids": [0] * 9, "loops": 3}
     error = error_of(client.post(f"{BASE}/lens", json=body))
     assert error.message == ("first=0 with loops=3 must leave at most 4 of 9 places: raise it to 5")

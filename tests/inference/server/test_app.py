@@ -53,7 +53,7 @@ def test_metrics_count_tokens_loops_and_time():
         ("http_requests_total", "other", "404"): 1,
         ("num_requests_running",): 2,
         ("num_requests_waiting",): 0,
-        ("kv_cache_usage_perc",): 0.25,
+        ("kv_cache_usage_perc",): 0.375,
         ("prefix_cache_queries_total",): 0,
         ("spec_decode_num_draft_tokens_total",): 0,
         ("spec_decode_num_accepted_tokens_total",): 0,

@@ -3,7 +3,7 @@
 import pytest
 from fake_engine import SAID, client_of, error_of, events_of, language_model
 
-from openmythos.inference.server.room import MOST_CELLS
+from openmythos.inference.server.room import ANSWER_LOGPROBS
 from openmythos.inference.server.schemas import ChatCompletion
 
 HELLO = [{"role": "user", "content": "The mice"}]
@@ -86,7 +86,7 @@ def test_the_length_of_a_reply_has_two_names_and_a_default(client):
 
 def test_a_reply_without_a_limit_is_fitted_to_what_an_answer_may_hold():
     fields = {"logprobs": True, "top_logprobs": 20, "n": 64}
-    most = MOST_CELLS // (64 * 21)
+    most = ANSWER_LOGPROBS // (64 * 21)
     with client_of(max_length=4096) as other:
         chat(other, **fields, max_tokens=None)
         assert other.engine.runs[-1].request.max_new_tokens == most

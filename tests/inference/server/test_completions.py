@@ -6,7 +6,7 @@ import pytest
 from fake_engine import SAID, client_of, error_of, events_of, language_model, wait_until
 
 from openmythos.inference.server import answers, room
-from openmythos.inference.server.logprobs import CompletionLogprobs
+from openmythos.inference.server.logprobs import LogprobLists
 from openmythos.inference.server.schemas import Completion
 from openmythos.inference.thinking import Thinking
 
@@ -126,9 +126,23 @@ def test_null_means_the_default(client):
     assert request.thinking == Thinking()
 
 
-def test_the_usual_length_is_cut_where_less_fits(client):
-    complete(client, prompt=[[5] * 60], max_tokens=None)
-    assert client.engine.runs[-1].request.max_new_tokens == 4
+@pytest.mark.parametrize("named", [{}, {"max_tokens": None}])
+def test_the_usual_length_is_cut_where_less_fits(client, named):
+    for prompt, most in [([5] * 60, 4), ([5], 16)]:
+        response = client.post("/v1/completions", json={"prompt": prompt, **named})
+        assert response.status_code == 200, response.text
+        assert client.engine.runs[-1].request.max_new_tokens == most
+
+
+def test_without_loops_there_are_as_many_as_the_model_has_and_the_server_allows(client):
+    complete(client, prompt="a")
+    assert client.engine.runs[-1].request.thinking == Thinking()
+    with client_of(max_loops=2) as other:
+        complete(other, prompt="a")
+        assert other.engine.runs[-1].request.thinking == Thinking(loops=2)
+        body = {"messages": [{"role": "user", "content": "a"}]}
+        assert other.post("/v1/chat/completions", json=body).status_code == 200
+        assert other.engine.runs[-1].request.thinking == Thinking(loops=2)
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -209,7 +223,7 @@ def test_echo_gives_the_prompt_back_with_its_logprobs(client, tokenizer, as_ids)
 def test_a_prompt_is_formatted_once_for_all_its_choices_and_not_on_the_event_loop(
     client, monkeypatch, streams
 ):
-    added, threads, add = [], set(), CompletionLogprobs.add
+    added, threads, add = [], set(), LogprobLists.add
 
     def counted(self, token_id, logprob, top):
         added.append(token_id)
@@ -217,7 +231,7 @@ def test_a_prompt_is_formatted_once_for_all_its_choices_and_not_on_the_event_loo
         add(self, token_id, logprob, top)
 
     ids = [5, 6, 7]
-    monkeypatch.setattr(CompletionLogprobs, "add", counted)
+    monkeypatch.setattr(LogprobLists, "add", counted)
     fields = {"prompt": [ids, ids], "n": 4, "echo": True, "logprobs": 1, "max_tokens": 0}
     if streams:
         choices = [chunk["choices"][0] for chunk in stream(client, **fields)]
@@ -244,7 +258,7 @@ def test_an_answer_is_written_where_nobody_waits_for_it(client, monkeypatch):
 
 
 def test_log_probabilities_of_one_answer_have_a_bound(client):
-    most = room.MOST_CELLS // (2 * 64 * 21)  # as many positions
+    most = room.ANSWER_LOGPROBS // (2 * 64 * 21)  # as many positions
     fields = {"echo": True, "logprobs": 20, "n": 64, "max_tokens": 0}
     with client_of(max_length=1024) as other:
         assert complete(other, prompt=[[5] * most, [5] * most], **fields)["choices"]
@@ -254,7 +268,7 @@ def test_log_probabilities_of_one_answer_have_a_bound(client):
         assert (error.status, error.param) == (400, "logprobs")
         assert error.message == (
             f"logprobs=20 with n=64 would give {64 * 21 * 2 * (most + 1)} log-probabilities, must "
-            f"give at most {room.MOST_CELLS} in one answer: ask for less of logprobs, n, "
+            f"give at most {room.ANSWER_LOGPROBS} in one answer: ask for less of logprobs, n, "
             "max_tokens, prompt with echo"
         )
         assert len(other.engine.runs) == asked

@@ -6,7 +6,7 @@ import pytest
 from fake_engine import language_model
 
 from openmythos.inference.server.logprobs import (
-    CompletionLogprobs,
+    LogprobLists,
     Offsets,
     chat_logprob,
     token_text,
@@ -29,13 +29,13 @@ def test_no_two_tokens_that_can_be_drawn_have_one_name():
 
 def test_what_cannot_happen_has_a_finite_number():
     assert chat_logprob(TOKENIZER, 5, -math.inf, [(6, -math.inf)])["logprob"] == -9999
-    lists = CompletionLogprobs(TOKENIZER)
+    lists = LogprobLists(TOKENIZER)
     lists.add(5, -math.inf, [(6, -1.0)])
     assert lists.take()["token_logprobs"] == [-9999]
 
 
 def test_an_offset_waits_for_its_character():
-    lists = CompletionLogprobs(TOKENIZER)
+    lists = LogprobLists(TOKENIZER)
     for part in (b"\xe2", b"\x98", b"\x83", b"!"):
         lists.add(of_bytes(part), -1.0, [])
     assert lists.take()["text_offset"] == [0, 0, 0, 1]

@@ -1,5 +1,6 @@
 """The server on real sockets: clients that go, stall, send too much, and the end of it all."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -21,8 +22,12 @@ from fake_engine import (
     wait,
     wait_until,
 )
+from fastapi import APIRouter
 from starlette.testclient import TestClient
 
+from openmythos.errors import EngineStopped
+from openmythos.inference.request import TokenEvent
+from openmythos.inference.server import run
 from openmythos.inference.server.run import Process, guarded, listen
 
 LONG = {"prompt": "a", "max_tokens": 1_000_000}
@@ -219,6 +224,72 @@ def test_running_requests_finish_while_new_ones_are_refused():
         server.thread.join(60)
         assert not server.thread.is_alive()
         assert not server.engine.alive
+        assert server.serving.failure is None
+
+
+def test_what_has_no_tokens_is_waited_for_as_well():
+    began, go, router = threading.Event(), threading.Event(), APIRouter()
+
+    @router.post("/slow")
+    def slow():
+        began.set()
+        go.wait(60)
+
+    with listening(say(), routers=[router]) as server:
+        connection = server.post({}, "/slow")
+        assert began.wait(60)
+        server.signal()
+        assert not asyncio.run(server.process.on_tick(1))  # it goes on
+        go.set()
+        assert connection.getresponse().status == 200
+        server.thread.join(60)
+        assert not server.thread.is_alive()
+
+
+def long_text(run):
+    """A script: one token of more than what lies in the sockets of both sides."""
+    run.say(TokenEvent(choice=0, token_id=1, text="x" * (4 << 20), loops=1))
+    run.finish("length")
+
+
+def test_a_whole_answer_is_waited_for_until_its_last_byte_is_sent():
+    with listening(long_text) as server:
+        connection = server.post({"prompt": "a"})
+        wait_until(lambda: server.engine.runs and server.engine.runs[0].cancelled.is_set())
+        server.signal()
+        assert not server.serving.idle
+        assert not asyncio.run(server.process.on_tick(1))
+        assert len(json.load(connection.getresponse())["choices"][0]["text"]) == 4 << 20
+        server.thread.join(60)
+        assert not server.thread.is_alive()
+
+
+def test_a_whole_answer_that_nobody_takes_is_cut_off():
+    with listening(long_text, send_seconds=0.1) as server:
+        connection = server.post({"prompt": "a"})
+        wait_until(lambda: server.engine.runs)
+        wait_until(lambda: server.serving.idle)
+        with pytest.raises(http.client.IncompleteRead):
+            connection.getresponse().read()
+
+
+def test_an_engine_that_dies_ends_the_process_with_an_error(monkeypatch):
+    monkeypatch.setattr(run, "FAILED_SECONDS", 0.0)
+    engine = FakeEngine(say())
+    app = make_app(engine, port=0)
+    with pytest.raises(EngineStopped, match="the engine has failed"):
+        run.run(app, on_ready=lambda _: setattr(engine, "alive", False))
+
+
+def test_clients_are_told_before_a_server_whose_engine_died_ends():
+    with listening(say()) as server:
+        server.engine.alive = False
+        refused = server.post({"prompt": "a"}).getresponse()
+        assert (refused.status, json.load(refused)["error"]["code"]) == (503, "failed")
+        assert not asyncio.run(server.process.on_tick(1))
+        server.signal()  # it ends sooner then, and as badly
+        server.thread.join(60)
+        assert isinstance(server.serving.failure, EngineStopped)
 
 
 @pytest.mark.parametrize("how", ["time", "second signal"])

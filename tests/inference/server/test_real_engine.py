@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from typecheck import unchecked
 
 from openmythos.cli import serve_command
+from openmythos.errors import InputError
 from openmythos.inference.chat import ChatLayout
 from openmythos.inference.engine import Engine
 from openmythos.inference.engine_settings import EngineSettings
@@ -77,6 +78,20 @@ def test_the_text_is_the_librarys(client, lm):
     # The library does not show the token that ends a document, the server counts it.
     assert answer["choices"][0]["loops"][: len(loops)] == loops
     assert answer["usage"]["loops"] == sum(answer["choices"][0]["loops"])
+
+
+def test_no_events_are_kept_beside_those_that_the_server_reads(client, monkeypatch):
+    accepted, submit_all = [], client.engine.submit_all
+
+    def noted(requests):
+        accepted.extend(submit_all(requests))
+        return accepted
+
+    monkeypatch.setattr(client.engine, "submit_all", noted)
+    body = {"prompt": PROMPT, "max_tokens": 4, "stream": True}
+    assert events_of(client.post("/v1/completions", json=body))
+    with pytest.raises(InputError, match="the events were handed over"):
+        list(accepted[0])
 
 
 def test_a_conversation_is_the_text_that_the_chat_command_writes(client, lm):
@@ -166,10 +181,10 @@ def test_drafts_give_the_text_of_the_full_depth(client):
 
 
 def test_a_reply_without_a_limit_is_fitted_to_the_pages_there_are(lm):
-    columns, loops, n = 2, 6, 3  # the slots of a sequence: the outer one and one for each loop
-    slots = layout(lm.model, loops, "per_loop").slots
+    columns, loops, n = 2, 6, 3
+    pages = n * layout(lm.model, loops, "per_loop").pages(2, columns * 16 - 2)  # and their tables
     messages = {"messages": [{"role": "user", "content": "a"}], "loops": loops, "n": n}
-    with client_of(lm, columns * slots * n * page_bytes(lm.model)) as client:
+    with client_of(lm, pages * page_bytes(lm.model)) as client:
         body = {**messages, "ignore_eos": True}
         answer = client.post("/v1/chat/completions", json=body).json()
         # Of the two columns of 16 positions the prompt has 2; the last token never enters the core.

@@ -291,14 +291,17 @@ export class Column {
 
   async #look() {
     const ids = this.tokens.map(({ id }) => id);
-    const { max_tokens, max_cells } = this.info.lens;
+    const { max_tokens, max_run, max_shown } = this.info.lens;
+    const { loops } = this.thinking;
+    const most = Math.min(max_tokens, Math.floor(max_run / loops));
     if (ids.length < 2) return;
-    if (ids.length > max_tokens) {
-      this.unseen = `The text is too long to look into: more than ${max_tokens} tokens.`;
+    if (ids.length > most) {
+      const deep = most < max_tokens ? ` at ${count(loops, "loop")}` : "";
+      this.unseen = `The text is too long to look into${deep}: more than ${most} tokens.`;
       this.#showKnown(this.unseen);
       return;
     }
-    const first = Math.max(0, ids.length - Math.floor(max_cells / this.thinking.loops));
+    const first = Math.max(0, ids.length - Math.floor(max_shown / loops));
     const looking = (this.looking = new AbortController());
     this.inside.clear("Looking inside…");
     try {
