@@ -18,31 +18,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from openmythos.config import HaltingKind
 from openmythos.evidence import graves_exits, text_exits
 from openmythos.evidence.cells import Cell, Result, Say, by_number, weights_digest
-from openmythos.evidence.fit import Batch, FitConfig, fit
-from openmythos.evidence.hop_training import REASONER, TASK, TRAINED_HOPS, HopTraining
+from openmythos.evidence.chain_exits import POINTS, RULES, as_point, exits
+from openmythos.evidence.gate_study import (
+    SHIPPED_TEST,
+    TEST,
+    GateFit,
+    Study,
+    fit_gate,
+    shown_chains,
+    train_on,
+)
+from openmythos.evidence.hop_training import REASONER
 from openmythos.evidence.paired import runs_of
 from openmythos.evidence.report import Expectation, Section, at_most, spread, table
 from openmythos.evidence.text_training import divided
 from openmythos.inference.shipped import LANGUAGE_MODEL, find_model, shipped
 from openmythos.inference.shipped import REASONER as SHIPPED_REASONER
 from openmythos.model.transformer import OpenMythos
-from openmythos.tasks.hops import Chains
-from openmythos.training.gate import Labelled, train_gate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,49 +52,6 @@ TITLE = "Adaptive computation: harder tokens take more loops"
 SEEDS = 3
 HOURS = 4.5
 """Of one core, for everything with so many seeds."""
-
-RULES: dict[HaltingKind, tuple[float, ...]] = {
-    "gate": (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999),
-    "delta": (0.01, 0.02, 0.05, 0.1),
-    "kl": (1e-4, 1e-3, 1e-2),
-}
-POINTS = 0.005
-"""Accuracy that a saving may cost: half a point."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GateFit:
-    """How a gate is trained, and what its exits may cost."""
-
-    steps: int
-    cost: float | None = None
-    """Nats a token."""
-    lost_accuracy: float | None = None
-    """Share of the answers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Study:
-    """One model with its gate, measured before and after a training with exits."""
-
-    training: HopTraining
-    budget: int = 40
-    """Most loops of a token."""
-    margin: float = 0.05
-    """Nats by which a state that the gate stops at may be worse than the best later one."""
-    gates: tuple[GateFit, ...] = (
-        *[GateFit(steps=150, cost=0.05)] * 3,
-        GateFit(steps=150, lost_accuracy=0.003),
-    )
-    """One after the other; the model is trained on with the exits of each but the last."""
-    exit_steps: int = 200
-    """Steps of each training with a gate's exits."""
-    held_out: int = 32
-    """Chains for each number of hops on which a gate's threshold is chosen. Where one answer is
-    wrong, most after it are, so that few chains say little."""
-    chains: int = 32
-    """Test chains for each number of hops, 1 to 20, each among as many no-ops as make 40 slots."""
-
 
 FULL = Study(training=REASONER)
 QUICK = Study(
@@ -137,239 +93,15 @@ def run(study: Study, folder: Path, say: Say) -> Result:
         if number == 0:
             before = _measured(model, study, gate, say)
         if number < len(study.gates) - 1:
-            _train_on(model, study, number, folder / f"exits-{number + 1}", say, exits=True)
+            train_on(model, study, number, folder / f"exits-{number + 1}", say, exits=True)
     after = _measured(model, study, gate, say)
     model.save_pretrained(folder / "reasoner", weights="bf16")
     return {**took, "before": before, "after": after}
 
 
-def fit_gate(model: OpenMythos, study: Study, how: GateFit) -> dict[str, Any]:
-    """Train the gate of a hop model; return what it does on held-out chains."""
-
-    def labelled(chains: Chains) -> Labelled:
-        return Labelled(torch.from_numpy(chains.token_ids), torch.from_numpy(chains.answers))
-
-    def batch(step: int) -> Labelled:
-        random = np.random.default_rng([study.training.seed, GATE_TRAINING, step])
-        hops = int(random.integers(1, TRAINED_HOPS + 1))
-        return labelled(TASK.chains(random, 16, hops, 2 * TRAINED_HOPS))
-
-    random = np.random.default_rng([study.training.seed, GATE_HELD_OUT])
-    held_out = [labelled(of_all_lengths(random, 1)) for _ in range(study.held_out)]
-    report = train_gate(
-        model,
-        batch,
-        held_out,
-        steps=how.steps,
-        budget=study.budget,
-        margin=study.margin,
-        cost=how.cost,
-        lost_accuracy=how.lost_accuracy,
-    )
-    return dataclasses.asdict(report)
-
-
-GATE_TRAINING, GATE_HELD_OUT, TEST, EXITS, SHIPPED_TEST = 10, 11, 12, 13, 15
-"""Streams of chains. The gate's size and how its threshold is found were chosen by those of `TEST`,
-and nothing by those of `SHIPPED_TEST`."""
-
-
-def shown_chains(study: Study, stream: int = TEST) -> Chains:
-    """Chains of 1 to `TRAINED_HOPS` hops in 40 slots: what all ways of leaving are asked."""
-    return of_all_lengths(np.random.default_rng([study.training.seed, stream]), study.chains)
-
-
-def of_all_lengths(random: np.random.Generator, count: int) -> Chains:
-    """So many chains of each number of hops, 1 to `TRAINED_HOPS`, among no-ops in 40 slots."""
-    lengths = range(1, TRAINED_HOPS + 1)
-    drawn = [TASK.chains(random, count, hops, 2 * TRAINED_HOPS) for hops in lengths]
-    return Chains(*(np.concatenate(parts) for parts in zip(*drawn, strict=True)))
-
-
 def _measured(model: OpenMythos, study: Study, gate: dict[str, Any], say: Say) -> Result:
     say("measuring")
-    return {"gate": gate, **_exits(model, study, TEST)}
-
-
-@torch.inference_mode()
-def _exits(model: OpenMythos, study: Study, stream: int) -> Result:
-    """Accuracy and mean loops of every way of leaving, for a model with a gate."""
-    chains = shown_chains(study, stream)
-    token_ids = torch.from_numpy(chains.token_ids)
-    right = _right_after(model, chains, study.budget)
-
-    def score(**how: Any) -> tuple[float, float, Tensor]:
-        return _score(model, chains, **how)
-
-    fixed = {str(t + 1): float(row.double().mean()) for t, row in enumerate(right)}
-    rules = {rule: _by_threshold(model, study, chains, rule) for rule in RULES}
-    accuracy, mean, loops = score(loops=study.budget, halting="gate")
-    # A token runs one loop more than it needs, so that others can read what it found.
-    oracle = (first_lasting(right) + 1).clamp(max=study.budget)
-
-    def settled() -> Result:
-        """The least time to settle, the same for all, with which little is lost."""
-        in_order, least = first_lasting(right).cummax(1).values, fixed[str(study.budget)] - POINTS
-        for more in range(1, study.budget):
-            accuracy, mean, _ = score(loops=(in_order + more).clamp(max=study.budget))
-            if accuracy >= least:
-                break
-        return {**_point(accuracy, mean), "more": more}
-
-    shuffled = loops.flatten()[torch.from_numpy(_permutation(loops.numel()))].view_as(loops)
-    return {
-        "budget": study.budget,
-        "fixed": fixed,
-        "rules": rules,
-        "chosen": {"accuracy": accuracy, "mean_loops": mean},
-        "random": _point(*score(loops=shuffled)[:2]),
-        "oracle": _point(*score(loops=oracle)[:2]),
-        "settled_oracle": settled(),
-        "spearman": spearman(loops.numpy(), chains.hops),
-        "spearman_at_place": _spearman_at_place(loops.numpy(), chains.hops),
-        "by_hops": _by_hops(loops.numpy(), chains.hops),
-        "deeper": _deeper(model, study, stream),
-        "saving": _saving(model, token_ids, study.budget, mean),
-    }
-
-
-def _right_after(model: OpenMythos, chains: Chains, budget: int) -> Tensor:
-    """Whether each place is answered right after each loop, `(loops, batch, sequence)`."""
-    states = model(torch.from_numpy(chains.token_ids), budget, return_states=True).states
-    named = torch.stack([model.decode(h)[..., : TASK.entities].argmax(-1) for h in states])
-    return named == torch.from_numpy(chains.answers)
-
-
-def _by_threshold(
-    model: OpenMythos, study: Study, chains: Chains, rule: HaltingKind
-) -> list[list[float]]:
-    """Threshold, accuracy and mean loops, for each threshold of a rule."""
-    return [
-        [
-            threshold,
-            *_score(model, chains, loops=study.budget, halting=rule, threshold=threshold)[:2],
-        ]
-        for threshold in RULES[rule]
-    ]
-
-
-def _score(model: OpenMythos, chains: Chains, **how: Any) -> tuple[float, float, Tensor]:
-    """Accuracy, mean loops and each token's loops of one way of leaving."""
-    out = model(torch.from_numpy(chains.token_ids), **how)
-    right = out.logits[..., : TASK.entities].argmax(-1) == torch.from_numpy(chains.answers)
-    return float(right.double().mean()), float(out.loops.double().mean()), out.loops
-
-
-def _point(accuracy: float, mean_loops: float) -> dict[str, float]:
-    return {"accuracy": accuracy, "mean_loops": mean_loops}
-
-
-def _permutation(count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.random.default_rng(0).permutation(count)
-
-
-def first_lasting(right: Tensor) -> Tensor:
-    """Return the loops after which each token is right and stays so; 1 where it never is.
-
-    Args:
-        right: `(loops, batch, sequence)`.
-    """
-    stays = right.flip(0).int().cumprod(0).flip(0)  # 1 where right from here to the end
-    needed = right.shape[0] - stays.sum(0) + 1
-    return torch.where(stays[-1].bool(), needed, torch.ones_like(needed))
-
-
-def spearman(first: Any, second: Any) -> float:
-    """Return the rank correlation of two arrays of one shape, ties sharing their rank."""
-    return float(np.corrcoef(_ranks(np.ravel(first)), _ranks(np.ravel(second)))[0, 1])
-
-
-def _ranks(values: Any) -> Any:
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    last = count.cumsum()
-    return (last - (count - 1) / 2)[place]
-
-
-def _spearman_at_place(loops: Any, hops: Any) -> float:
-    """Mean rank correlation over places with more than one number of hops."""
-    columns = [
-        spearman(loops[:, at], hops[:, at])
-        for at in range(loops.shape[1])
-        if len(set(hops[:, at])) > 1 and len(set(loops[:, at])) > 1
-    ]
-    return statistics.fmean(columns) if columns else 0.0
-
-
-def _by_hops(loops: Any, hops: Any) -> dict[str, float]:
-    return {str(n): float(loops[hops == n].mean()) for n in range(int(hops.max()) + 1)}
-
-
-def _deeper(model: OpenMythos, study: Study, stream: int) -> Result:
-    """Loops that the ends of 30-hop chains take, which the gate never saw, beside 20-hop ones."""
-    taken = {}
-    for hops in (TRAINED_HOPS, 30):
-        random = np.random.default_rng([study.training.seed, stream, hops])
-        chains = TASK.chains(random, study.chains, hops, 60)
-        budget = study.budget * 3 // 2
-        out = model(torch.from_numpy(chains.token_ids), budget, halting="gate")
-        right = out.logits[:, -1, : TASK.entities].argmax(-1).numpy() == chains.answers[:, -1]
-        ends = out.loops[:, -1]
-        taken[str(hops)] = {
-            "fewest": int(ends.min()),
-            "most": int(ends.max()),
-            "right": float(right.mean()),
-        }
-    return taken
-
-
-def _saving(model: OpenMythos, token_ids: Tensor, budget: int, mean: float) -> Result:
-    """Share of the time that the gate saves, beside the share of the loops."""
-    ways: dict[str, Callable[[], Any]] = {
-        "full": lambda: model(token_ids, budget),
-        "gate": lambda: model(token_ids, budget, halting="gate"),
-    }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(5):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            times[name].append(time.perf_counter() - started)
-    share = statistics.median(times["gate"]) / statistics.median(times["full"])
-    return {"time": 1 - share, "loops": 1 - mean / budget}
-
-
-def _train_on(
-    model: OpenMythos, study: Study, number: int, folder: Path, say: Say, *, exits: bool
-) -> None:
-    """Train on with the loops that a gate gives each token, so that early keys are seen.
-
-    Without `exits`, on the same chains with one number of loops for all, as the model was trained.
-    """
-    optimizer = study.training.optimizer(0.1, warmup_steps=10)
-    config = FitConfig(steps=study.exit_steps, seed=study.training.seed, optimizer=optimizer)
-    fewest, most = study.training.loops
-
-    def batch(step: int) -> Batch:
-        random = np.random.default_rng([study.training.seed, EXITS, number, step])
-        hops = int(random.integers(1, TRAINED_HOPS + 1))
-        chains = TASK.chains(random, 24, hops, 2 * TRAINED_HOPS)
-        token_ids, answers = torch.from_numpy(chains.token_ids), torch.from_numpy(chains.answers)
-        if not exits:
-            return Batch(token_ids, answers, int(random.integers(fewest, most + 1)))
-        token_ids = token_ids.to(model.embed.weight.device)
-        model.eval()
-        with torch.no_grad():
-            loops = model(token_ids, study.budget, halting="gate").loops
-        model.train()
-        return Batch(token_ids, answers, loops.clone())
-
-    how = f"exits of gate {number + 1}" if exits else f"part {number + 1}, without exits"
-
-    def report(step: int, loss: float) -> None:
-        say(f"{how}: step {step} of {config.steps}, loss {loss:.4f}")
-
-    fit(model, batch, config, folder, report=report)
-    model.cpu()
+    return {"gate": gate, **exits(model, study, TEST)}
 
 
 def _twin_cell(study: Study) -> Cell:
@@ -382,7 +114,7 @@ def run_twin(study: Study, folder: Path, say: Say) -> Result:
     model, took = study.training.train(folder / "model", say)
     model.cpu()
     for number in range(len(study.gates) - 1):
-        _train_on(model, study, number, folder / f"part-{number + 1}", say, exits=False)
+        train_on(model, study, number, folder / f"part-{number + 1}", say, exits=False)
     say("training the gate")
     gate = fit_gate(model, study, study.gates[-1])
     return {**took, **_measured(model, study, gate, say)}
@@ -409,7 +141,7 @@ def _shipped(folder: Path, say: Say) -> Result:
     say("measuring")
     chains = shown_chains(FULL, SHIPPED_TEST)
     act = graves_exits.measure(model, chains, FULL.budget, graves_exits.CHAINS, folder, say)
-    return {**_exits(model, FULL, SHIPPED_TEST), "act": act}
+    return {**exits(model, FULL, SHIPPED_TEST), "act": act}
 
 
 def _text_cells() -> list[Cell]:
@@ -596,7 +328,7 @@ def _rows(phase: str, parts: list[Result]) -> list[list[str]]:
         accuracy = spread([point["accuracy"] for point in points], 4)
         return [name, phase, accuracy, spread([point["mean_loops"] for point in points], 1)]
 
-    full = [_point(_full(part), max(map(int, part["fixed"]))) for part in parts]
+    full = [as_point(_full(part), max(map(int, part["fixed"]))) for part in parts]
     made = [
         row("none: full depth", full),
         row("fixed depth, enough", [_cheapest(part, "fixed") for part in parts]),
@@ -620,10 +352,10 @@ def _rows(phase: str, parts: list[Result]) -> list[list[str]]:
 def _cheapest(part: Result, way: str) -> Result:
     """The fewest mean loops at which a way loses at most `POINTS`; else full depth."""
     if way == "fixed":
-        points = [_point(share, float(loops)) for loops, share in part["fixed"].items()]
+        points = [as_point(share, float(loops)) for loops, share in part["fixed"].items()]
     else:
-        points = [_point(accuracy, mean) for _, accuracy, mean in part["rules"][way]]
-    full = _point(_full(part), float(part["budget"]))
+        points = [as_point(accuracy, mean) for _, accuracy, mean in part["rules"][way]]
+    full = as_point(_full(part), float(part["budget"]))
     enough = [point for point in points if full["accuracy"] - point["accuracy"] <= POINTS]
     return min([*enough, full], key=lambda point: point["mean_loops"])
 
@@ -712,6 +444,8 @@ def draw_figure(results: dict[str, Result]) -> Figure:
             point["mean_loops"], point["accuracy"], mark, color=colour, markersize=9, label=label
         )
     left.legend(frameon=False, fontsize=8)
+    left.set_title("one seed", fontsize=10)
+    right.set_title("a line for each seed", fontsize=10)
     for run, style in zip(runs, ("o-", "s--", "^:"), strict=False):
         by_hops = sorted(by_number(run["after"]["by_hops"]).items())
         right.plot(*zip(*by_hops, strict=True), style, color=ORANGE, markersize=4)

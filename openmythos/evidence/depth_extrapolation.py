@@ -369,7 +369,7 @@ def _expectations(name: str, runs: list[Result]) -> list[Expectation]:
 
 
 def draw_figure(results: dict[str, Result]) -> Figure:
-    """Accuracy against loops, a line for each length of chain."""
+    """Accuracy of one seed on validation chains against loops, a line for each length of chain."""
     from openmythos.training.figures import blank, loop_ticks
 
     shown = [name for name in ("core-3", "core-1") if runs_of(results, name)]
@@ -386,7 +386,7 @@ def draw_figure(results: dict[str, Result]) -> Figure:
             curve = by_number(run["curves"][str(hops)])
             axes.plot(list(curve), list(curve.values()), color=colour, label=f"{hops} hops")
         axes.axhline(1 / TASK.entities, color="#8a8f98", linestyle=":", label="chance")
-        axes.set_title(f"{name}, trained to {TRAINED_HOPS} hops", fontsize=10)
+        axes.set_title(f"{name}, trained to {TRAINED_HOPS} hops; one seed", fontsize=10)
         loop_ticks(axes, (1, 2, 4, 8, 16, 32, 64, 128))
     if shown:
         panels[-1].legend(frameon=False, fontsize=8)

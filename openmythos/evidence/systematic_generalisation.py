@@ -439,7 +439,7 @@ def _draw_course(axes: Axes, name: str, run: Result) -> None:
             color=colour,
             label=label,
         )
-    axes.set_title(name, fontsize=10)
+    axes.set_title(f"{name}, one graph", fontsize=10)
 
 
 def _draw_lens(axes: Axes, name: str, run: Result) -> None:

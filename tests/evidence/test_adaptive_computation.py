@@ -10,18 +10,10 @@ from torch.testing import assert_close
 
 from openmythos import OpenMythos, Tokenizer
 from openmythos.evidence import graves_exits, text_exits
-from openmythos.evidence.adaptive_computation import (
-    QUICK,
-    GateFit,
-    _cheapest,
-    conclude,
-    first_lasting,
-    run,
-    run_twin,
-    shown_chains,
-    spearman,
-)
+from openmythos.evidence.adaptive_computation import QUICK, _cheapest, conclude, run, run_twin
+from openmythos.evidence.chain_exits import first_lasting, spearman
 from openmythos.evidence.forced_routing import windows_of
+from openmythos.evidence.gate_study import GateFit, shown_chains
 from openmythos.inference.language_model import LanguageModel
 from openmythos.model.transformer import cross_entropy
 from openmythos.training.evaluate import Reading, evaluate, tokenised
