@@ -233,7 +233,7 @@ def _beside_fixed(parts: list[Result]) -> str:
     """Say what the gate saves beside the best depth for all, and what that would be worth."""
     fewest = [_cheapest(part, "fixed")["mean_loops"] for part in parts]
     of_fewest = [p["chosen"]["mean_loops"] / most for p, most in zip(parts, fewest, strict=True)]
-    above = [part["chosen"]["accuracy"] - _fixed_at_loops_of(part, "chosen") for part in parts]
+    above = [p["chosen"]["accuracy"] - _fixed_at(p, p["chosen"]["mean_loops"]) for p in parts]
     budget = parts[0]["budget"]
     return (
         f"Full depth, {budget} loops, is more than these chains need: one depth for all loses half "
@@ -243,9 +243,9 @@ def _beside_fixed(parts: list[Result]) -> str:
     )
 
 
-def _fixed_at_loops_of(part: Result, way: str) -> float:
-    """Accuracy of one depth for all that has the mean loops of a way, or the next whole number."""
-    return float(part["fixed"][str(math.ceil(part[way]["mean_loops"]))])
+def _fixed_at(part: Result, mean_loops: float) -> float:
+    """Accuracy of one depth for all that has so many loops, or the next whole number."""
+    return float(part["fixed"][str(math.ceil(mean_loops))])
 
 
 def _bad_thresholds(parts: list[Result]) -> list[str]:
@@ -254,7 +254,7 @@ def _bad_thresholds(parts: list[Result]) -> list[str]:
         threshold
         for threshold in RULES["gate"]
         if any(
-            accuracy < part["fixed"][str(math.ceil(mean))]
+            accuracy < _fixed_at(part, mean)
             for part in parts
             for at, accuracy, mean in part["rules"]["gate"]
             if at == threshold

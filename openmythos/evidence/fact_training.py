@@ -213,7 +213,7 @@ class FactTraining:
             )
 
         fitted = self.fit_config(self.steps, self.adam_lr)
-        seconds = fit(model, lambda step: self.batch(step), fitted, folder, report=report)
+        seconds = fit(model, self.batch, fitted, folder, report=report)
         return model, {
             "parameters": trained_parameters(model),
             "flops": self.training_flops(model),

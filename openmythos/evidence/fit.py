@@ -213,9 +213,11 @@ def _asked(
 
 
 def _with_defaults(asked: dict[str, Any]) -> dict[str, Any]:
-    """What was asked for, with the fields that the model's config has got since."""
+    """What was asked for, with the fields of now: those since added, and none of those removed."""
     model = MythosConfig.from_json(json.dumps(asked["model"]))
-    return {**asked, "model": json.loads(model.to_json())}
+    known = {field.name for field in dataclasses.fields(FitConfig)}
+    fitted = {name: value for name, value in asked["fit"].items() if name in known}
+    return {**asked, "model": json.loads(model.to_json()), "fit": fitted}
 
 
 def _layers(

@@ -114,7 +114,7 @@ class HopTraining:
             say(f"step {step} of {self.steps}, loss {loss:.3f}")
 
         fitted = self.fit_config
-        seconds = fit(model, lambda step: self.batch(step), fitted, folder, report=report)
+        seconds = fit(model, self.batch, fitted, folder, report=report)
         return model, {
             "parameters": trained_parameters(model),
             "flops": self.training_flops(model),

@@ -46,7 +46,7 @@ class Expectation:
     """What was set or changed after a measurement had missed; empty where nothing was."""
 
 
-SETTLED = {True: "yes", False: "**no**", None: "open"}
+IN_WORDS = {True: "yes", False: "**no**", None: "open"}
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ def at_most(value: float, digits: int) -> str:
 
 
 def _rounded(value: float, digits: int, way: str) -> str:
-    return str(Decimal(repr(value)).quantize(Decimal(1).scaleb(-digits), way))
+    exact = Decimal(repr(round(value, 12)))  # 0.997 - 0.996 is 0.001, but for the last bits
+    return str(exact.quantize(Decimal(1).scaleb(-digits), way) + 0)
 
 
 def with_devices(section: Section, results: dict[str, dict[str, Any]]) -> Section:
@@ -175,7 +176,7 @@ def as_markdown(section: Section, picture: str = "") -> str:
     parts = [first, "\n".join(f"- {sentence}" for sentence in others), picture]
     if section.expectations:
         rows = [
-            (e.what + (" †" if e.later else ""), e.wanted, e.measured, SETTLED[e.met])
+            (e.what + (" †" if e.later else ""), e.wanted, e.measured, IN_WORDS[e.met])
             for e in section.expectations
         ]
         parts.append(table(("wanted", "at", "measured", "met"), rows))

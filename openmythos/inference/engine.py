@@ -46,7 +46,7 @@ class Statistics:
     pages_used: int = 0
     """`total` less `free` less `cached`."""
     pages_promised: int = 0
-    """That requests in flight may still take."""
+    """That requests in flight may still take, and those that count for their tables."""
     done: Counts = field(default_factory=Counts)
     """Up to this tick; a copy of its own."""
 

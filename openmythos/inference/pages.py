@@ -50,7 +50,7 @@ class Pages:
     def __init__(self, total: int) -> None:
         self.total = total
         self.promised = 0
-        """Pages that sequences may still take."""
+        """Pages that sequences may still take, and those that count for their tables."""
         self.cached = 0
         self._free = list(range(total - 1, -1, -1))
         self._found: dict[Hashable, Column] = {}

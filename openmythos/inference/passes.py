@@ -113,7 +113,7 @@ class Passes:
             if again is None:
                 return False
             self.paged = again
-        elif self.weights.stand():
+        elif self.weights.stands():
             return False
         self.weights = Weights(self.model, native=self.native)
         return True

@@ -29,7 +29,7 @@ class Weights:
         self._counted = [x for x in counted if not x.is_inference()]
         self._written = self._versions()
 
-    def stand(self) -> bool:
+    def stands(self) -> bool:
         """Whether nothing was replaced, moved or written to since, as far as torch tells.
 
         It does not tell of what is written through `tensor.data`.

@@ -35,7 +35,8 @@ class Rule(Protocol):
     """One way to decide when tokens exit; built for one call."""
 
     threshold: float
-    """Its bound."""
+    """Its bound. `decide` reads it anew and takes a tensor `(rows,)` in its place, with which each
+    row has its own: see `with_thresholds`."""
     row_by_row: bool
     """Whether what `decide` says of a row depends on nothing but that row, to the bit, where the
     readout does so too. The engine asks other rules about a fixed number of rows at a time."""
@@ -281,8 +282,8 @@ def make_rule(name: str, threshold: float | None, learned: Any, readout: Readout
 def with_thresholds(rule: Rule, thresholds: Float[Tensor, " rows"]) -> Rule:
     """Return a rule of the same kind for one call, in which each row has a threshold of its own.
 
-    What it says of a row is what a rule with that row's threshold says, to the bit: torch rounds a
-    number to a tensor's dtype before it compares or multiplies.
+    What it says of a row of fp32 or wider states is what a rule with that row's threshold says, to
+    the bit: torch rounds a number to such a tensor's dtype before it compares or multiplies.
     """
     made = copy(rule)
     made.threshold = thresholds  # type: ignore[assignment]  # for `decide` alone, which takes both

@@ -252,7 +252,8 @@ class OpenMythos(nn.Module):
         *,
         mask: Bool[Tensor, "batch sequence"] | None = None,
         positions: Int[Tensor, "batch sequence"] | None = None,
-    ) -> Float[Tensor, "batch sequence vocab"]:
+        shown: slice = slice(None),
+    ) -> Float[Tensor, "batch shown vocab"]:
         """Compute logits from states of the core, as `return_states` gives them: coda and head.
 
         One pass of the core thus serves every depth, and a gate learns from all of them. With
@@ -263,6 +264,7 @@ class OpenMythos(nn.Module):
             h: one state for each token, of any floating dtype.
             mask: as in `forward`.
             positions: as in `forward`.
+            shown: places whose logits are wanted; the coda runs over all of them. Default: all.
 
         Raises:
             InputError: they do not fit.
@@ -270,7 +272,8 @@ class OpenMythos(nn.Module):
         check_decode(h, mask, positions, self.config)
         span = Span.fresh(h.shape[0], h.shape[1], mask, h.device)
         places = iter([Place(span)] * len(self.coda))
-        return self.readout(self.after_core(h, self._rope(span, positions), places))
+        y = self.after_core(h, self._rope(span, positions), places)
+        return self.readout(y[:, shown])
 
     def readout(self, y: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
         """Norm and head: logits of a state, without the coda.

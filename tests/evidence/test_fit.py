@@ -8,7 +8,7 @@ import torch
 from tiny import tiny
 
 from openmythos.errors import CheckpointError
-from openmythos.evidence.fit import IGNORE, Batch, FitConfig, fit
+from openmythos.evidence.fit import IGNORE, Batch, FitConfig, _asked, _with_defaults, fit
 from openmythos.training import checkpoint
 from openmythos.training.settings import OptimizerConfig
 
@@ -66,6 +66,12 @@ def test_other_settings_are_refused(tmp_path):
     fit(tiny(), copying, FAST, tmp_path)
     with pytest.raises(CheckpointError, match="must hold a training with these settings"):
         fit(tiny(), copying, dataclasses.replace(FAST, seed=1), tmp_path)
+
+
+def test_a_setting_that_was_removed_since_is_passed_over(tmp_path):
+    asked = _asked(tiny(), FAST, (), "")
+    older = {**asked, "fit": {**asked["fit"], "levels": 1}}
+    assert _with_defaults(older) == asked
 
 
 def test_another_text_is_refused(tmp_path):

@@ -178,6 +178,8 @@ def test_bad_input_is_refused_before_any_work(tmp_path, name, how, sentence):
         (0.00221, 4, "0.0022", "0.0023"),
         (1.0, 2, "1.00", "1.00"),
         (3e-5, 3, "0.000", "0.001"),
+        (0.997 - 0.996, 4, "0.0010", "0.0010"),  # but for the last bits of a float
+        (-1e-6, 4, "-0.0001", "0.0000"),
     ],
 )
 def test_a_bound_that_is_printed_holds(value, digits, low, high):

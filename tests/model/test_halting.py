@@ -1,6 +1,7 @@
 """Halting rules against plain loops; and that an exit saves work and changes nothing else."""
 
 from functools import partial
+from itertools import pairwise
 from typing import get_args
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.testing import assert_close
 
 from openmythos.config import HaltingKind
 from openmythos.model.attention import ATTENTION
-from openmythos.model.halting import HALTING, LearnedExit, make_rule
+from openmythos.model.halting import HALTING, LearnedExit, make_rule, with_thresholds
 from tests.reference import RULES, Reference
 from tests.tiny import in_parts, some_ids, some_loops, tiny
 
@@ -61,6 +62,31 @@ def test_a_rule_knows_its_bound(rule):
     assert model.rule(rule, 0.25).threshold == 0.25
     assert model.rule(rule).threshold > 0
     assert model.rule("none") is None
+
+
+@pytest.mark.parametrize("rule", RULES)
+@torch.no_grad()
+def test_rows_with_thresholds_of_their_own_leave_as_by_rules_of_their_own(rule):
+    model, generator = model_for(rule), torch.Generator().manual_seed(0)
+    thresholds = torch.tensor(THRESHOLDS[rule]).repeat(8)
+    states = torch.randn(4, len(thresholds), model.config.hidden_size, generator=generator)
+    states = states.cumsum(0)  # later loops move less
+    last = torch.zeros(len(thresholds), dtype=torch.bool)
+
+    def by(asked):
+        memory, said = asked.start(len(last), states[0]), []
+        for before, after in pairwise(states):
+            fires, memory = asked.decide(before, after, memory, last)
+            said.append(fires)
+        return torch.stack(said)
+
+    alone = {t: by(model.rule(rule, t)) for t in THRESHOLDS[rule]}
+    together = by(with_thresholds(model.rule(rule, THRESHOLDS[rule][0]), thresholds))
+    for row in range(len(thresholds)):
+        own = alone[THRESHOLDS[rule][row % len(THRESHOLDS[rule])]]
+        assert torch.equal(together[:, row], own[:, row])
+    assert any(said.any() for said in alone.values())
+    assert not torch.equal(*list(alone.values())[::2])  # thresholds matter
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if HALTING[rule].row_by_row])

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from openmythos.inference.language_model import LanguageModel
 from openmythos.inference.thinking import Thinking
-from openmythos.model.rope import rope_rows
-from openmythos.model.span import Place, Span
-from openmythos.model.transformer import OpenMythos, cross_entropy
+from openmythos.model.transformer import cross_entropy
 
 
 class Unwanted(Exception):  # noqa: N818 - nothing has gone wrong
@@ -86,7 +84,7 @@ def look(
     for loop, states in enumerate(out.states):
         _check_wanted(unwanted)
         drawn_from = (loops == loop + 1).unsqueeze(-1)
-        logits = torch.where(drawn_from, final, _decoded(model, states, shown)[:, :vocab])
+        logits = torch.where(drawn_from, final, model.decode(states, shown=shown)[0, :, :vocab])
         _fill(lens, loop, logits, following)
     experts = None if out.routing is None else out.routing[:, :, 0, shown]
     return replace(lens, experts=experts)
@@ -95,17 +93,6 @@ def look(
 def _check_wanted(unwanted: Callable[[], bool]) -> None:
     if unwanted():
         raise Unwanted
-
-
-def _decoded(
-    model: OpenMythos, states: Float[Tensor, "1 sequence hidden"], shown: slice
-) -> Float[Tensor, "places vocab"]:
-    """Return what `model.decode` does at the places that are shown: the coda needs the others."""
-    sequence, device = states.shape[1], states.device
-    span = Span.fresh(1, sequence, None, device)
-    rope = rope_rows(0, sequence, *model.rope_kind(), device).per_head()
-    y = model.after_core(states, rope, iter([Place(span)] * len(model.coda)))
-    return model.readout(y[0, shown])
 
 
 def _empty(

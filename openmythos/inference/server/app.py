@@ -84,9 +84,8 @@ def create_app(
         app.include_router(part)
     if static is not None:
         app.router.routes.append(Rest("/", Fresh(directory=static, html=True), list(app.routes)))
-    app.add_middleware(
-        CountRunning, counted=server.answering
-    )  # bodies that still come do not count
+    # Inside of what waits for bodies: those that still come do not count.
+    app.add_middleware(CountRunning, counted=server.answering)
     app.add_middleware(LimitBody, most=lambda: server.most_body)
     if server.settings.api_key is not None:
         app.add_middleware(RequireKey, key=server.settings.api_key)

@@ -114,12 +114,7 @@ def json_response(
     content: Any, status: int = 200, headers: dict[str, str] | None = None
 ) -> Response:
     """Return a response of JSON."""
-    return text_response(json_text(content), status, headers)
-
-
-def text_response(text: str, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """Return a response of JSON that is written already."""
-    return Response(text, status, headers, "application/json")
+    return Response(json_text(content), status, headers, "application/json")
 
 
 def add_handlers(app: FastAPI) -> None:

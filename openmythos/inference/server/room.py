@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from openmythos.inference.request import Request
 from openmythos.inference.server.errors import ApiError, invalid
@@ -120,11 +121,12 @@ def _shown(asked: Asked) -> int:
 
 def _cached(asked: Asked, loaded: Loaded, pages: int, most: int) -> int:
     """Return how many tokens, at most `most`, the cache's pages hold for every choice."""
-    return bisect_right(range(1, most + 1), pages, key=lambda new: _pages(asked, loaded, new))
+    needed = _pages(asked, loaded)
+    return bisect_right(range(1, most + 1), pages, key=needed)
 
 
 def _check_cached(asked: Asked, loaded: Loaded, new: int) -> None:
-    needed = _pages(asked, loaded, new)
+    needed = _pages(asked, loaded)(new)
     if loaded.pages is None or needed <= loaded.pages:
         return
     loops = asked.thinking.loops_of(loaded.lm.model.config)
@@ -139,12 +141,15 @@ def _check_cached(asked: Asked, loaded: Loaded, new: int) -> None:
     )
 
 
-def _pages(asked: Asked, loaded: Loaded, new: int) -> int:
-    """Return how many pages the engine promises for so many new tokens of each choice."""
+def _pages(asked: Asked, loaded: Loaded) -> Callable[[int], int]:
+    """Return what gives the pages that the engine promises for so many new tokens of each choice.
+
+    A request looks at every token of its prompt when it is made, so it is made once.
+    """
     request = Request(
         token_ids=asked.token_ids,
-        max_new_tokens=new,
+        max_new_tokens=1,
         thinking=asked.thinking,
         choices=asked.choices,
     )
-    return loaded.engine.pages_needed(request)
+    return partial(loaded.engine.pages_needed, request)

@@ -139,7 +139,9 @@ class Process(uvicorn.Server):
             self.should_exit = True
         if self._server.died:
             self._died = time.monotonic() if self._died is None else self._died
-            self.should_exit |= time.monotonic() >= self._died + FAILED_SECONDS
+            if time.monotonic() >= self._died + FAILED_SECONDS:
+                self._server.give_up()
+                self.should_exit = True
         if self._deadline is not None:
             if time.monotonic() >= self._deadline:
                 self._server.give_up()
