@@ -23,6 +23,7 @@ from openmythos.cli.train_command import _better
 from openmythos.errors import CheckpointError, ConfigError, DataError
 from openmythos.training import checkpoint, compiled, machine, memory
 from openmythos.training.evaluate import Reading, evaluate, evaluate_halting
+from openmythos.training.measured import Measured
 from openmythos.training.metrics import METRICS, metrics, scalars
 from openmythos.training.run import (
     OfMachine,
@@ -765,7 +766,7 @@ def test_the_best_measurement_is_kept_whenever_it_is_made(tmp_path, text):
 @pytest.mark.parametrize(("finish", "step"), [("last", 9), ("best", 3)])
 def test_the_finished_model_is_the_last_or_the_best(tmp_path, text, monkeypatch, finish, step):
     scores = iter((1.0, 2.0, 3.0))
-    monkeypatch.setattr(Trainer, "_score", lambda *_: next(scores))
+    monkeypatch.setattr(Measured, "as_trained", lambda *_: next(scores))
     run = tmp_path / "run"
     start(run, text, steps=9, save_every=9, evaluate_every=3, finish=finish).fit()
     last = next(line for line in metrics(run) if "final" in line)
@@ -782,7 +783,7 @@ def test_the_finished_model_is_the_last_or_the_best(tmp_path, text, monkeypatch,
 
 def test_of_the_best_checkpoints_the_first_whole_one_is_taken(tmp_path, text, monkeypatch):
     scores = iter((1.0, 2.0, 3.0))
-    monkeypatch.setattr(Trainer, "_score", lambda *_: next(scores))
+    monkeypatch.setattr(Measured, "as_trained", lambda *_: next(scores))
     run = tmp_path / "run"
     trainer = start(run, text, steps=9, save_every=3, evaluate_every=3, finish="best", keep=9)
     save = checkpoint.save
