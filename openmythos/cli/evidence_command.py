@@ -59,8 +59,6 @@ class Settings:
 
 def run(settings: Settings) -> None:
     """Reproduce, or list what can be."""
-    from openmythos.evidence.report import as_markdown, read_claim
-
     if settings.claim is None:
         print("Claims that are put to the test; docs/evidence.md says what held and what not.\n")
         for name, line in CLAIMS.items():
@@ -82,10 +80,11 @@ def run(settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
     say = _silent if settings.json else _say
     written = reproduce(settings.claim, how, say)
+    from openmythos.evidence.report import as_markdown, read_claim
+
     if settings.json:
         print(json.dumps(read_claim(how.pages, settings.claim)))
         return
-
     print(f"\n{as_markdown(written.section)}")
     for file in written.files:
         print(file)

@@ -57,7 +57,7 @@ def exits(model: OpenMythos, study: Study, stream: int) -> Result:
         "budget": study.budget,
         "fixed": fixed,
         "rules": rules,
-        "chosen": {"accuracy": accuracy, "mean_loops": mean},
+        "chosen": as_point(accuracy, mean),
         "random": as_point(*score(loops=shuffled)[:2]),
         "oracle": as_point(*score(loops=oracle)[:2]),
         "settled_oracle": settled(),

@@ -41,9 +41,9 @@ from openmythos.evidence.paired import runs_of
 from openmythos.evidence.report import (
     Expectation,
     Section,
-    at_least,
-    at_most,
     counted,
+    rounded_down,
+    rounded_up,
     spread,
     table,
 )
@@ -290,8 +290,8 @@ def _plain_sentence(results: dict[str, Result]) -> str:
         than = f", trained with {times:.1f} times the operations of the core of one layer,"
     return (
         f"Plain transformers ({', '.join(tried)}){than} answer chains of up to {best} hops at 0.95 "
-        f"or more, and of half as long again as each one's own best {at_most(beyond, 3)} or less."
-        + _within_training(tried)
+        f"or more, and of half as long again as each one's own best {rounded_up(beyond, 3)} or "
+        "less." + _within_training(tried)
     )
 
 
@@ -302,7 +302,7 @@ def _within_training(plain: dict[str, Result]) -> str:
     trained = max(run["right"][str(TRAINED_HOPS)] for run in plain.values())
     return (
         f" That still is within training: of its {TRAINED_HOPS} hops they answer "
-        f"{at_most(trained, 3)} or less, so that they never reach the depth from which to go on."
+        f"{rounded_up(trained, 3)} or less, so that they never reach the depth from which to go on."
     )
 
 
@@ -341,7 +341,7 @@ def _sentences(name: str, runs: list[Result]) -> list[str]:
     sentence = (
         f"Trained on chains of at most {TRAINED_HOPS} hops, a looped model with a core of "
         f"{layers} ({seeds}) answers chains of {deepest} hops with "
-        f"{at_least(min(rights(deepest)), 3)} right or more, with {_between(loops)} "
+        f"{rounded_down(min(rights(deepest)), 3)} right or more, with {_between(loops)} "
         f"loops where {min(solved)} hops take {_between(base)}."
     )
     return [sentence]

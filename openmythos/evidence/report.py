@@ -87,12 +87,12 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def at_least(value: float, digits: int) -> str:
+def rounded_down(value: float, digits: int) -> str:
     """Return a number that `value` is not below, for "so much or more"."""
     return _rounded(value, digits, ROUND_FLOOR)
 
 
-def at_most(value: float, digits: int) -> str:
+def rounded_up(value: float, digits: int) -> str:
     """Return a number that `value` is not above, for "so much or less"."""
     return _rounded(value, digits, ROUND_CEILING)
 

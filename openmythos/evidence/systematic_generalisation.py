@@ -31,9 +31,9 @@ from openmythos.evidence.paired import runs_of
 from openmythos.evidence.report import (
     Expectation,
     Section,
-    at_least,
-    at_most,
     counted,
+    rounded_down,
+    rounded_up,
     spread,
     table,
 )
@@ -176,7 +176,7 @@ def _main_sentence(looped: list[Result], plain: dict[str, Result]) -> list[str]:
     sentence = (
         f"A fact that was seen alone only {says} in chains: with {looped[0]['alone']} such facts "
         f"on each of {graphs}, the looped model answers chains of two of them with "
-        f"{at_least(two, 3)} right or more and chains of four with {at_least(four, 3)}"
+        f"{rounded_down(two, 3)} right or more and chains of four with {rounded_down(four, 3)}"
     )
     learnt = [cell for cell, run in plain.items() if _reached(run, ["chained-4"])]
     others = [cell for cell in plain if cell not in learnt]
@@ -193,7 +193,7 @@ def _at_two(runs: dict[str, Result], cells: list[str]) -> str:
     """The most that rows have of two hops, after their names."""
     most = max(_share(runs[cell], "alone-2") for cell in cells)
     names = ", ".join(sorted({cell.split("/")[0] for cell in cells}))
-    return f"({names}) have {at_most(most, 2)} or less at two"
+    return f"({names}) have {rounded_up(most, 2)} or less at two"
 
 
 def _state_sentence(looped: list[Result], state: list[Result]) -> list[str]:

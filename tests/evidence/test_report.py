@@ -12,8 +12,8 @@ from openmythos.evidence.report import (
     Expectation,
     Section,
     as_markdown,
-    at_least,
-    at_most,
+    rounded_down,
+    rounded_up,
     spread,
     table,
     with_devices,
@@ -183,7 +183,7 @@ def test_bad_input_is_refused_before_any_work(tmp_path, name, how, sentence):
     ],
 )
 def test_a_bound_that_is_printed_holds(value, digits, low, high):
-    assert (at_least(value, digits), at_most(value, digits)) == (low, high)
+    assert (rounded_down(value, digits), rounded_up(value, digits)) == (low, high)
 
 
 def test_published_figures_give_their_own_page_again_without_any_training(tmp_path):
