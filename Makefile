@@ -27,7 +27,7 @@ demo: $(READY)  ## Train a small model on real text, measure it at every depth, 
 test: $(READY)  ## Run the tests (under 5 minutes)
 	$(PYTEST) $(ARGS)
 
-soak: $(READY)  ## Run the long tests: load, fuzzing, a browser, killed and resumed runs
+soak: $(READY)  ## Run the long tests: load, fuzzing, a browser (where Chromium is), killed and resumed runs
 	$(PIP_INSTALL) playwright schemathesis
 	$(PYTEST) -m soak --timeout 3600 $(ARGS)
 
