@@ -19,6 +19,7 @@ import pytest
 import torch
 from typecheck import unchecked
 
+import openmythos
 import openmythos.config as kinds
 from openmythos import MythosConfig
 from openmythos.cli import COMMANDS, command_of, main, parse
@@ -316,6 +317,11 @@ def test_a_table_lists_the_kinds_there_are(kind):
     assert found
     for rows in found:
         assert tuple(row[0].strip("`") for row in rows) == TABLES[kind]
+
+
+def test_the_table_of_public_names_has_all_of_them():
+    (rows,) = rows_under("public name")
+    assert sorted(row[0].strip("`") for row in rows) == sorted(openmythos.__all__)
 
 
 def test_the_table_of_commands_is_that_of_the_command_line():
