@@ -95,7 +95,7 @@ def reproduce(name: str, how: Reproduction, say: Callable[[str], None]) -> Writt
     from openmythos.evidence.cells import read_result, run_cells, take_results
     from openmythos.evidence.report import (
         read_claim,
-        with_devices,
+        with_machines,
         with_missing,
         write_claim,
         write_pages,
@@ -115,7 +115,7 @@ def reproduce(name: str, how: Reproduction, say: Callable[[str], None]) -> Writt
         names = ", ".join(cell.name for cell in cells)
         raise InputError(f"only={how.only!r} must begin one of {names}")
     _keep_others(how, name, {cell.name for cell in cells})
-    say("a few minutes" if how.quick else f"about {module.HOURS:g} hours of one core for all of it")
+    say(cost(module, how))
     work = how.work / ("quick" if how.quick else "full") / name
     if how.published is not None:
         taken = take_results(read_claim(how.published, name)["results"], cells, work)
@@ -124,9 +124,10 @@ def reproduce(name: str, how: Reproduction, say: Callable[[str], None]) -> Writt
     found = {cell.name: read_result(work / cell.name, cell) for cell in cells}
     results: dict[str, Result] = {key: value for key, value in found.items() if value is not None}
     missing = [key for key, value in found.items() if value is None]
-    section = with_devices(module.conclude(results), results)
+    section = with_machines(module.conclude(results), results)
     section = with_missing(section, list(found), missing)
-    content = {"claim": name, "command": command(name, how), "results": results}
+    says = {"claim": name, "command": command(name, how), "cost": cost(module, how)}
+    content = {**says, "results": results}
     picture = save(module.draw_figure(results), how.pages / "evidence" / f"{name}.png")
     files = [write_claim(how.pages, name, content, section), picture]
     files += write_pages(how.pages, list(CLAIMS))
@@ -155,3 +156,13 @@ def command(name: str, how: Reproduction) -> str:
     if how.seeds is not None:
         parts += ["--seeds", str(how.seeds)]
     return shlex.join(parts)
+
+
+def cost(module: Any, how: Reproduction) -> str:
+    """Return how long a claim takes, of its file."""
+    if how.quick:
+        return "A few minutes."
+    return (
+        f"About {module.HOURS:g} hours of one core for all of it; with `--quick` a few minutes, "
+        "for its shape only."
+    )

@@ -48,6 +48,8 @@ class ActTraining:
     seed: int = 0
 
 
+NOTE = "`act` in the tables is Graves' rule (adaptive computation time, arXiv 1603.08983)."
+
 CHAINS = ActTraining(prices=(0.003, 0.01, 0.03, 0.1), steps=200, sequences=16, rate=0.2)
 
 

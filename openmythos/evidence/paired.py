@@ -69,6 +69,11 @@ def runs_of(results: Mapping[str, Result], name: str) -> list[Result]:
     return [result for cell, result in results.items() if cell.split("/")[0] == name]
 
 
+def first_of(results: Mapping[str, Result], name: str) -> tuple[str, Result]:
+    """Return the first cell of a row that has some, by name: the one that is drawn of it."""
+    return next((cell, run) for cell, run in results.items() if cell.split("/")[0] == name)
+
+
 def mean(runs: Runs, key: str) -> float:
     """Return a figure's mean over the seeds."""
     return statistics.fmean(run[key] for run in runs.values())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openmythos.evidence.cells import Result
-from openmythos.evidence.report import table
+from openmythos.evidence.report import rounded_up, table
 from openmythos.model.injection import LTI
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,7 +90,9 @@ def sentence(radius: Result) -> str:
         f"{100 * (run['outside'] + run['no_number']) / run['pairs']:.0f} % in {name}"
         for name, run in paper.items()
     ]
-    held = f"is at most {largest:.5f} in every dtype" if not wrong else f"fails at {wrong} of them"
+    held = f"is at most {rounded_up(largest, 5)} in every dtype"
+    if wrong:
+        held = f"fails at {wrong} of them"
     return (
         f"Without training, for {pairs:,} pairs of raw values from -10,000 to 10,000, A {held}; "
         "exp(-softplus(p) e^q), which is below 1 on paper, rounds to 1 or is no number for "
@@ -110,5 +112,6 @@ def as_table(radius: Result) -> str:
                 finite = "finite" if run["gradients_finite"] else "not finite"
                 gradients = f"{finite}, {run['dead']} dead in -15 to 8"
             counts = [run["outside"], run["outside_rounded"], run["no_number"]]
-            lines.append([form, name, run["pairs"], f"{run['largest']:.5f}", *counts, gradients])
+            largest = rounded_up(run["largest"], 5)
+            lines.append([form, name, f"{run['pairs']:,}", largest, *counts, gradients])
     return table(head, lines)

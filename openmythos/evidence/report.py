@@ -10,10 +10,11 @@ Sentences are made from the numbers: where a number is missing, so is its senten
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from pathlib import Path
@@ -30,7 +31,7 @@ show how the mechanism behaves, not how large models score.
 What was wanted of each claim was written down before it was measured, except where † marks it:
 there the wish, or what it is asked of, was set after something had missed, as a note says. What was
 missed is listed here, and below beside the figure that it has; a wish is open where what it asks
-for has not all run."""
+for has not all run. Bounds, and ranges in brackets, are rounded to the side on which they hold."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,37 @@ class Expectation:
     """None: open, since what has run cannot settle it."""
     later: str = ""
     """What was set or changed after a measurement had missed; empty where nothing was."""
+
+    @classmethod
+    def no_less(
+        cls,
+        what: str,
+        least: float,
+        value: float,
+        digits: int = 3,
+        *,
+        unit: str = "",
+        later: str = "",
+    ) -> Expectation:
+        """Wanted: `value` is `least` or more; it is printed rounded down."""
+        shown = f"{rounded_down(value, digits)}{unit}"
+        return cls(what, f"≥ {least:g}{unit}", shown, value >= least, later)
+
+    @classmethod
+    def no_more(
+        cls,
+        what: str,
+        most: float,
+        value: float,
+        digits: int = 3,
+        *,
+        unit: str = "",
+        signed: bool = False,
+        later: str = "",
+    ) -> Expectation:
+        """Wanted: `value` is `most` or less; it is printed rounded up."""
+        shown = f"{rounded_up(value, digits, signed=signed)}{unit}"
+        return cls(what, f"≤ {most:g}{unit}", shown, value <= most, later)
 
 
 IN_WORDS = {True: "yes", False: "**no**", None: "open"}
@@ -78,13 +110,13 @@ def counted(count: int, what: str) -> str:
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Return the mean, and the lowest and highest where there are several."""
+    """Return the mean, and where there are several the range, which holds all of them."""
     if not values:
         return "not run"
     mean = f"{statistics.fmean(values):.{digits}f}"
     if len(values) == 1:
         return mean
-    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return f"{mean} ({rounded_down(min(values), digits)} to {rounded_up(max(values), digits)})"
 
 
 def rounded_down(value: float, digits: int) -> str:
@@ -92,30 +124,60 @@ def rounded_down(value: float, digits: int) -> str:
     return _rounded(value, digits, ROUND_FLOOR)
 
 
-def rounded_up(value: float, digits: int) -> str:
+def rounded_up(value: float, digits: int, *, signed: bool = False) -> str:
     """Return a number that `value` is not above, for "so much or less"."""
-    return _rounded(value, digits, ROUND_CEILING)
+    return _rounded(value, digits, ROUND_CEILING, "+f" if signed else "f")
 
 
-def _rounded(value: float, digits: int, way: str) -> str:
-    exact = Decimal(repr(round(value, 12)))  # 0.997 - 0.996 is 0.001, but for the last bits
-    return str(exact.quantize(Decimal(1).scaleb(-digits), way) + 0)
+def _rounded(value: float, digits: int, way: str, form: str = "f") -> str:
+    if not math.isfinite(value):
+        return "not finite"
+    exact = Decimal(repr(round(value, 9)))  # 0.997 - 0.996 is 0.001, but for the last bits
+    return format(exact.quantize(Decimal(1).scaleb(-digits), way) + 0, form)
 
 
-def with_devices(section: Section, results: dict[str, dict[str, Any]]) -> Section:
-    """Return the section with a note on what was trained on a GPU; without one, as it is."""
+def with_machines(section: Section, results: dict[str, dict[str, Any]]) -> Section:
+    """Return the section with a note on the devices and versions of torch; none if none ran."""
+    if not results:
+        return section
     cells: dict[str, list[str]] = {}
     for cell, result in results.items():
-        if (device := result.get("device", "cpu")) != "cpu":
-            cells.setdefault(device, []).append(cell)
-    where = [
-        f"On one {device}: {'all' if len(run) == len(results) else ', '.join(sorted(run))}."
-        for device, run in sorted(cells.items())
-    ]
-    wide = sorted(cell for cell, result in results.items() if "products" in result)
+        cells.setdefault(_machine(result), []).append(cell)
+    *named, last = sorted(cells, reverse=True)  # "one GPU" before "a CPU"
+    ran = [f"{grouped(cells[machine], results)} on {machine}" for machine in named]
+    notes = [f"Run: {', '.join(ran)}, the others on {last}." if ran else f"All run on {last}."]
+    wide = [cell for cell, result in results.items() if "products" in result]
     if wide:  # results of before products were taken in TF32 say so themselves
-        where.append(f"Trained there with products in fp32, the others in TF32: {', '.join(wide)}.")
-    return replace(section, notes=(*section.notes, *where)) if where else section
+        notes.append(
+            "Of the trainings on a GPU these took products in fp32, the others in TF32: "
+            f"{grouped(wide, results)}."
+        )
+    return replace(section, notes=(*section.notes, *notes))
+
+
+def _machine(result: dict[str, Any]) -> str:
+    device = result.get("device", "cpu")
+    return f"{'a CPU' if device == 'cpu' else f'one {device}'} (torch {result['torch']})"
+
+
+def grouped(names: Sequence[str], everything: Collection[str]) -> str:
+    """Return names in words, those that are all that begin so as one: `looped-*`.
+
+    Args:
+        names: of cells, in any order.
+        everything: what these are some of.
+    """
+    others = set(everything) - set(names)
+    return ", ".join(
+        f"`{group}`" for group in dict.fromkeys(_group(n, others) for n in sorted(names))
+    )
+
+
+def _group(name: str, others: Collection[str]) -> str:
+    """Return the shortest beginning of a name, to a - or /, that no other has; else the name."""
+    beginnings = (name[: mark.end()] for mark in re.finditer("[-/]", name))
+    own = (start for start in beginnings if not any(other.startswith(start) for other in others))
+    return next((f"{start}*" for start in own), name)
 
 
 def with_missing(section: Section, cells: Sequence[str], missing: Sequence[str]) -> Section:
@@ -179,7 +241,7 @@ def as_markdown(section: Section, picture: str = "") -> str:
             (e.what + (" †" if e.later else ""), e.wanted, e.measured, IN_WORDS[e.met])
             for e in section.expectations
         ]
-        parts.append(table(("wanted", "at", "measured", "met"), rows))
+        parts.append(table(("wanted", "bound", "measured", "met"), rows))
     parts += section.tables
     later = dict.fromkeys(e.later for e in section.expectations if e.later)
     notes = [*(f"† {text}" for text in later), *section.notes]
@@ -220,6 +282,8 @@ def _evidence(claims: dict[str, dict[str, Any]]) -> str:
     lines = ["# Evidence", "", INTRODUCTION, "", _overview(claims), ""]
     for content in claims.values():
         lines += [f"## {content['title']}", "", f"    {content['command']}", ""]
+        if cost := content.get("cost"):  # figures of an earlier version have none
+            lines += [cost, ""]
         lines += [content["section"]]
     return "\n".join(lines)
 
@@ -254,5 +318,6 @@ def _gallery(out: Path, claims: dict[str, dict[str, Any]]) -> str:
     for name, content in claims.items():
         if (out / "evidence" / f"{name}.png").is_file():
             lines += [f"## {content['title']}", "", f"![{content['title']}](evidence/{name}.png)"]
-            lines += ["", f"[The figures](evidence.md), [as JSON](evidence/{name}.json)", ""]
+            figures_at = f"evidence.md#{_anchor(content['title'])}"
+            lines += ["", f"[The figures]({figures_at}), [as JSON](evidence/{name}.json)", ""]
     return "\n".join(lines)

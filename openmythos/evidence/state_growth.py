@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from decimal import ROUND_CEILING, Context
 
 from openmythos.config import InjectionKind
 from openmythos.evidence.cells import Result, by_number
-from openmythos.evidence.report import table
+from openmythos.evidence.report import rounded_up, table
 from openmythos.evidence.stress_rows import KINDS, RECIPES, Row, Rows
 
 Sizes = dict[str, float | None]
@@ -32,7 +33,7 @@ def sentences(rows: Rows, untrained: Result | None) -> list[str]:
             f"From {trained} loops to {deepest:,}, the state of models trained under stress grows "
             f"at most, over all rates, by these factors: {_each(most, _times)}."
         )
-        said.append(f"At each one's best rate: {_each(best, _times)}.")
+        said.append(f"At each one's best rate, at most: {_each(best, _times)}.")
         said.append(
             f"Read after {deepest:,} loops instead of {trained}, text costs the model of each "
             f"one's best rate so many nats a token more: {_each(lost, _nats)}."
@@ -43,7 +44,7 @@ def sentences(rows: Rows, untrained: Result | None) -> list[str]:
             f"{KINDS[kind]} {_times(growth(untrained['states'][f'stress/{kind}'], first, deepest))}"
             for kind in KINDS
         ]
-        said.append(f"Untrained, from {first} to {deepest:,}: {'; '.join(factors)}.")
+        said.append(f"Untrained, from {first} to {deepest:,}, at most: {'; '.join(factors)}.")
     return said
 
 
@@ -93,9 +94,13 @@ def _each(values: Mapping[InjectionKind, float | None], worded: Callable[[float]
 
 
 def _times(factor: float) -> str:
+    """A factor that the growth does not exceed, to two digits where it is large."""
     if math.isinf(factor):
         return "until it overflows"
-    return f"{factor:.2f}" if factor < 1000 else f"{factor:.1e}"
+    if factor < 1000:
+        return rounded_up(factor, 2)
+    two_digits = Context(prec=2, rounding=ROUND_CEILING)
+    return f"{float(two_digits.create_decimal(repr(factor))):.1e}"
 
 
 def _nats(more: float) -> str:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from openmythos.evidence.cells import Cell, Result, Say, by_number
 from openmythos.evidence.fact_training import ADDED, COURSE, FactTraining, lens, right
-from openmythos.evidence.paired import runs_of
+from openmythos.evidence.paired import first_of, runs_of
 from openmythos.evidence.report import (
     Expectation,
     Section,
@@ -203,8 +203,8 @@ def _state_sentence(looped: list[Result], state: list[Result]) -> list[str]:
     return [
         (
             "Its loops hand on what they would answer, as the expected embedding; with loops that "
-            f"hand on their state, as elsewhere in this package, {two:.2f} and {four:.2f} are "
-            "right."
+            f"hand on their state, as elsewhere in this package, {rounded_down(two, 2)} and "
+            f"{rounded_down(four, 2)} or more are right."
         )
     ]
 
@@ -241,8 +241,8 @@ def _expectations(
     for name, runs, later in (("looped", looped, LATER), ("looped-state", state, "")):
         for question, (what, wanted) in WANTED.items() if runs else ():
             share = _worst(runs, question)
-            measured = (f"≥ {wanted}", f"{share:.3f}", share >= wanted)
-            made.append(Expectation(f"{name}, {what}, worst graph", *measured, later))
+            what = f"{name}, {what}, worst graph"
+            made.append(Expectation.no_less(what, wanted, share, later=later))
     if looped:
         fewest = min(run["alone"] for run in looped)
         made.append(
@@ -268,9 +268,7 @@ def _expectations(
         )
     if plain:
         best = max(_share(run, "alone-2") for run in plain.values())
-        made.append(
-            Expectation("best plain transformer run, 2 hops", "≤ 0.3", f"{best:.3f}", best <= 0.3)
-        )
+        made.append(Expectation.no_more("best plain transformer run, 2 hops", 0.3, best))
     return made
 
 
@@ -412,16 +410,16 @@ def draw_figure(results: dict[str, Result]) -> Figure:
     for axes in panels:
         axes.set_ylim(-0.02, 1.02)
     for number, name in enumerate(shown):
-        run = runs_of(results, name)[0]
-        _draw_course(panels[number], name, run)
-        _draw_lens(panels[columns + number], name, run)
+        cell, run = first_of(results, name)
+        _draw_course(panels[number], cell, run)
+        _draw_lens(panels[columns + number], cell, run)
     if shown:  # the lines are the same in all panels of a row
         for first in (panels[0], panels[columns]):
             first.legend(frameon=False, fontsize=8)
     return figure
 
 
-def _draw_course(axes: Axes, name: str, run: Result) -> None:
+def _draw_course(axes: Axes, cell: str, run: Result) -> None:
     from openmythos.training.figures import BLUE, GREEN, GREY, ORANGE, PURPLE
 
     lines = {
@@ -439,10 +437,10 @@ def _draw_course(axes: Axes, name: str, run: Result) -> None:
             color=colour,
             label=label,
         )
-    axes.set_title(f"{name}, one graph", fontsize=10)
+    axes.set_title(cell, fontsize=10)
 
 
-def _draw_lens(axes: Axes, name: str, run: Result) -> None:
+def _draw_lens(axes: Axes, cell: str, run: Result) -> None:
     from openmythos.training.figures import BLUE, ORANGE
 
     for kind, style in (("chained", ":"), ("alone", "-")):
@@ -451,5 +449,5 @@ def _draw_lens(axes: Axes, name: str, run: Result) -> None:
             shares: list[Any] = run["lens"][kind][key]
             loops = range(1, len(shares) + 1)
             axes.plot(loops, shares, style, color=colour, label=f"{key}, facts {seen}")
-    axes.set_title(f"{name}: read off the states of 2 hops", fontsize=10)
-    axes.set_xlabel("layer" if name.startswith("plain") else "loop")
+    axes.set_title(f"{cell}: read off the states of 2 hops", fontsize=10)
+    axes.set_xlabel("layer" if cell.startswith("plain") else "loop")

@@ -22,6 +22,7 @@ from openmythos.evidence.cells import Result, Say
 from openmythos.evidence.forced_routing import windows_of
 from openmythos.evidence.graves_exits import ActTraining, teach, with_exits
 from openmythos.evidence.report import counted, table
+from openmythos.evidence.text_training import NOT_COMPARABLE
 from openmythos.model.transformer import OpenMythos, cross_entropy
 from openmythos.training.gate import Labelled
 from openmythos.training.settings import OptimizerConfig
@@ -217,9 +218,10 @@ def table_of(found: Result, learnt: Result | None = None) -> str:
 
 
 NOTE = (
-    f"On text every way of leaving reads the same {TOKENS:,} tokens of held-out messages; the "
-    "oracle knows each next token, as no rule can. These messages told when a part of the model's "
-    "recipe had gone on for too long."
+    f"On text every way of leaving reads the first {TOKENS:,} tokens of the held-out messages of "
+    f"odd number, in windows of {LENGTH} tokens that do not overlap, so that the first tokens of a "
+    f"window have next to no context. {NOT_COMPARABLE} The oracle knows each next token, as no "
+    "rule can. Held-out messages told when a part of the model's recipe had gone on for too long."
 )
 
 LEARNT_NOTE = (

@@ -34,6 +34,12 @@ from openmythos.training.settings import CorpusName, DepthLaw, OptimizerConfig
 from openmythos.training.token_file import TokenFile, write_tokens
 from openmythos.training.tokenizer import Tokenizer
 
+NOT_COMPARABLE = (
+    "Other sections read other held-out messages, or in other windows: bits per byte of one model "
+    "do not compare between sections."
+)
+"""Of sections that read the shipped language model."""
+
 
 class Texts(NamedTuple):
     """A corpus in tokens."""

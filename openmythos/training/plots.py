@@ -90,7 +90,8 @@ def depth(lines: Sequence[Line], name: str) -> Figure | None:
     _plot_depths(grid[-1], end, ORANGE, 2.2)
     for axes in grid:
         loop_ticks(axes, [int(loops) for loops in end["validation"]])
-        axes.legend(frameon=False)
+        # Beside the panel, which has lines at any height.
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

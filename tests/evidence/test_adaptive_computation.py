@@ -10,7 +10,14 @@ from torch.testing import assert_close
 
 from openmythos import OpenMythos, Tokenizer
 from openmythos.evidence import graves_exits, text_exits
-from openmythos.evidence.adaptive_computation import QUICK, _cheapest, conclude, run, run_twin
+from openmythos.evidence.adaptive_computation import (
+    QUICK,
+    _cheapest,
+    conclude,
+    draw_figure,
+    run,
+    run_twin,
+)
 from openmythos.evidence.chain_exits import first_lasting, spearman
 from openmythos.evidence.forced_routing import windows_of
 from openmythos.evidence.gate_study import GateFit, shown_chains
@@ -62,6 +69,10 @@ def test_a_study_runs_and_is_concluded_from(tmp_path):
     assert (tmp_path / "reasoner" / "config.json").is_file()
     section = conclude({"hops/seed-0": result})
     assert "rank correlation" in section.sentences[0]
+    left, right = draw_figure({"hops/seed-0": result, "hops/seed-1": result}).axes
+    assert "gate at 0.5 to 0.999" in [text.get_text() for text in left.get_legend().get_texts()]
+    assert left.texts[0].get_text() == "0.5"
+    assert len(right.get_legend().get_texts()) == len(right.get_lines()) == 2
     wanted = {e.what: e.met for e in section.expectations}
     assert not wanted["rank correlation of loops and hops"]  # an untrained model's
     assert result["before"]["random"]["mean_loops"] == pytest.approx(
@@ -92,6 +103,7 @@ def test_text_is_asked_first_whether_depth_is_worth_anything(worth, said):
     assert said in section.sentences[0]
     assert ("With its gate" in section.sentences[0]) == (worth > text_exits.WORTH)
     assert "| gate at 0.5 | 1.2000 | 2.00 |" in section.tables[0]
+    assert any("the held-out messages of odd number, in windows of 512" in n for n in section.notes)
     assert not conclude({}).sentences
 
 

@@ -176,7 +176,7 @@ def test_a_gap_that_stays_open_is_said_too():
     section = conclude(some_results(BAD, seeds=1))
     assert "It closes 25 % of the gap" in " ".join(section.sentences)
     assert not any(e.met for e in section.expectations)
-    assert [e.measured for e in section.expectations] == ["25 %", "+0.0150", "one seed"]
+    assert [e.measured for e in section.expectations] == ["25.0 %", "+0.0150", "one seed"]
     assert [e.met for e in section.expectations] == [
         False,
         False,

@@ -1,22 +1,24 @@
 """What is read of a claim comes from its numbers."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from openmythos.errors import CheckpointError, InputError
-from openmythos.evidence.claims import CLAIMS, Reproduction, claim, command, reproduce
+from openmythos.evidence.claims import CLAIMS, Reproduction, claim, command, cost, reproduce
 from openmythos.evidence.report import (
     Expectation,
     Section,
     as_markdown,
+    grouped,
     rounded_down,
     rounded_up,
     spread,
     table,
-    with_devices,
+    with_machines,
     with_missing,
     write_claim,
     write_pages,
@@ -39,6 +41,7 @@ def test_a_spread_shows_the_range_where_there_is_one():
     assert spread([]) == "not run"
     assert spread([0.5]) == "0.500"
     assert spread([0.25, 0.75], 2) == "0.50 (0.25 to 0.75)"
+    assert spread([0.2519, 0.7511], 2) == "0.50 (0.25 to 0.76)"  # it holds what it is of
 
 
 def test_a_missed_expectation_is_shown_as_missed():
@@ -50,12 +53,30 @@ def test_a_missed_expectation_is_shown_as_missed():
     assert "- A note." in text
 
 
-def test_what_ran_on_a_gpu_is_said():
-    results = {"a/seed-0": {"device": "Some GPU"}, "b/seed-0": {"device": "cpu"}, "c/seed-0": {}}
-    assert with_devices(SECTION, results).notes == ("A note.", "On one Some GPU: a/seed-0.")
-    only = {name: {"device": "Some GPU"} for name in results}
-    assert with_devices(SECTION, only).notes[-1] == "On one Some GPU: all."
-    assert with_devices(SECTION, {"b/seed-0": {}}) == SECTION
+def test_where_and_with_which_torch_it_ran_is_said():
+    cpu, gpu = {"torch": "2.13", "device": "cpu"}, {"torch": "2.11", "device": "Some GPU"}
+    both = {"a/seed-0": gpu, "b/seed-0": cpu, "c/seed-0": {"torch": "2.13"}}
+    said = "Run: `a/*` on one Some GPU (torch 2.11), the others on a CPU (torch 2.13)."
+    assert with_machines(SECTION, both).notes == ("A note.", said)
+    only = dict.fromkeys(both, gpu)
+    assert with_machines(SECTION, only).notes[-1] == "All run on one Some GPU (torch 2.11)."
+    wide = {**only, "c/seed-0": {**gpu, "products": "fp32"}}
+    assert with_machines(SECTION, wide).notes[-1].endswith("the others in TF32: `c/*`.")
+    assert with_machines(SECTION, {}) == SECTION
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["looped-1/seed-1", "looped-2/seed-0", "looped-1/seed-0"], "`looped-*`"),
+        (["looped-1/seed-0", "looped-1/seed-1"], "`looped-1/*`"),
+        (["looped-1/seed-0", "plain/seed-0"], "`looped-1/seed-0`, `plain/*`"),
+        (["one"], "`one`"),
+    ],
+)
+def test_names_are_folded_where_all_that_begin_so_are_meant(names, said):
+    cells = ["looped-1/seed-0", "looped-1/seed-1", "looped-2/seed-0", "plain/seed-0", "one"]
+    assert grouped(names, cells) == said
 
 
 def test_what_has_not_run_is_said_by_row():
@@ -78,6 +99,8 @@ def test_the_main_sentence_stands_alone_and_the_picture_before_the_tables():
 def test_pages_hold_the_claims_there_are_in_their_order(tmp_path):
     for name in ("second", "first"):
         content = {"command": f"openmythos evidence {name}", "results": {"a/seed-0": {}}}
+        if name == "first":
+            content["cost"] = "About 2 hours."
         section = with_missing(SECTION, ["a/seed-0", "a/seed-1"], ["a/seed-1"])
         write_claim(tmp_path, name, content, replace(section, title=f"The {name}: 1, 2"))
     (tmp_path / "evidence" / "first.png").write_bytes(b"")
@@ -88,9 +111,11 @@ def test_pages_hold_the_claims_there_are_in_their_order(tmp_path):
     assert (
         "| [The first: 1, 2](#the-first-1-2) | 1 of 3 | speed; every seed (open) | 1 of 2 |" in page
     )
-    assert "## The first: 1, 2" in page
+    assert "## The first: 1, 2\n\n    openmythos evidence first\n\nAbout 2 hours.\n\nOne" in page
+    assert "    openmythos evidence second\n\nOne sentence." in page
     gallery = (tmp_path / "gallery.md").read_text()
     assert "evidence/first.png" in gallery
+    assert "[The figures](evidence.md#the-first-1-2)" in gallery
     assert "evidence/second.png" not in gallery  # it has no picture
 
 
@@ -178,12 +203,30 @@ def test_bad_input_is_refused_before_any_work(tmp_path, name, how, sentence):
         (0.00221, 4, "0.0022", "0.0023"),
         (1.0, 2, "1.00", "1.00"),
         (3e-5, 3, "0.000", "0.001"),
+        (100 * (0.3 - 0.2) / 0.4, 1, "25.0", "25.0"),  # 24.999999999999993
         (0.997 - 0.996, 4, "0.0010", "0.0010"),  # but for the last bits of a float
         (-1e-6, 4, "-0.0001", "0.0000"),
+        (33.91, 0, "33", "34"),
+        (math.inf, 2, "not finite", "not finite"),
     ],
 )
 def test_a_bound_that_is_printed_holds(value, digits, low, high):
     assert (rounded_down(value, digits), rounded_up(value, digits)) == (low, high)
+
+
+def test_what_is_measured_is_never_printed_as_better_than_it_is():
+    missed = Expectation.no_less("right", 0.99, 0.98999)
+    assert (missed.wanted, missed.measured, missed.met) == ("≥ 0.99", "0.989", False)
+    late = Expectation.no_more("worse by", 1, 1.0001, 2, unit=" %", signed=True, later="Why.")
+    assert (late.wanted, late.measured, late.met) == ("≤ 1 %", "+1.01 %", False)
+    assert late.later == "Why."
+    assert Expectation.no_more("even", 0, 0.0, signed=True).met
+
+
+def test_what_a_claim_costs_is_said():
+    module = claim("routing")
+    assert cost(module, Reproduction()).startswith(f"About {module.HOURS:g} hours of one core")
+    assert cost(module, Reproduction(quick=True)) == "A few minutes."
 
 
 def test_published_figures_give_their_own_page_again_without_any_training(tmp_path):

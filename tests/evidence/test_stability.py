@@ -9,7 +9,7 @@ import pytest
 import torch
 from few_messages import few_messages
 
-from openmythos.evidence import raw_decay, stress_rows, text_training
+from openmythos.evidence import raw_decay, state_growth, stress_rows, text_training
 from openmythos.evidence import stability as claim
 from openmythos.evidence.cells import run_cells
 from openmythos.evidence.report import as_markdown
@@ -190,7 +190,7 @@ def test_rates_that_only_ours_stands_are_said_and_meet_what_was_expected():
     assert (factor.measured, factor.met) == ("10.0", True)
     assert all(e.met for e in section.expectations)
     assert "over all rates, by these factors: ours (A h + B e) 1.00; h + e 128.00." in text
-    assert "At each one's best rate: ours (A h + B e) 1.00; h + e 128.00." in text
+    assert "At each one's best rate, at most: ours (A h + B e) 1.00; h + e 128.00." in text
     assert "nats a token more: ours (A h + B e) +0.070; h + e +0.070." in text
     assert "400 steps of 16 × 64 tokens at width 64" in text
 
@@ -249,8 +249,25 @@ def test_a_rate_at_which_nothing_is_learnt_is_not_usable():
 def test_a_state_that_goes_on_growing_misses():
     section = conclude(a_row(OURS, {3e-3: 5.0}, grows=1.2))
     assert [(e.wanted, e.measured, e.met) for e in section.expectations] == [
-        ("≤ 1.05", "1.200", False)
+        ("≤ 1.05", "1.2000", False)
     ]
+
+
+@pytest.mark.parametrize(
+    ("factor", "said"),
+    [(1.0821, "1.09"), (134.124, "134.13"), (7.4003e10, "7.5e+10"), (9.99e3, "1.0e+04")],
+)
+def test_the_most_that_a_state_grows_is_rounded_up(factor, said):
+    assert state_growth._times(factor) == said
+
+
+def test_a_state_that_leaves_the_panel_is_marked_where_it_does():
+    runs = a_row("linear", {3e-3: 5.0}, seeds=1, grows=1e6)
+    middle = draw_figure(runs).axes[1]
+    curve, mark = middle.get_lines()[:2]
+    assert curve.get_ydata().max() <= claim.LARGEST_DRAWN
+    assert mark.get_marker() == "^"
+    assert mark.get_xydata().tolist() == [curve.get_xydata()[-1].tolist()]
 
 
 def test_what_needs_no_training_is_measured(tmp_path):
@@ -259,7 +276,7 @@ def test_what_needs_no_training_is_measured(tmp_path):
     section = conclude(result)
     assert [e.met for e in section.expectations if "raw values" in e.what] == [True] * 3
     text = as_markdown(section)
-    assert "Untrained, from 2 to 8:" in text
+    assert "Untrained, from 2 to 8, at most:" in text
     assert "for 17,161 pairs of raw values" in text
     assert set(result["untrained"]["states"]) == {
         f"{recipe}/{kind}" for recipe in ("stress", "full") for kind in KINDS

@@ -53,7 +53,9 @@ def test_a_curve_that_saturates_meets_what_was_expected():
     assert len(section.expectations) == 4
     text = as_markdown(section)
     assert "openmythos-lm has 1.3000 bits per byte at 1 loop, 1.2091 at the 4 of its" in text
-    assert "171 at 16: +27 % in bits" in text
+    assert "170.7 at 16: +27 % in bits" in text
+    assert "https://github.com/kyegomez/OpenMythos/issues/28" in text
+    assert "windows of 256 tokens, each with half of it as context. Other sections read" in text
     assert "on messages: small-fixed 9.17 %" in text  # 1.32 over 1.2091, read at 16 loops
 
 
