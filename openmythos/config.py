@@ -9,12 +9,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from openmythos.errors import CheckpointError, ConfigError
+from openmythos.numbers import real
 
 AttentionKind = Literal["gqa", "mla"]
 FeedForwardKind = Literal["swiglu", "relu2"]
@@ -26,6 +26,9 @@ RopePairing = Literal["half", "interleaved"]
 HaltingKind = Literal["none", "gate", "delta", "kl", "act"]
 CachePolicy = Literal["per_loop", "last"]
 WeightsKind = Literal["fp32", "bf16", "int8"]
+
+MOST = 1 << 31
+"""More than any size or count."""
 
 CONFIG_FILE = "config.json"
 MODEL_TYPE = "openmythos"
@@ -157,11 +160,13 @@ class MythosConfig:
         """
         object.__setattr__(self, "_derived", set())
         check_types(self)
+        self._check_bounds()
         self._check_kinds()
         for name in ("hidden_size", "num_heads"):  # others are derived from them
             self._at_least(name, 1)
         self._fill()
         self._check_sizes()
+        self._check_together()
 
     def _fill(self) -> None:
         if self.head_dim is None and self.hidden_size % self.num_heads:
@@ -193,6 +198,15 @@ class MythosConfig:
             if value not in get_args(kind):
                 raise ConfigError(f"{name}={value!r} must be one of {', '.join(get_args(kind))}")
 
+    def _check_bounds(self) -> None:
+        """Before any arithmetic: a number of hundreds of digits is more than a float can be."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and abs(value) >= MOST:
+                raise ConfigError(
+                    f"{field.name} has {value.bit_length()} bits, must be below {MOST}"
+                )
+
     def _check_sizes(self) -> None:
         at_least_one = (
             "vocab_size hidden_size max_length num_heads kv_heads head_dim kv_latent rope_dim "
@@ -211,25 +225,12 @@ class MythosConfig:
             "gate_size",
         ]:
             self._at_least(name, 0)
-        if self.num_heads % self.kv_heads:  # type: ignore[operator]
-            divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
-            raise ConfigError(
-                f"kv_heads={self.kv_heads} must divide num_heads={self.num_heads}: "
-                f"choose one of {', '.join(map(str, divisors))}"
-            )
         rotated = "rope_dim" if self.attention == "mla" else "head_dim"
         if getattr(self, rotated) % 2:
             raise ConfigError(
                 f"{rotated}={getattr(self, rotated)} must be even, because rotary embedding turns "
                 f"pairs of channels: choose {getattr(self, rotated) + 1}"
             )
-        if self.experts and not 1 <= self.experts_per_token <= self.experts:
-            raise ConfigError(
-                f"experts_per_token={self.experts_per_token} must be from 1 to "
-                f"experts={self.experts}"
-            )
-        if self.qk_bias and self.attention == "mla":
-            raise ConfigError("qk_bias=True must go with attention='gqa': MLA has no such bias")
         for name in ("norm_eps", "embedding_scale", "logit_scale", "balance_rate"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
@@ -238,6 +239,26 @@ class MythosConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.rope_base < 1:
             raise ConfigError(f"rope_base={self.rope_base} must be 1 or more")
+
+    def _check_together(self) -> None:
+        if self.num_heads % self.kv_heads:  # type: ignore[operator]
+            divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            raise ConfigError(
+                f"kv_heads={self.kv_heads} must divide num_heads={self.num_heads}: "
+                f"choose one of {', '.join(map(str, divisors))}"
+            )
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise ConfigError(
+                f"experts_per_token={self.experts_per_token} must be from 1 to "
+                f"experts={self.experts}"
+            )
+        if self.router_loops > 1 and not self.experts:
+            raise ConfigError(
+                f"router_loops={self.router_loops} must go with experts: a core without any has no "
+                "router, so leave it 1"
+            )
+        if self.qk_bias and self.attention == "mla":
+            raise ConfigError("qk_bias=True must go with attention='gqa': MLA has no such bias")
 
     def _at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -364,5 +385,5 @@ def check_types(config: Any) -> None:
             raise ConfigError(f"{field.name}={value!r} must be true or false")
         if kind == "float" and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ConfigError(f"{field.name}={value!r} must be a number")
-        if kind == "float" and not math.isfinite(value):
+        if kind == "float" and real(value) is None:
             raise ConfigError(f"{field.name}={value!r} must be a finite number")

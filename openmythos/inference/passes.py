@@ -29,8 +29,8 @@ from openmythos.inference.weights import Weights
 from openmythos.model.cache import Declaration
 from openmythos.model.core import Rows
 from openmythos.model.native.exits import Exits
+from openmythos.model.native.linear import MOST_ROWS, may_run
 from openmythos.model.native.paged import Paged, paged
-from openmythos.model.native.run import MOST_ROWS, may_run
 from openmythos.model.rope import Rope, rope_table
 from openmythos.model.span import Entries, Place
 from openmythos.model.transformer import OpenMythos

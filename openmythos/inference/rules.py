@@ -17,7 +17,7 @@ from openmythos.inference.scheduler import Row
 from openmythos.inference.tiles import TILE, filled, in_parts, integers, longer
 from openmythos.model.halting import Memory, Rule, with_thresholds
 from openmythos.model.native.exits import BY_BUDGET, Decided, Exits, decided_here
-from openmythos.model.native.run import MOST_ROWS
+from openmythos.model.native.linear import MOST_ROWS
 
 LONG = 1 << 15
 """Numbers from which torch sums a lone row in parts, one for each thread."""

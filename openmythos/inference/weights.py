@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from operator import attrgetter
 
+from openmythos.model.int8 import Int8Weight
 from openmythos.model.native.watch import Watch
-from openmythos.model.quantised import Int8Weight
 from openmythos.model.transformer import OpenMythos
 
 

@@ -36,7 +36,6 @@ class LoopLora(nn.Module):
         super().__init__()
         self.down = nn.Parameter(torch.empty(loops, rank, inputs))
         self.up = nn.Parameter(torch.zeros(loops, outputs, rank))
-        self.loops = loops
 
     def forward(
         self, x: Float[Tensor, "*rows inputs"], loop: Int[Tensor, "*leading"]

@@ -162,7 +162,8 @@ class Cache:
         """Return a copy with entries of its own, for the same model."""
         memo[id(self.owner)] = self.owner
         memo[id(self)] = copied = object.__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        with _for_any_call():
+            copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 
     def select(self, rows: Sequence[int] | Int[Tensor, " rows"]) -> Cache:

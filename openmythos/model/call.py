@@ -8,17 +8,13 @@ from typing import TYPE_CHECKING, get_args
 import torch
 from torch import Tensor
 
-from openmythos.config import CachePolicy, MythosConfig
+from openmythos.config import MOST, CachePolicy, MythosConfig
 from openmythos.errors import CacheError, InputError
 from openmythos.model.cache import Cache
 from openmythos.numbers import at_least, whole
 
 if TYPE_CHECKING:
     from openmythos.model.transformer import OpenMythos
-
-
-MOST = 1 << 31
-"""More than any size or count."""
 
 
 def check_model(config: MythosConfig, seed: int) -> None:
@@ -75,17 +71,18 @@ def check_decode(
             f"h has shape {tuple(h.shape)}, must be (batch, sequence, {config.hidden_size}): of "
             "states after several loops decode one at a time"
         )
-    check_width("h", h, config)
+    check_states("h", h, config)
     batch, sequence = h.shape[:2]
     if not h.numel():
         raise InputError(f"h has shape {tuple(h.shape)}, must hold at least one token")
-    _check_floating("h", h)
     _check_length(sequence, config)
     _check_places(mask, positions, batch, sequence)
 
 
-def check_width(name: str, states: Tensor, config: MythosConfig) -> None:
-    """Raise `InputError` unless the last axis of `states` is as wide as the model."""
+def check_states(name: str, states: Tensor, config: MythosConfig) -> None:
+    """Raise `InputError` unless `states` are floating numbers in rows as wide as the model."""
+    _check_tensors(**{name: states})
+    _check_floating(name, states)
     if not states.ndim or states.shape[-1] != config.hidden_size:
         raise InputError(
             f"{name} has shape {tuple(states.shape)}, must end with hidden_size="

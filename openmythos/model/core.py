@@ -20,11 +20,12 @@ from openmythos.config import MythosConfig
 from openmythos.errors import InputError
 from openmythos.model.cache import Cache, Frozen
 from openmythos.model.experts import Experts
-from openmythos.model.halting import Graves, LearnedExit, Memory, Rule, select
+from openmythos.model.halting import LearnedExit, Memory, Rule, select
 from openmythos.model.injection import INJECTION
 from openmythos.model.layer import Layer
 from openmythos.model.native.exits import Exits, decided_here
-from openmythos.model.native.run import run_loops, takes
+from openmythos.model.native.linear import takes
+from openmythos.model.native.run import run_loops
 from openmythos.model.norm import RMSNorm
 from openmythos.model.notes import CoreOutput, Notes
 from openmythos.model.rope import Rope
@@ -322,15 +323,15 @@ class Core(nn.Module):
         final = h.new_zeros(tokens, width)
         latest = final  # every token's last state, for notes
         taken = torch.zeros(tokens, dtype=torch.int64, device=h.device)
-        ponder = h.new_zeros(tokens) if isinstance(rule, Graves) else None
         memory: Memory = () if rule is None else rule.start(len(numbers), h.reshape(-1, width))
+        costs = None if rule is None else rule.ponder(memory)
+        ponder = None if costs is None else h.new_zeros(tokens)
         fired = torch.zeros_like(budget, dtype=torch.bool)
         most = int(budget.max()) if len(budget) else 0
-        loop_numbers = torch.arange(most, device=h.device)
         loop = 0
         while loop < most:
             inside = Inside(h, rows, budget, rule, memory, fired)
-            ran = self._until_exit(inside, loop, loop_numbers, cache, notes)
+            ran = self._until_exit(inside, loop, most, cache, notes)
             h, leaves, fired, memory, loop = ran
             after = h.reshape(-1, width)
             if notes.want_states:
@@ -343,8 +344,9 @@ class Core(nn.Module):
             leaving, left = after.index_select(0, gone), select(memory, gone)
             final.index_copy_(0, who, leaving if rule is None else rule.output(leaving, left))
             taken.index_fill_(0, who, loop)
-            if ponder is not None and isinstance(rule, Graves):
-                ponder.index_copy_(0, who, rule.ponder(left))
+            costs = None if rule is None else rule.ponder(left)
+            if ponder is not None and costs is not None:
+                ponder.index_copy_(0, who, costs)
             cache.leave(span, who, loop - 1)
             if len(gone) == len(numbers):
                 break
@@ -362,7 +364,7 @@ class Core(nn.Module):
         )
 
     def _until_exit(
-        self, inside: Inside, loop: int, loop_numbers: Tensor, cache: Cache, notes: Notes
+        self, inside: Inside, loop: int, most: int, cache: Cache, notes: Notes
     ) -> tuple[Tensor, Tensor, Tensor, Memory, int]:
         """Run loops from number `loop` until a row may leave: one, or natively those with slots.
 
@@ -370,7 +372,7 @@ class Core(nn.Module):
             States, which rows leave, on which the rule now fires, its memory, the next loop.
         """
         h, rows, budget, rule, memory, fired = inside
-        end = cache.reach(loop, rows.span.sequence, len(loop_numbers))
+        end = cache.reach(loop, rows.span.sequence, most)
         decided = decided_here(rule)
         if decided and not notes.by_token and notes.given is None and takes(h):
             ahead = budget.clamp(max=end) - loop
@@ -378,14 +380,15 @@ class Core(nn.Module):
             done = run_loops(self, h, rows, exits.loops, cache, start=loop, exits=exits)
             if done is not None:
                 h, every = done
-                for number, chosen in enumerate(every, start=loop):
-                    notes.count(chosen, loop_numbers[number])
+                for done_loop, chosen in enumerate(every, start=loop):
+                    notes.count(chosen, _number(done_loop, h))
                 loop += exits.ran
                 memory = (exits.quiet,) if memory else memory
                 return h, exits.fired | (budget == loop), exits.fires, memory, loop
         choices, slot = notes.choices(loop, rows.numbers), cache.slot_of(loop)
-        new, chosen = self.one_loop(h, rows, loop_numbers[loop], cache.core, slot, choices)
-        notes.count(chosen, loop_numbers[loop])
+        number = _number(loop, h)
+        new, chosen = self.one_loop(h, rows, number, cache.core, slot, choices)
+        notes.count(chosen, number)
         notes.route(chosen, rows.numbers)
         last = budget == loop + 1
         if rule is None:
@@ -415,13 +418,13 @@ class Core(nn.Module):
         taken = torch.zeros(shape, dtype=torch.int64, device=h.device)
         memory: Memory = () if rule is None else rule.start(active.numel(), h.reshape(-1, width))
         fired = torch.zeros_like(active)
-        loop_numbers = torch.arange(int(budget.max()), device=h.device)
-        for loop in range(len(loop_numbers)):
+        for loop in range(int(budget.max())):
+            number = _number(loop, h)
             stores = [store.after(active) for store in stores]
             choices = notes.choices(loop, None)
-            new, chosen = self.one_loop(h, rows, loop_numbers[loop], stores, 0, choices)
+            new, chosen = self.one_loop(h, rows, number, stores, 0, choices)
             chosen = [choice[active] for choice in chosen]
-            notes.count(chosen, loop_numbers[loop])
+            notes.count(chosen, number)
             notes.route(chosen, active.flatten().nonzero().squeeze(1))
             taken = taken + active
             last = budget == loop + 1
@@ -439,12 +442,11 @@ class Core(nn.Module):
             active = active & ~leaves
             if not bool(active.any()):
                 break
-        ponder = None
+        costs = None
         if rule is not None:
             h = rule.output(h.reshape(-1, width), memory).view_as(h)
-            if isinstance(rule, Graves):
-                ponder = rule.ponder(memory).view(shape)
-        return CoreOutput(h, taken, ponder=ponder)
+            costs = rule.ponder(memory)
+        return CoreOutput(h, taken, ponder=None if costs is None else costs.view(shape))
 
     def experts_layers(self) -> list[Experts]:
         """The expert layers, in order; empty for a dense core."""
@@ -478,6 +480,11 @@ class Core(nn.Module):
         """Floating-point operations of one loop per token that sees `keys` keys, forward."""
         layers = [layer.flops(keys, decoding=decoding) for layer in self.layers]  # type: ignore[operator]
         return int(self.injection.flops() + sum(layers))
+
+
+def _number(loop: int, h: Tensor) -> Int[Tensor, ""]:
+    """A loop's number as a tensor, beside the states; made when it is reached, as few are."""
+    return torch.full((), loop, device=h.device)
 
 
 def _carried_on(

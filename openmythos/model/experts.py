@@ -17,7 +17,7 @@ from openmythos.config import MythosConfig
 from openmythos.model.adapters import loop_linear
 from openmythos.model.feed_forward import FEED_FORWARD, FeedForward
 from openmythos.model.grouped import grouped_linear
-from openmythos.model.remade import remade
+from openmythos.model.remade import remade, transformed
 from openmythos.model.wide import autocast_dtype
 
 # Up to so many (token, expert) pairs, multiplying by views of the chosen experts' matrices is
@@ -121,7 +121,8 @@ class Experts(nn.Module):
         """
         flat = x.flatten(0, -2)
         chosen, weights = (part.flatten(0, -2) for part in self.router(x, loop, given))
-        few = chosen.numel() <= FEW_PAIRS and not torch.compiler.is_compiling()
+        # Neither a compiler nor a derivative follows numbers into Python.
+        few = chosen.numel() <= FEW_PAIRS and not (torch.compiler.is_compiling() or transformed())
         if alone is not None:
             y = torch.zeros_like(flat)
             rows = [flat[row : row + 1].clone() for row in range(alone)]  # aligned alike

@@ -22,14 +22,8 @@ from torch import Tensor
 from openmythos.config import CONFIG_FILE, MythosConfig, WeightsKind
 from openmythos.errors import CheckpointError, InputError
 from openmythos.files import write_atomically, written_together
-from openmythos.model.quantised import (
-    Int8Weight,
-    input_axis,
-    matrices,
-    pack,
-    quantise,
-    stays_wide_in_memory,
-)
+from openmythos.model.int8 import Int8Weight, input_axis, pack
+from openmythos.model.quantised import matrices, quantise, stays_wide_in_memory
 from openmythos.model.tied import EMBED, HEAD
 
 if TYPE_CHECKING:
@@ -81,8 +75,13 @@ def save_model(
             write_atomically(beside / CONFIG_FILE, model.config.to_json().encode())
             if tokenizer is not None:
                 tokenizer.save(beside)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise CheckpointError(
+            f"folder={folder} must be a folder, and it or one above is a file: choose another path"
+        ) from error
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"folder={folder} must be writable: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"folder={folder} must be writable, and is not: {reason}") from error
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -151,6 +150,7 @@ def load_model(
             f"{folder} must be a model's folder: a model that comes with the package is loaded by "
             "its name with openmythos.load"
         )
+    _check_no_run(folder)
     config = MythosConfig.load(folder)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
@@ -162,7 +162,7 @@ def load_model(
     try:
         with torch.device("meta"):
             model = kind(config)
-    except RuntimeError as error:  # torch counts bytes in 64 bits
+    except (RuntimeError, TypeError, OverflowError) as error:  # torch counts bytes in 64 bits
         raise CheckpointError(
             f"{folder / CONFIG_FILE} must describe a model that can be built ({error})"
         ) from None
@@ -171,6 +171,17 @@ def load_model(
     if int8:
         quantise(model.float())
     return (model if dtype is None else model.to(dtype)).eval()
+
+
+def _check_no_run(folder: Path) -> None:
+    """Refuse a training run's folder, and say where its model is; the names are a run's own."""
+    if (folder / CONFIG_FILE).is_file() or not (folder / "settings.json").is_file():
+        return
+    model = folder / "model"
+    where = f"{model}, or openmythos.load" if (model / CONFIG_FILE).is_file() else "openmythos.load"
+    raise CheckpointError(
+        f"{folder} must be a model's folder, and is a training run's: give {where}"
+    )
 
 
 def _floating(dtype: torch.dtype | str) -> torch.dtype:

@@ -177,7 +177,7 @@ def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor, token: Tensor | Non
     dtype = autocast_dtype(x.device)
     if dtype is not None:
         x, weights = x.to(dtype), weights.to(dtype)
-    if transformed():  # torch.func takes no custom operator that has a backward pass
+    if transformed():  # which take no custom operator with a backward pass
         return _group_by_group(x if token is None else x.index_select(0, token), weights, ends)
     if token is None:
         return grouped_mm(x, weights, ends)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from openmythos.config import MythosConfig
 from openmythos.errors import InputError
-from openmythos.model.wide import keep_wide
+from openmythos.model.wide import autocast_dtype, keep_wide
 from openmythos.numbers import real
 
 DEFAULT_THRESHOLD = 0.9  # of a gate that was never trained
@@ -53,6 +53,10 @@ class Rule(Protocol):
 
     def output(self, after: Tensor, memory: Memory) -> Tensor:
         """Return the state handed to the coda, `(rows, hidden)`."""
+        ...
+
+    def ponder(self, memory: Memory) -> Tensor | None:
+        """Return the cost of each row's loops, `(rows,)`, where the rule is learned with one."""
         ...
 
 
@@ -94,6 +98,9 @@ class LearnedExit(nn.Module):
         self, before: Float[Tensor, "*rows hidden"], after: Float[Tensor, "*rows hidden"]
     ) -> Float[Tensor, "*rows"]:
         """Return logits of the exit probability, in fp32 or wider."""
+        if autocast_dtype(after.device) is not None:
+            with torch.autocast(after.device.type, enabled=False):
+                return self.forward(before, after)
         weight, bias = self.weight.to(after.dtype), self.bias.to(after.dtype)
         length = torch.linalg.vector_norm(after, dim=-1, keepdim=True) + 1e-8
         moved = torch.linalg.vector_norm(after - before, dim=-1, keepdim=True) / length
@@ -141,6 +148,9 @@ class Gate:
         """The state as it is."""
         return after
 
+    def ponder(self, memory: Memory) -> None:
+        """Nothing: loops cost no more than their time."""
+
 
 class RelativeChange:
     """Exit when two loops in a row move the state by less than `threshold` of its length.
@@ -168,6 +178,9 @@ class RelativeChange:
     def output(self, after: Tensor, memory: Memory) -> Tensor:
         """The state as it is."""
         return after
+
+    def ponder(self, memory: Memory) -> None:
+        """Nothing: loops cost no more than their time."""
 
 
 class Divergence:
@@ -205,6 +218,9 @@ class Divergence:
     def output(self, after: Tensor, memory: Memory) -> Tensor:
         """The state as it is."""
         return after
+
+    def ponder(self, memory: Memory) -> None:
+        """Nothing: loops cost no more than their time."""
 
 
 class Graves:
@@ -249,7 +265,7 @@ class Graves:
         return memory[1]
 
     def ponder(self, memory: Memory) -> Float[Tensor, " rows"]:
-        """Return the ponder cost of each row: loops plus remainder, Graves' equation 13."""
+        """Loops plus remainder, Graves' equation 13."""
         return memory[2]
 
 

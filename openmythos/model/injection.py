@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openmythos.model.native.run import drive, linear
+from openmythos.model.native.linear import drive, linear
 from openmythos.model.wide import keep_wide
 
 FLOOR = 2.0**-8  # A <= exp(-2^-8) < 1 - 2^-9: representable below 1 even in bf16

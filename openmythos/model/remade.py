@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Make = Callable[[], Tensor]
 
@@ -22,8 +23,11 @@ def keeps_less() -> bool:
 
 
 def transformed() -> bool:
-    """Whether one of `torch.func`'s transforms is at work."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether one of `torch.func`'s transforms is at work, or forward-mode differentiation.
+
+    Both see torch's own operations alone, the latter without gradient too.
+    """
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def watched() -> bool:

@@ -17,10 +17,11 @@ from openmythos.errors import InputError
 from openmythos.model.attention import ATTENTION
 from openmythos.model.cache import Cache
 from openmythos.model.call import (
+    check_cache_sizes,
     check_call,
     check_decode,
     check_model,
-    check_width,
+    check_states,
     check_window,
     states_wanted,
 )
@@ -28,7 +29,8 @@ from openmythos.model.core import Core
 from openmythos.model.halting import Rule, make_rule
 from openmythos.model.initialise import initialise
 from openmythos.model.layer import Layer
-from openmythos.model.native.run import FewRowsLinear, run_after, run_before, run_readout
+from openmythos.model.native.linear import FewRowsLinear
+from openmythos.model.native.run import run_after, run_before, run_readout
 from openmythos.model.native.whole import plan_of
 from openmythos.model.norm import RMSNorm
 from openmythos.model.notes import CoreOutput, Notes
@@ -279,9 +281,9 @@ class OpenMythos(nn.Module):
         """Norm and head: logits of a state, without the coda.
 
         Raises:
-            InputError: `y` is not as wide as the model.
+            InputError: `y` is not as wide as the model, or holds no floating numbers.
         """
-        check_width("y", y, self.config)
+        check_states("y", y, self.config)
         done = run_readout(self, y)
         if done is not None:
             return done
@@ -322,8 +324,6 @@ class OpenMythos(nn.Module):
         Raises:
             InputError: a size is below 1, or the policy is unknown.
         """
-        from openmythos.model.call import check_cache_sizes
-
         length = self.config.max_length if max_length is None else max_length
         slots = self.config.mean_loops if loops is None else loops
         check_cache_sizes(self.config, batch_size, length, slots, policy)

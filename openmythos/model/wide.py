@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def keep_wide(cast: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return what a module's `_apply` may do instead of `cast`: move tensors, never narrow them."""
+    """Return what a module's `_apply` may do instead of `cast`: it narrows to fp32 at most."""
 
     def widely(tensor: Tensor) -> Tensor:
         moved = cast(tensor)
         narrow = moved.is_floating_point() and moved.itemsize < 4
-        return tensor.to(moved.device) if narrow else moved
+        return tensor.to(moved.device, torch.float32) if narrow else moved
 
     return widely
 

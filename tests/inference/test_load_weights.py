@@ -9,7 +9,7 @@ import openmythos
 from openmythos.errors import InputError
 from openmythos.inference import precision
 from openmythos.inference.language_model import LanguageModel
-from openmythos.model.quantised import Int8Weight
+from openmythos.model.int8 import Int8Weight
 from openmythos.training.machine import Machine
 from openmythos.training.tokenizer import Tokenizer
 
@@ -49,7 +49,7 @@ def test_any_file_loads_into_any_weights_and_writes(folders, stored, weights):
 
 
 def test_int8_weights_write_what_the_int8_file_means(folders, monkeypatch):
-    monkeypatch.setattr("openmythos.model.quantised._int8_mm", None)
+    monkeypatch.setattr("openmythos.model.int8._int8_mm", None)
     packed = openmythos.load(folders["int8"], weights="int8").model
     wide = openmythos.load(folders["int8"]).model
     with torch.no_grad():

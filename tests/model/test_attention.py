@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from openmythos.config import AttentionKind, FeedForwardKind, MythosConfig
 from openmythos.model.attention import ATTENTION, LatentAttention
 from openmythos.model.feed_forward import FEED_FORWARD
-from openmythos.model.native import run
+from openmythos.model.native import linear
 from tests.tiny import SIZES, in_parts, some_ids, some_loops, tiny
 
 
@@ -81,7 +81,7 @@ def test_causal_attention_makes_no_mask(monkeypatch):
         return plain(*args, attn_mask=attn_mask, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
-    monkeypatch.setattr(run, "library", lambda: None)
+    monkeypatch.setattr(linear, "library", lambda: None)
     model, token_ids = tiny(experts=0), some_ids(2, 6)
     cache = model.new_cache(batch_size=2, max_length=8)
     model(token_ids, 3)

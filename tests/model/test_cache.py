@@ -273,9 +273,9 @@ def test_a_cache_may_be_made_in_inference_mode_and_used_outside(attention):
     with torch.inference_mode():
         cache = model.new_cache(batch_size=2, max_length=8, policy="last")
         model(token_ids[:, :2], 7, cache=cache)  # it grows
-        chosen = cache.select([1, 0])
+        chosen, copied = cache.select([1, 0]), copy.deepcopy(cache)
     with torch.no_grad():
-        for one in (cache, chosen):
+        for one in (cache, chosen, copied):
             model(token_ids[:, 2:], 7, cache=one, **how)
     with torch.inference_mode():
         model(token_ids[:, :1], 7, cache=cache, **how)  # only the last slot stays

@@ -181,6 +181,10 @@ BAD_CALLS = {
         lambda m: m.readout(torch.ones(3, 20)),
         "y has shape (3, 20), must end with hidden_size=24",
     ),
+    "states for the readout that are whole": (
+        lambda m: m.readout(torch.ones(3, 24, dtype=torch.int64)),
+        "y has dtype torch.int64, must be a floating one",
+    ),
     "cache beyond all memory": (
         lambda m: m.new_cache(1, loops=2**30),
         "loops=1073741824, batch_size=1 and max_length=64 must leave room for the cache in memory",
@@ -280,6 +284,20 @@ BAD_CONFIGS = {
     "eps 0": ({"norm_eps": 0.0}, "norm_eps=0.0 must be above 0"),
     "negative experts": ({"routed_scale": -1.0}, "routed_scale=-1.0 must be 0 or more"),
     "frequencies that rise": ({"rope_base": 0.5}, "rope_base=0.5 must be 1 or more"),
+    "a router for each loop of a dense core": (
+        {"router_loops": 4},
+        "router_loops=4 must go with experts: a core without any has no router",
+    ),
+    "a width of 400 digits": (
+        {"hidden_size": 10**400},
+        "hidden_size has 1329 bits, must be below 2147483648",
+    ),
+    "more layers than can be counted": (
+        {"prelude_layers": 2**31},
+        "prelude_layers has 32 bits, must be below 2147483648",
+    ),
+    "a negative number of 400 digits": ({"experts": -(10**400)}, "experts has 1329 bits, must be"),
+    "a base of 400 digits": ({"rope_base": 10**400}, "must be a finite number"),
     "bias of mla": (
         {"attention": "mla", "qk_bias": True},
         "qk_bias=True must go with attention='gqa'",
@@ -335,6 +353,11 @@ def test_whole_numbers_are_taken_in_every_form(three):
     )
     cache.rollback(three)
     assert cache.length == 4
+
+
+def test_states_that_are_no_tensor_are_refused():
+    with unchecked(), pytest.raises(InputError, match=r"y is list, must be a torch.Tensor"):
+        tiny().readout([1])
 
 
 @pytest.mark.parametrize(

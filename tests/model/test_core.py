@@ -53,6 +53,31 @@ def test_sequences_of_any_depth_in_a_batch_are_each_as_alone(window, depths):
         assert torch.equal(loads, sum(one.loads[loop] for one in alone if loop < len(one.loads)))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize(
+    ("loops", "window"), [("by sequence", None), ("by sequence", 2), ("by token", None)]
+)
+def test_padding_has_no_part_in_gradients_and_loads(loops, window, attention, checkpointing):
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    model = tiny(attention=attention, lora_rank=2, core_layers=1, dtype=torch.float64).train()
+    model.core.checkpointing = checkpointing
+    token_ids, options = some_ids(3, 5), {"backprop_loops": window}
+    depths = torch.tensor([2, 5, 3]) if loops == "by sequence" else some_loops(3, 5)
+    out = model(token_ids, depths, mask=mask, **options)
+    together = gradients(model, out.logits[mask].square().sum())
+    alone = [
+        model(
+            token_ids[b : b + 1, real],
+            depths[b : b + 1] if depths.ndim == 1 else depths[b : b + 1, real],
+            **options,
+        )
+        for b, real in enumerate(mask)
+    ]
+    assert_close(together, gradients(model, *map(loss_of, alone)), **EXACT)
+    assert torch.equal(out.loads.sum(0), sum(one.loads.sum(0) for one in alone))
+
+
 @pytest.mark.parametrize("window", [None, 2])
 def test_the_first_state_has_the_same_gradient_whatever_the_shape_of_loops(window):
     bare = {"injection": "none", "core_output": "none"}

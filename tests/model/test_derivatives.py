@@ -1,7 +1,10 @@
-"""Derivatives beyond the backward pass: second ones, and those of `torch.func`."""
+"""Derivatives beyond the backward pass: second ones, those of `torch.func`, and forward mode."""
+
+import copy
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
@@ -20,8 +23,8 @@ SHAPES = {
 }
 
 
-def learning(shape):
-    model = tiny(dtype=torch.float64, **SHAPES[shape])
+def learning(shape, dtype=torch.float64):
+    model = tiny(dtype=dtype, **SHAPES[shape])
     return model, {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -56,16 +59,53 @@ def test_a_hessians_product_with_a_vector_is_that_of_finite_differences(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_gradient_of_torch_func_is_that_of_the_backward_pass(shape):
-    model, parameters = learning(shape)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_gradient_of_torch_func_is_that_of_the_backward_pass(shape, dtype):
+    model, parameters = learning(shape, dtype)
     expected = torch.autograd.grad(loss_of(model, parameters), parameters.values())
     given = {name: p.detach() for name, p in parameters.items()}
     found = grad(lambda changed: loss_of(model, changed))(given)
-    # float64, sums of products near 1 in another order.
-    assert_close(dict(found), dict(zip(parameters, expected, strict=True)), rtol=0, atol=1e-12)
+    # Sums of products near 1 in another order.
+    atol = {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
+    assert_close(dict(found), dict(zip(parameters, expected, strict=True)), rtol=0, atol=atol)
 
 
 def test_swiglu_has_all_derivatives_of_the_plain_formula():
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(swiglu, (x,))
     assert torch.autograd.gradgradcheck(swiglu, (x,))
+
+
+WAYS = ("a call", "loops for each token", "a cache", "a readout")
+
+
+def logits_of(way, model, h0):
+    """Logits that depend on the first state, or on the state that is read out."""
+    if way == "a readout":
+        return model.readout(h0)
+    loops = torch.tensor([[3, 1, 2, 2], [1, 2, 3, 1]]) if way == "loops for each token" else 3
+    cache = model.new_cache(batch_size=2) if way == "a cache" else None
+    return model(IDS[:, :4], loops, h0=h0, cache=cache).logits
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use of it
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("experts", [0, 5])
+def test_forward_mode_gives_the_derivative_of_finite_differences(experts, way, gradient):
+    model = tiny(hidden_size=32, experts=experts)  # a width that the native code takes
+    h0, along = torch.randn(2, 2, 4, 32)
+    with torch.no_grad():
+        exact, step = copy.deepcopy(model).double(), 1e-6 * along.double()
+        ends = [logits_of(way, exact, h0.double() + part) for part in (step, -step)]
+        expected = (ends[0] - ends[1]) / 2e-6
+    with (
+        torch.set_grad_enabled(gradient),
+        sdpa_kernel(SDPBackend.MATH),  # torch's fused attention has no derivative in forward mode
+        forward_ad.dual_level(),
+    ):
+        logits = logits_of(way, model, forward_ad.make_dual(h0, along))
+        tangent = forward_ad.unpack_dual(logits).tangent
+        assert tangent is not None
+        # fp32: some 1e-6 of sums near 1, through a few tens of operations.
+        assert_close(tangent.double(), expected, rtol=1e-3, atol=1e-3)

@@ -1,5 +1,6 @@
 """Files of fp32, bf16 and int8 weights: what they hold, what comes back, what is refused."""
 
+import json
 import os
 
 import pytest
@@ -9,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from tiny import some_ids, tiny
 from torch.testing import assert_close
 
-from openmythos.errors import CheckpointError, InputError
+from openmythos.errors import CheckpointError, ConfigError, InputError
 from openmythos.model.attention import ATTENTION
 from openmythos.model.files import WEIGHTS_FILE, load_model
-from openmythos.model.quantised import Int8Weight, matrices, quantise
+from openmythos.model.int8 import Int8Weight
+from openmythos.model.quantised import matrices, quantise
 from openmythos.model.transformer import OpenMythos
 
 WEIGHTS = ["fp32", "bf16", "int8"]
@@ -368,4 +370,32 @@ def test_a_config_that_is_no_text_is_refused(tmp_path):
     model_of().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(CheckpointError, match="config.json must be JSON in UTF-8"):
+        OpenMythos.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_narrowed_from_float64_is_the_one_narrowed_from_fp32(tmp_path, dtype):
+    narrowed, expected = model_of().double().to(dtype), model_of().to(dtype)
+    narrowed.save_pretrained(tmp_path)
+    for model in (narrowed, OpenMythos.from_pretrained(tmp_path)):
+        assert_close(dict(model.state_dict()), dict(expected.state_dict()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", 2**70),
+        ("vocab_size", 2**31 - 1),
+        ("rope_base", 10**400),
+        ("gate_size", 2**64),
+        ("max_length", 10**400),
+    ],
+    ids=lambda part: part if isinstance(part, str) else f"{part.bit_length()} bits",
+)
+def test_a_config_of_sizes_that_nothing_can_have_is_refused(tmp_path, field, value):
+    model_of().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, field: value}))
+    with pytest.raises((CheckpointError, ConfigError)):
         OpenMythos.from_pretrained(tmp_path)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from openmythos.config import HaltingKind
 from openmythos.model.attention import ATTENTION
@@ -212,6 +214,27 @@ def test_padding_passes_no_layer_where_tokens_leave_one_by_one():
     assert sum(counter.rows) == int(loops.sum())
 
 
+class Largest(TorchDispatchMode):
+    """Numbers of the largest tensor that any operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
+        self.numbers = max(self.numbers, *sizes, 0)
+        return made
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_budget_that_no_token_needs_takes_no_memory(gradient):
+    model, token_ids = model_for("delta"), some_ids(2, 3)
+    with torch.set_grad_enabled(gradient), Largest() as largest:
+        out = model(token_ids, 10**6, halting="delta", threshold=5.0)
+    assert out.loops.max() < 10
+    assert largest.numbers < 10**5
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_with_gradient_exits_and_logits_are_the_same(rule):
     model, token_ids = model_for(rule).double(), some_ids(2, 6)
@@ -323,6 +346,40 @@ def test_learned_exits_decide_alike_whatever_the_model_is_cast_to():
     before = {name: t.clone() for name, t in exit_.state_dict().items()}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert_close(dict(exit_.to(dtype).state_dict()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("gate_size", [0, 32])
+def test_autocast_changes_no_exit(gate_size):
+    exit_ = tiny(gate_size=gate_size).core.gate
+    before, after = torch.randn(2, 40, 24)
+    with torch.no_grad():
+        expected = exit_(before, after)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(exit_(before, after), expected)
+
+
+def logits_with(distribution):
+    return torch.tensor([distribution]).log()
+
+
+def test_kl_is_of_the_later_distribution_from_the_earlier():
+    # Of (0.99, 0.01) from (0.5, 0.5) it is 0.64 nats; the other way round 1.61.
+    even, sure = logits_with([0.5, 0.5]), logits_with([0.99, 0.01])
+    rule = make_rule("kl", 1.0, {}, lambda h: h)
+    assert rule.decide(even, sure, (), None)[0].item()
+    assert not rule.decide(sure, even, (), None)[0].item()
+
+
+def test_kl_of_logits_in_half_precision_is_computed_in_fp32():
+    before = torch.randn(20, 50).bfloat16()
+    after = (before + 0.05 * torch.randn(20, 50)).bfloat16()
+    logs = [x.double().log_softmax(-1) for x in (before, after)]
+    exact = (logs[1].exp() * (logs[1] - logs[0])).sum(-1)  # near 1e-3; bf16 has 3e-3 of a log
+    for row, nats in enumerate(exact.tolist()):
+        for threshold, fires in ((1.01 * nats, True), (0.99 * nats, False)):
+            rule = make_rule("kl", threshold, {}, lambda h: h)
+            said, _ = rule.decide(before[row : row + 1], after[row : row + 1], (), None)
+            assert said.item() == fires
 
 
 def test_hidden_units_tell_what_no_linear_exit_can():

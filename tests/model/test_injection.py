@@ -92,6 +92,10 @@ def test_a_is_one_function_in_every_dtype():
         assert_close(module.A, exact.float(), rtol=1e-4, atol=1e-7)
 
 
+def test_the_largest_a_is_that_of_the_floor():
+    assert_close(lti([-1e4], torch.float64).A.item(), math.exp(-(2.0**-8)))
+
+
 def test_raw_values_survive_a_cast_there_and_back():
     module = lti([0.1, 0.7], torch.float32)
     before = module.A

@@ -19,6 +19,7 @@ from openmythos.model import (
     feed_forward,
     halting,
     injection,
+    int8,
     quantised,
     transformer,
 )
@@ -129,8 +130,8 @@ def test_a_value_computed_by_a_class_is_asked_for(monkeypatch):
 def test_int8_is_widened_as_its_class_does(monkeypatch):
     model = quantised.quantise(wide())
     assert structure_of(model.core.layers[0]) is not None
-    real = quantised.Int8Weight.dense
-    monkeypatch.setattr(quantised.Int8Weight, "dense", lambda weight: 2 * real(weight))
+    real = int8.Int8Weight.dense
+    monkeypatch.setattr(int8.Int8Weight, "dense", lambda weight: 2 * real(weight))
     assert structure_of(model.core.layers[0]) is None
 
 
@@ -231,6 +232,14 @@ def test_the_sources_are_those_that_the_native_code_was_written_after():
         "results change, change openmythos/model/native/layer.c alike; then say "
         "python -m openmythos.model.native.mirrored"
     )
+
+
+def test_a_class_of_somebody_elses_file_is_not_taken_for_ours():
+    assert mirrored.is_mirrored(layers.Layer)
+    assert mirrored.is_named(layers.Layer, "layer.Layer")
+    theirs = type("Layer", (torch.nn.Module,), {"__module__": "layer"})
+    assert not mirrored.is_mirrored(theirs)
+    assert not mirrored.is_named(theirs, "layer.Layer")
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """The native code: torch's results, for every kind of layer, and rows that stand alone."""
 
 import copy
+import ctypes
+import re
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ from openmythos.model import core, transformer
 from openmythos.model.feed_forward import FEED_FORWARD
 from openmythos.model.halting import HALTING, Gate
 from openmythos.model.injection import INJECTION
+from openmythos.model.int8 import Int8Weight
 from openmythos.model.layer import Layer
-from openmythos.model.native import build, run, whole
+from openmythos.model.native import build, linear, run, structures, whole
 from openmythos.model.native.describe import structure_of
-from openmythos.model.quantised import Int8Weight, quantise
+from openmythos.model.native.structures import STRUCTURES
+from openmythos.model.quantised import quantise
 from openmythos.model.transformer import OpenMythos
 from tests.tiny import some_ids, tiny
 
@@ -58,7 +62,7 @@ def by_torch(monkeypatch):
 
     def without(compute):
         with monkeypatch.context() as patch:
-            patch.setattr(run, "library", lambda: None)
+            patch.setattr(linear, "library", lambda: None)
             return compute()
 
     return without
@@ -517,6 +521,29 @@ def test_it_is_compiled_once(monkeypatch, tmp_path):
     time = file.stat().st_mtime_ns
     assert build.library.__wrapped__() is not None
     assert file.stat().st_mtime_ns == time
+
+
+def fields_in_c():
+    """The fields of each structure of layer.c by its name, in their order."""
+    text = re.sub(r"/\*.*?\*/", "", build.SOURCE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return {
+        name: re.findall(r"(\w+)\s*[,;]", body)
+        for body, name in re.findall(r"typedef struct \{(.*?)\} (\w+);", text, flags=re.DOTALL)
+    }
+
+
+@pytest.mark.parametrize(("name", "structure"), STRUCTURES.items())
+def test_a_structure_has_the_fields_of_the_c_code_in_their_order(name, structure):
+    assert [field for field, *_ in structure._fields_] == fields_in_c()[name]
+
+
+def test_structures_of_other_sizes_than_the_c_codes_are_not_loaded(monkeypatch):
+    class Longer(ctypes.Structure):
+        _fields_ = [*structures.Map._fields_, ("more", ctypes.c_int64)]
+
+    monkeypatch.setitem(STRUCTURES, "Map", Longer)
+    with pytest.raises(AssertionError, match="Map has 80 bytes here and 72 in layer.c"):
+        build.library.__wrapped__()
 
 
 NOWHERE = float("nan")

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from openmythos.model.int8 import Int8Weight
 from openmythos.model.native import build
-from openmythos.model.native.run import linear
-from openmythos.model.quantised import Int8Weight, quantise
+from openmythos.model.native.linear import linear
+from openmythos.model.quantised import quantise
 from tests.model.test_native import written
 from tests.tiny import some_ids, tiny
 

@@ -1,6 +1,7 @@
 """Int8 matrices against their equation, and int8 models against what they stand for."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from openmythos.errors import CheckpointError, InputError
 from openmythos.inference.generate import generate
 from openmythos.inference.sampling import Sampling
 from openmythos.inference.thinking import Thinking
-from openmythos.model import quantised
+from openmythos.model import int8
 from openmythos.model.adapters import LoopLinear
 from openmythos.model.attention import ATTENTION
 from openmythos.model.experts import Experts
 from openmythos.model.grouped import gathered_mm, grouped_mm
 from openmythos.model.halting import HALTING
-from openmythos.model.quantised import FEW_ROWS, Int8Weight, matrices, pack, quantise
+from openmythos.model.int8 import FEW_ROWS, Int8Weight, pack
+from openmythos.model.quantised import matrices, quantise
 
 # Every inner width is a multiple of 16, so that torch's int8 product takes all matrices.
 WIDE = {"hidden_size": 32, "feed_forward_size": 48, "kv_latent": 16, "value_dim": 8, "num_heads": 6}
@@ -27,20 +29,20 @@ BF16 = 2.0**-8  # largest relative error of rounding to bf16
 ROUNDING = 0.09
 
 needs_int8_product = pytest.mark.skipif(
-    quantised._int8_mm is None, reason="no quick int8 product on this machine"
+    int8._int8_mm is None, reason="no quick int8 product on this machine"
 )
 
 
 @pytest.fixture
 def exact(monkeypatch):
     """Products as on a machine without an int8 one: the fp32 matrix is made."""
-    monkeypatch.setattr(quantised, "_int8_mm", None)
+    monkeypatch.setattr(int8, "_int8_mm", None)
 
 
 @pytest.fixture
 def int8_products(monkeypatch):
     """The shapes that the int8 product was given; a plain one where the machine has none."""
-    shapes, real = [], quantised._int8_mm
+    shapes, real = [], int8._int8_mm
 
     def product(x, numbers, scales):
         shapes.append((*x.shape, numbers.shape[0]))
@@ -48,7 +50,7 @@ def int8_products(monkeypatch):
             return real(x, numbers, scales)
         return ((x.float() @ numbers.float().t()) * scales).bfloat16()
 
-    monkeypatch.setattr(quantised, "_int8_mm", product)
+    monkeypatch.setattr(int8, "_int8_mm", product)
     return shapes
 
 
@@ -117,7 +119,7 @@ def test_without_it_a_product_is_that_of_the_fp32_matrix(exact, shape, rows):
 def test_a_large_matrix_is_made_in_pieces_of_the_same_result(exact, monkeypatch):
     packed, x = pack("w", torch.randn(50, 12)), torch.randn(3, 12)
     whole = F.linear(x, packed)
-    monkeypatch.setattr(quantised, "PIECE", 100)
+    monkeypatch.setattr(int8, "PIECE", 100)
     assert_close(F.linear(x, packed), whole)
 
 
@@ -348,3 +350,74 @@ def test_a_weight_that_is_not_finite_is_refused_by_name():
     name = "core.layers.0.attention.out.weight"
     with pytest.raises(CheckpointError, match=f"tensor '{name}' holds NaN or infinity"):
         quantise(model)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_weights_loaded_into_an_int8_model_are_used(attention, kind):
+    model, other = (quantise(model_of(attention=attention, seed=seed)) for seed in (0, 7))
+    given = other if kind == "int8" else model_of(attention=attention, seed=7)
+    with torch.no_grad():
+        expected = other(some_ids()).logits
+        assert not torch.equal(model(some_ids()).logits, expected)  # and its experts are split
+        model.load_state_dict(given.state_dict())
+        assert torch.equal(model(some_ids()).logits, expected)
+        assert torch.equal(model(some_ids()[:1, :2]).logits, other(some_ids()[:1, :2]).logits)
+    assert isinstance(model.embed.weight, Int8Weight)
+    assert model.head.weight is model.embed.weight
+
+
+def test_a_plan_reads_weights_that_were_loaded():
+    model, other = (quantise(model_of(seed=seed)) for seed in (0, 7))
+
+    def written(one):
+        cache = one.new_cache(batch_size=2)
+        return in_parts(one, some_ids(2, 4), (2, 1, 1), 3, cache)[0]
+
+    with torch.no_grad():
+        written(model)
+        model.load_state_dict(other.state_dict())
+        assert torch.equal(written(model), written(other))
+
+
+CHANGES = {
+    "zero_": lambda w: w.zero_(),
+    "mul_": lambda w: w.mul_(0.5),
+    "add_ of a product": lambda w: w.addmm_(torch.ones(len(w), 2), torch.ones(2, w.shape[1])),
+    "out": lambda w: torch.add(w.dense(), 1, out=w),
+    "several at once": lambda w: torch._foreach_mul_([w], 0.5),
+    "a part": lambda w: w.__setitem__(slice(0, 2), 0.0),
+    "data": lambda w: setattr(w, "data", torch.zeros(w.shape)),
+    "initialisation": lambda w: torch.nn.init.normal_(w),
+    "numbers of another shape": lambda w: w.copy_(torch.ones(1, w.shape[1])),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_in_place_that_int8_cannot_follow_is_refused(change):
+    weight = quantise(model_of()).prelude[0].attention.out.weight
+    before = weight.dense()
+    with torch.no_grad(), pytest.raises(InputError, match="int8 weight cannot be changed in place"):
+        CHANGES[change](weight)
+    assert torch.equal(weight.dense(), before)
+
+
+def test_numbers_that_are_not_finite_are_not_loaded():
+    model, given = quantise(model_of()), model_of().state_dict()
+    given["prelude.0.attention.out.weight"][1, 2] = float("inf")
+    with pytest.raises(RuntimeError, match="prelude.0.attention.out.weight.*NaN or infinity"):
+        model.load_state_dict(given)
+
+
+def test_an_int8_state_comes_back_from_torchs_own_file():
+    model, file = quantise(model_of()), io.BytesIO()
+    torch.save(model.state_dict(), file)
+    found = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    other = quantise(model_of(seed=7))
+    other.load_state_dict(found)
+    with torch.no_grad():
+        assert torch.equal(other(some_ids()).logits, model(some_ids()).logits)
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Int8Weight):
+            assert torch.equal(found[name].numbers, tensor.numbers)
+            assert found[name].few == tensor.few

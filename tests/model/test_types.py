@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from openmythos.model.attention import ATTENTION
+from openmythos.model.injection import INJECTION
 from openmythos.model.rope import rope_table
 from openmythos.model.span import Place, Span
 from tests.tiny import SIZES, in_parts, some_ids, some_loops, tiny
@@ -110,3 +111,13 @@ def test_a_core_layer_compiles_whole_once_for_all_loops(attention, experts):
             found.append((y.detach(), {n: p.grad for n, p in layer.named_parameters()}))
         assert_close(*found, rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("injection", INJECTION)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_what_enters_each_loop_compiles_whole(injection, gradient):
+    module, e = small(injection=injection, h0="e").core.injection, torch.randn(2, 5, 16)
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(gradient):
+        compiled = torch.compile(module.prepare, fullgraph=True, backend="eager")
+        assert_close(compiled(e), module.prepare(e))

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from openmythos.files import write_atomically
 from openmythos.model.native.structures import (
+    STRUCTURES,
     CallStructure,
     CoreStructure,
     LayerStructure,
@@ -118,6 +119,8 @@ def _processor() -> bytes:
 def _load(path: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
     number, pointer = ctypes.c_int64, ctypes.c_void_p
+    found.structure_sizes.argtypes, found.structure_sizes.restype = [pointer], None
+    _check_sizes(found)
     layer, call = ctypes.POINTER(LayerStructure), ctypes.POINTER(CallStructure)
     found.work_size.argtypes, found.work_size.restype = [layer, number, number, number], number
     found.run_layer.argtypes, found.run_layer.restype = [layer, call], None
@@ -141,3 +144,12 @@ def _load(path: Path) -> ctypes.CDLL:
     found.run_constants.restype = None
     found.use_tiles.argtypes, found.use_tiles.restype = [ctypes.c_int], ctypes.c_int
     return found
+
+
+def _check_sizes(code: ctypes.CDLL) -> None:
+    """Refuse code that would read structures otherwise than they are written here: our mistake."""
+    sizes = (ctypes.c_int64 * len(STRUCTURES))()
+    code.structure_sizes(sizes)
+    for (name, structure), there in zip(STRUCTURES.items(), sizes, strict=True):
+        here = ctypes.sizeof(structure)
+        assert here == there, f"{name} has {here} bytes here and {there} in {SOURCE.name}"

@@ -1,7 +1,8 @@
 """A layer as the native code reads it: sizes, and where its weights lie.
 
 A layer that was changed from outside (hooks, other modules in it, other functions of its classes),
-or whose kind or widths the native code does not know, is left to torch.
+or whose kind or widths the native code does not know, is left to torch. Layer, core and model stand
+above this file, which knows their classes by name.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from openmythos.model.adapters import LoopLinear, LoopLora
 from openmythos.model.attention import GroupedQueryAttention, LatentAttention
 from openmythos.model.experts import Experts, Router
 from openmythos.model.feed_forward import FeedForward, relu2, swiglu
-from openmythos.model.native.mirrored import code_of
+from openmythos.model.injection import INJECTION
+from openmythos.model.int8 import Int8Weight
+from openmythos.model.native.linear import FewRowsLinear
+from openmythos.model.native.mirrored import code_of, is_named
 from openmythos.model.native.structures import (
     KINDS,
+    LANES,
     LayerStructure,
     LinearStructure,
     Map,
@@ -29,19 +34,15 @@ from openmythos.model.native.structures import (
 )
 from openmythos.model.native.watch import Watch, hooks_of
 from openmythos.model.norm import RMSNorm
-from openmythos.model.quantised import Int8Weight
 
 if TYPE_CHECKING:
     from openmythos.model.core import Core
     from openmythos.model.layer import Layer
     from openmythos.model.transformer import OpenMythos
 
-LANES = 8
-"""Widths must be multiples of it."""
-
 KNOWN = (
     *(LoopLinear, LoopLora, GroupedQueryAttention, LatentAttention),
-    *(Experts, Router, FeedForward, RMSNorm),
+    *(Experts, Router, FeedForward, RMSNorm, FewRowsLinear, nn.Embedding),
 )
 """Modules whose work the native code does."""
 
@@ -115,15 +116,12 @@ def alike(structures: Sequence[LayerStructure]) -> bool:
 
 def own_core(core: Core) -> bool:
     """Whether a core is what its config says: of our classes, and nobody watches its parts."""
-    from openmythos.model.core import Core
-    from openmythos.model.injection import INJECTION
-
     kind = core.config.injection
-    if type(core) is not Core or patched(core) or kind not in INJECTIONS:
+    if not is_named(type(core), "core.Core") or patched(core) or kind not in INJECTIONS:
         return False
     if type(core.injection) is not INJECTION[kind]:
         return False
-    if not code_of(Core, INJECTION[kind]).written:
+    if not code_of(type(core), INJECTION[kind]).written:
         return False
     if core.norm is not None:
         if type(core.norm) is not RMSNorm:
@@ -141,10 +139,9 @@ def own_model(model: OpenMythos) -> bool:
 
 @cache
 def _own_class(kind: type) -> bool:
-    from openmythos.model.transformer import OpenMythos
-
+    ours = next(each for each in kind.__mro__ if is_named(each, "transformer.OpenMythos"))
     names = ("before_core", "after_core", "readout", "rope_kind")
-    return all(getattr(kind, name) is getattr(OpenMythos, name) for name in names)
+    return all(getattr(kind, name) is getattr(ours, name) for name in names)
 
 
 def watch_of(model: OpenMythos) -> Watch:
@@ -180,7 +177,7 @@ def _describe(
     """Make a description, which rests on the watched modules and on the calls of the inner ones."""
     structure, watch = None, Watch(watched, inner)
     as_made = watch.written and not watch.hooked and not any(map(patched, watched))
-    if as_made and all(map(_known, inner)):
+    if as_made and all(type(module) in KNOWN for module in inner):
         try:
             structure = make()
         except _Cannot:
@@ -188,16 +185,11 @@ def _describe(
     return Described(structure, watch)
 
 
-def _known(module: nn.Module) -> bool:
-    from openmythos.model.native.run import FewRowsLinear
-
-    return type(module) in (*KNOWN, nn.Embedding, FewRowsLinear)
-
-
 def _structure(layer: Layer) -> LayerStructure:
-    from openmythos.model.layer import Layer
-
-    if type(layer) is not Layer or len({m.eps for m in layer.modules() if hasattr(m, "eps")}) > 1:
+    if (
+        not is_named(type(layer), "layer.Layer")
+        or len({m.eps for m in layer.modules() if hasattr(m, "eps")}) > 1
+    ):
         raise _Cannot
     attention, part = layer.attention, layer.feed_forward
     eps, gain = layer.attention_norm.eps, layer.attention_norm.weight

@@ -40,10 +40,10 @@ MIRRORED = {
     "RelativeChange.start RelativeChange.decide RelativeChange.output",
     "injection": "Decay.A LTI.A LTI.prepare LTI.forward Free.prepare Free.forward "
     "Add.prepare Add.forward NoInjection.prepare NoInjection.forward",
+    "int8": "Int8Weight.dense",
     "layer": "Layer.forward Layer._residual",
-    "native.run": "FewRowsLinear.forward",
+    "native.linear": "FewRowsLinear.forward",
     "norm": "inverse_rms rms_norm RMSNorm.forward",
-    "quantised": "Int8Weight.dense",
     "span": "Span.causal_mask Place.keep Place.attend",
     "transformer": "OpenMythos.before_core OpenMythos.after_core OpenMythos.readout",
 }
@@ -104,9 +104,16 @@ def kinds_of(modules: Iterable[nn.Module]) -> tuple[type, ...]:
     return tuple(kind for kind in kinds if is_mirrored(kind))
 
 
+def is_named(kind: type, path: str) -> bool:
+    """Whether a class is the one of this path in our files, as `layer.Layer`, and no subclass."""
+    return f"{kind.__module__}.{kind.__qualname__}" == PACKAGE + path
+
+
 @cache
 def is_mirrored(kind: type) -> bool:
     """Whether a class is one of those whose work the native code does."""
+    if not kind.__module__.startswith(PACKAGE):
+        return False
     module, name = kind.__module__.removeprefix(PACKAGE), kind.__name__
     return any(path.startswith(f"{name}.") for path in MIRRORED.get(module, "").split())
 

@@ -21,7 +21,8 @@ from openmythos.model.native.describe import (
     watch_of,
 )
 from openmythos.model.native.exits import Exits
-from openmythos.model.native.run import Layers, at, choices, keeps, plain, room
+from openmythos.model.native.linear import at, plain, room
+from openmythos.model.native.run import Layers, choices, keeps
 from openmythos.model.native.structures import LayerStructure, Map, OuterStructure
 from openmythos.model.rope import Rope
 from openmythos.model.span import Entries

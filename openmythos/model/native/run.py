@@ -1,8 +1,7 @@
-"""Hand few rows on the CPU to the native code: through layers, a whole core, or a linear map.
+"""Hand few rows on the CPU to the native code: through layers, a whole core, prelude and coda.
 
-It takes fp32, bf16 or int8 weights, few rows, and keys kept in a cache: reading weights and
-starting operations is then all the time there is. It computes in fp32 whatever the weights are, or
-on matrix tiles with nearly as many digits.
+It takes fp32, bf16 or int8 weights, few rows, and keys kept in a cache. It computes in fp32
+whatever the weights are, or on matrix tiles with nearly as many digits.
 Everything else goes through torch, with the same result but for rounding. A row's bits do not
 depend on the other rows of a call.
 """
@@ -10,19 +9,16 @@ depend on the other rows of a call.
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from openmythos.model.cache import Cache
 from openmythos.model.native.build import library
 from openmythos.model.native.describe import (
-    LANES,
     alike,
     altered,
     outside_of,
@@ -30,58 +26,30 @@ from openmythos.model.native.describe import (
     structure_of,
 )
 from openmythos.model.native.exits import Exits
-from openmythos.model.native.mirrored import code_of
+from openmythos.model.native.linear import (
+    at,
+    multiply,
+    plain,
+    room,
+    scratch,
+    takes,
+    takes_rows,
+    threads_for,
+)
 from openmythos.model.native.structures import (
     KINDS,
     CallStructure,
     CoreStructure,
     LayerStructure,
-    LinearStructure,
-    Map,
     OuterStructure,
 )
-from openmythos.model.quantised import Int8Weight
-from openmythos.model.remade import transformed, watched
 from openmythos.model.rope import Rope
 from openmythos.model.span import Entries, Place, Span
 
 if TYPE_CHECKING:
     from openmythos.model.core import Core, Rows
-    from openmythos.model.injection import Decay
     from openmythos.model.layer import Layer
     from openmythos.model.transformer import OpenMythos
-
-MOST_ROWS = 64
-"""With more rows torch's products are quicker."""
-
-FLOATS = (torch.float32, torch.bfloat16)
-"""Of rows and of what is kept."""
-
-LEAST_PRODUCTS = 2**17
-"""Multiplications that are worth a thread: some 10 us of work."""
-
-_scratch = threading.local()
-
-
-def takes(x: Tensor) -> bool:
-    """Whether the native code takes rows `(*rows, width)`: on the CPU, without gradient."""
-    return x.dtype in FLOATS and takes_rows(x, x.shape[-1])
-
-
-def takes_rows(x: Tensor, width: int) -> bool:
-    """Whether the native code takes so few rows of `width` numbers or ids."""
-    if not may_run() or type(x) is not Tensor or x.device.type != "cpu":
-        return False
-    return 0 < x.numel() <= MOST_ROWS * width
-
-
-def may_run() -> bool:
-    """Whether torch is asked for nothing now that the native code does not do."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    if watched() or torch._C._is_tracing() or transformed():
-        return False
-    return not torch.is_autocast_enabled("cpu") and library() is not None
 
 
 class Layers:
@@ -121,7 +89,7 @@ class Layers:
             read=at(entries.read),
             first=at(entries.first),
             counts=entries.counts.data_ptr(),
-            work=_work(max(sizes, default=h.numel())).data_ptr(),
+            work=scratch(max(sizes, default=h.numel())).data_ptr(),
             most_keys=entries.most,
         )
         call.alive = (cos, sin)  # Python's own attribute: kept as long as the call
@@ -311,86 +279,7 @@ def run_readout(
     found = outside_of(model)
     if found is None or y.shape[-1] != found.readout.map.inputs:
         return None
-    return _run_linear(found.readout, y).to(model.head.weight.dtype)
-
-
-def drive(
-    e: Float[Tensor, "*rows hidden"], weight: Tensor, decay: Decay, floor: float, largest: float
-) -> tuple[Float[Tensor, "*rows hidden"], Float[Tensor, " hidden"]] | None:
-    """Return what `LTI.prepare` returns, in fp32; None where torch must do it."""
-    step, rate, made = decay.step, decay.rate, matrix_structure(weight)
-    wide = step.dtype == rate.dtype == torch.float32 and step.is_contiguous()
-    if made is None or not wide or not rate.is_contiguous() or not takes(e):
-        return None
-    if e.shape[-1] != made.map.inputs:
-        return None
-    if not code_of(type(decay)).written:
-        return None
-    times, carry = torch.empty_like(step), torch.empty_like(rate)
-    code = library()
-    assert code is not None
-    raw = step.data_ptr(), rate.data_ptr(), len(step)
-    code.run_constants(*raw, floor, largest, times.data_ptr(), carry.data_ptr())
-    made.times = times.data_ptr()
-    return _run_linear(made, e), carry
-
-
-def linear(
-    x: Float[Tensor, "*rows inputs"], weight: Float[Tensor, "outputs inputs"]
-) -> Float[Tensor, "*rows outputs"]:
-    """Return `x weight^T`; native for few rows."""
-    fits = takes(x) and x.shape[-1] == weight.shape[-1]  # or torch says that it does not
-    made = matrix_structure(weight) if fits else None
-    return F.linear(x, weight) if made is None else _run_linear(made, x).to(x.dtype)
-
-
-def matrix_structure(weight: Tensor) -> LinearStructure | None:
-    """A matrix `(outputs, inputs)` as the native code reads it; None where it cannot."""
-    numbers, scale = weight, None
-    if isinstance(weight, Int8Weight):
-        numbers, scale = weight.numbers, weight.scale
-    outputs, inputs = weight.shape
-    if not plain(numbers) or not plain(scale) or inputs % LANES:
-        return None
-    found = Map(outputs=outputs, inputs=inputs, kind=KINDS[numbers.dtype])
-    found.weight, found.scale = numbers.data_ptr(), at(scale)
-    return LinearStructure(map=found, factor=1)
-
-
-def _run_linear(structure: LinearStructure, x: Tensor) -> Tensor:
-    """Return rows in fp32."""
-    outputs, inputs = structure.map.outputs, structure.map.inputs
-    wide, rows = x.float().contiguous(), x.numel() // inputs
-    y = room(*x.shape[:-1], outputs)
-    work = _work(wide.numel()).data_ptr() if structure.norm else None
-    code = library()
-    assert code is not None
-    threads = threads_for(rows * outputs * inputs)
-    code.run_linear(structure, wide.data_ptr(), rows, y.data_ptr(), work, threads)
-    return y
-
-
-class FewRowsLinear(nn.Linear):
-    """A linear map without bias whose rows do not depend on each other's number."""
-
-    def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
-        return linear(x, self.weight)
-
-
-def threads_for(products: int) -> int:
-    """How many threads share so many multiplications: none is woken for a few microseconds."""
-    return max(1, min(torch.get_num_threads(), products // LEAST_PRODUCTS))
-
-
-def plain(numbers: Tensor | None) -> bool:
-    """Whether these are numbers of a known kind that follow each other, or nothing.
-
-    A tensor of another class may have none of its own, whatever it says of them.
-    """
-    if numbers is None:
-        return True
-    own = type(numbers) in (Tensor, nn.Parameter) and numbers.device.type == "cpu"
-    return own and numbers.dtype in KINDS and numbers.is_contiguous()
+    return multiply(y, found.readout).to(model.head.weight.dtype)
 
 
 def keeps(structure: LayerStructure, store: dict[str, Tensor]) -> bool:
@@ -427,21 +316,3 @@ def _corrects(structure: LayerStructure) -> bool:
 def pointers(addresses: list[int]) -> ctypes.Array[ctypes.c_void_p]:
     """An array of addresses."""
     return (ctypes.c_void_p * len(addresses))(*addresses)
-
-
-def at(tensor: Tensor | None) -> int | None:
-    """Where a tensor lies, if there is one."""
-    return None if tensor is None else tensor.data_ptr()
-
-
-def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Memory for the native code to write to, whatever dtype and device torch makes by default."""
-    return torch.empty(*shape, dtype=dtype, device="cpu")
-
-
-def _work(size: int) -> Tensor:
-    """Scratch memory of this thread."""
-    found: Tensor | None = getattr(_scratch, "work", None)
-    if found is None or found.numel() < size:
-        found = _scratch.work = room(size)
-    return found

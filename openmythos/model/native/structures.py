@@ -8,6 +8,9 @@ import torch
 
 _pointer, _number, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
+LANES = 8
+"""Widths must be multiples of it."""
+
 KINDS = {torch.float32: 0, torch.int8: 1, torch.bfloat16: 2}
 """Numbers that the native code reads, and what it calls them."""
 
@@ -115,3 +118,17 @@ class ModelStructure(ctypes.Structure):
         *_fields(_number, "outer_threads drive_threads core_threads readout_threads"),
         *_fields(_real, "floor largest"),
     ]
+
+
+STRUCTURES: dict[str, type[ctypes.Structure]] = {
+    "Map": Map,
+    "Stack": Stack,
+    "Layer": LayerStructure,
+    "Call": CallStructure,
+    "Exits": ExitsStructure,
+    "Core": CoreStructure,
+    "Outer": OuterStructure,
+    "Linear": LinearStructure,
+    "Model": ModelStructure,
+}
+"""By their names in `layer.c`, in its order, which `structure_sizes` follows."""

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 
+from openmythos.model.int8 import Int8Weight
 from openmythos.model.native.mirrored import code_of, kinds_of
-from openmythos.model.quantised import Int8Weight
 
 
 class Watch:

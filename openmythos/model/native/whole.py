@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from openmythos.model.cache import Cache
+from openmythos.model.injection import FLOOR, LARGEST_STEP
 from openmythos.model.native.build import library
 from openmythos.model.native.describe import (
     Outside,
@@ -23,15 +24,14 @@ from openmythos.model.native.describe import (
     parts_of,
     watch_of,
 )
-from openmythos.model.native.run import (
-    Layers,
+from openmythos.model.native.linear import (
     matrix_structure,
-    numbers_read,
     plain,
     room,
     takes_rows,
     threads_for,
 )
+from openmythos.model.native.run import Layers, numbers_read
 from openmythos.model.native.structures import (
     KINDS,
     CallStructure,
@@ -104,8 +104,6 @@ class Plan:
             readout_threads=threads_for(rows * width * config.vocab_size),
         )
         if config.injection == "lti":
-            from openmythos.model.injection import FLOOR, LARGEST_STEP
-
             decay = model.core.injection.decay
             self._model.step, self._model.rate = decay.step.data_ptr(), decay.rate.data_ptr()
             assert drive is not None
