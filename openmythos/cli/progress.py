@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,9 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 
+from openmythos.cli.process import discard_stdout
 from openmythos.training.running_mean import RunningMean
+from openmythos.training.settings import TrainConfig, schedule
 
 if TYPE_CHECKING:
     from openmythos.training.trainer import Trainer
@@ -24,6 +27,28 @@ FEW = 20
 """Where more than one step of so many was skipped, the end says so."""
 WIDE = 100
 """Columns of a terminal that has room for the bar beside all figures."""
+MUCH_LOWER = 0.9
+"""Share of the rates asked for below which the highest that are reached are worth naming."""
+
+
+class Shown(Console):
+    """A console that goes quiet where nobody reads it any more, and lets the training go on.
+
+    So it is behind `| head`, and when the terminal goes.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Say no more; rich would end the process."""
+        self.quiet = True
+        discard_stdout()
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            if error.errno != errno.EIO:  # what a terminal that is gone answers
+                raise
+            self.on_broken_pipe()
 
 
 class Progress:
@@ -31,7 +56,7 @@ class Progress:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.console = Console()
+        self.console = Shown()
         whole = Column(no_wrap=True)
         self.bar = RichProgress(
             TextColumn("step {task.completed}/{task.total}", table_column=whole),
@@ -54,6 +79,10 @@ class Progress:
             f"{self.trainer.validation.tokens:,} held out, {config.tokens_per_step:,} a step; "
             f"in {self.trainer.run}"
         )
+        readings = config.steps * config.tokens_per_step / self.trainer.training.tokens
+        self.say(f"{config.steps:,} steps read the text {_about(readings)} times")
+        if (slow := _never_warm(config)) is not None:
+            self.say(slow)
         if self.trainer.split is not None:  # the text was opened, as at the start of a run
             self.say(
                 f"text: {self.trainer.split}; {self.trainer.training.bytes:,} bytes to train on, "
@@ -137,6 +166,24 @@ class Progress:
         """Columns that the figures may take beside the step, the bar and the time left."""
         width = self.console.width
         return width - len(f"step {steps}/{steps} ") - TIME - (BAR + 1) * (width >= WIDE)
+
+
+def _about(times: float) -> str:
+    """A number that is long only where it is large."""
+    return f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
+
+
+def _never_warm(config: TrainConfig) -> str | None:
+    """Say that the learning rates do not get as high as they are given; None: they do."""
+    given = config.optimizer
+    rising = range(min(config.steps, given.warmup_steps + 1))
+    peak = max(schedule(step, config.steps, given) for step in rising)
+    if peak >= MUCH_LOWER:
+        return None
+    return (
+        f"the learning rates reach {peak:.0%} of those given: {given.warmup_steps} of the "
+        f"{config.steps} steps warm up; give fewer with --optimizer.warmup-steps"
+    )
 
 
 def _fitting(figures: Sequence[str], room: int) -> str:

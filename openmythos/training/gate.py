@@ -79,6 +79,7 @@ def train_gate(
     cost: float | None = None,
     lost_accuracy: float | None = None,
     lr: float = 0.005,
+    at_once: int | None = None,
 ) -> GateReport:
     """Train `model.core.gate` and set its threshold; nothing else of the model changes.
 
@@ -96,6 +97,8 @@ def train_gate(
         lost_accuracy: accuracy that exits may cost, for text with one right answer at each place,
             where a few wrong ones cost more nats than they matter.
         lr: learning rate of AdamW, decaying linearly to 0.
+        at_once: sequences of a batch that the model runs together, for want of memory. Default:
+            all. Changes no result but rounding.
 
     Raises:
         ConfigError: the model is sharded.
@@ -118,7 +121,7 @@ def train_gate(
     most = 1.0 if lost_accuracy is None else lost_accuracy
     model.eval()
     try:
-        _learn(model, batch, steps, budget, margin, lr)
+        _learn(model, batch, steps, budget, margin, lr, at_once)
         return _choose_threshold(model, held_out, budget, cost, most)
     finally:
         model.core.gate.requires_grad_(False)
@@ -141,6 +144,7 @@ def _learn(
     budget: int,
     margin: float,
     lr: float,
+    at_once: int | None,
 ) -> None:
     """Fit the gate to which states are fit to stop at."""
     gate = model.core.gate
@@ -150,7 +154,7 @@ def _learn(
     for step in range(steps):
         asked = batch(step)
         _check_targets(f"batch({step})", asked, model.config.vocab_size)
-        states, losses = _trajectory(model, asked, budget)
+        states, losses = _trajectory(model, asked, budget, at_once)
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
         wanted = fit_to_stop(losses, margin).float()
@@ -162,8 +166,15 @@ def _learn(
 
 
 @torch.no_grad()
-def _trajectory(model: OpenMythos, asked: Labelled, budget: int) -> tuple[Tensor, Tensor]:
+def _trajectory(
+    model: OpenMythos, asked: Labelled, budget: int, at_once: int | None = None
+) -> tuple[Tensor, Tensor]:
     """States after each loop, the first one before them, and losses: `(loops, batch, sequence)`."""
+    if at_once is not None and at_once < len(asked.token_ids):
+        parts = (Labelled(*rows) for rows in zip(*(x.split(at_once) for x in asked), strict=True))
+        found = [_trajectory(model, part, budget) for part in parts]
+        states, losses = (torch.cat(whole, dim=1) for whole in zip(*found, strict=True))
+        return states, losses
     states = model(asked.token_ids, budget, return_states=True).states
     losses = torch.stack([cross_entropy(model.decode(h), asked.targets) for h in states])
     first = model.core.first_state(model.encode(asked.token_ids).to(states.dtype))

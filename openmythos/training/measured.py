@@ -18,6 +18,9 @@ from openmythos.training.evaluate import (
 )
 from openmythos.training.token_file import TokenFile
 
+WINDOWS = 4
+"""Of held-out text, on which the state and the experts' loads are looked at."""
+
 
 class Measured(NamedTuple):
     """Bits per byte by depth, and with the model's own exits."""
@@ -28,16 +31,21 @@ class Measured(NamedTuple):
 
     @classmethod
     def of(
-        cls, model: OpenMythos, text: TokenFile, token_bytes: NDArray[np.int64], reading: Reading
+        cls,
+        model: OpenMythos,
+        text: TokenFile,
+        token_bytes: NDArray[np.int64],
+        reading: Reading,
+        *,
+        batch_size: int = 8,
     ) -> Measured:
         """Measure a model at 1, 2, 4, 8, 16 and its mean loops; a plain one at 1."""
+        how: dict[str, Any] = {"reading": reading, "batch_size": batch_size}
         mean, act = model.config.mean_loops, None
         loops = sorted({1, 2, 4, 8, 16, mean}) if mean > 1 else [1]
-        by_depth = evaluate(model, text, token_bytes, loops, reading=reading)
+        by_depth = evaluate(model, text, token_bytes, loops, **how)
         if model.config.learned_act:
-            act = evaluate_halting(
-                model, text, token_bytes, halting="act", budget=mean, reading=reading
-            )
+            act = evaluate_halting(model, text, token_bytes, halting="act", budget=mean, **how)
         return cls(by_depth, act)
 
     def as_trained(self, mean_loops: int) -> float:
@@ -62,17 +70,23 @@ class Measured(NamedTuple):
 
 
 @torch.no_grad()
-def inside(model: OpenMythos, text: TokenFile, length: int) -> dict[str, Any]:
+def inside(
+    model: OpenMythos, text: TokenFile, length: int, *, batch_size: int = WINDOWS
+) -> dict[str, Any]:
     """RMS of the state after each loop and load of each expert, on windows of held-out text."""
     model.eval()
     windows = text.windows(length)
-    ids = text.read(windows.starts[:4], windows.length)[:, :-1]
+    ids = torch.from_numpy(text.read(windows.starts[:WINDOWS], windows.length)[:, :-1])
     mean = model.config.mean_loops
     loops = max(2, 2 * mean) if mean > 1 else 1
-    out = model(torch.from_numpy(ids).to(model.embed.weight.device), loops, return_states=True)
-    rms = out.states.float().square().mean((1, 2, 3)).sqrt()
-    line: dict[str, Any] = {"state_rms": [round(float(x), 5) for x in rms]}
-    if (loads := out.loads) is not None:
+    squares, loads = torch.zeros(loops), None
+    for part in ids.to(model.embed.weight.device).split(batch_size):
+        out = model(part, loops, return_states=True)
+        squares += out.states.float().square().mean((1, 2, 3)).cpu() * (len(part) / len(ids))
+        if out.loads is not None:
+            loads = out.loads if loads is None else loads + out.loads
+    line: dict[str, Any] = {"state_rms": [round(float(x), 5) for x in squares.sqrt()]}
+    if loads is not None:
         share = loads.float() / loads.sum(-1, keepdim=True)
         line["expert_share"] = [[[round(float(x), 5) for x in r] for r in s] for s in share]
     return line

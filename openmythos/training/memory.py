@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 from openmythos.config import MythosConfig
 from openmythos.errors import ConfigError
-from openmythos.model.accounting import on_meta, parameters
+from openmythos.model.accounting import on_meta
 from openmythos.model.transformer import OpenMythos
-from openmythos.training.optimizer import group_of
+from openmythos.training.machine import default_device
+from openmythos.training.optimizer import group_of, learning
+from openmythos.training.settings import TrainConfig
 
 STATE = {"muon": 1, "adamw": 2}
 """Tensors an optimizer keeps for each parameter, of its size: momentum, or both moments."""
@@ -28,34 +30,51 @@ class TrainingBytes(NamedTuple):
         return sum(self)
 
 
-def training_bytes(model: OpenMythos) -> TrainingBytes:
+def training_bytes(model: OpenMythos, train: TrainConfig | None = None) -> TrainingBytes:
     """Count weights, gradients and optimizer state in fp32, of a model that may be on `meta`.
 
     The gate, which is trained after the model, has no gradient meanwhile.
+
+    Args:
+        model: what is trained.
+        train: says what of it learns, and by which optimizer. Default: as `TrainConfig()`.
     """
+    train = train or TrainConfig()
+    learns, matrices = learning(model, train.train), train.optimizer.matrices
     weights = gradients = state = 0
     for name, parameter in model.named_parameters():
         size = 4 * parameter.numel()
         weights += size
-        if not name.startswith("core.gate."):
+        if name in learns:
             gradients += size
-            state += STATE[group_of(name, parameter).optimizer] * size
+            own = group_of(name, parameter).optimizer
+            state += STATE[matrices if own == "muon" else own] * size
     return TrainingBytes(weights, gradients, state)
 
 
-def check_fits(config: MythosConfig) -> None:
-    """Refuse a model whose weights alone are larger than this machine's memory.
+def check_fits(config: MythosConfig, train: TrainConfig | None = None) -> None:
+    """Refuse a model that is larger than this machine's memory.
 
     Nothing is refused where the system does not tell how much there is.
 
+    Args:
+        config: the model's.
+        train: its training, whose gradients and optimizer state count too, but for those that lie
+            on a GPU. Default: it is only read, and its weights count alone.
+
     Raises:
-        ConfigError: in fp32 they are; the message has both sizes.
+        ConfigError: in fp32 it is; the message has both sizes.
     """
-    count, memory = sum(parameters(on_meta(config)).values()), physical_memory()
-    if memory is not None and 4 * count > memory:
+    model, memory = on_meta(config), physical_memory()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    counted, needed = f"parameters={count:,} take", 4 * count
+    if train is not None and default_device().type != "cuda":
+        counted = f"parameters={count:,}, their gradients and optimizer state take"
+        needed = training_bytes(model, train).total
+    if memory is not None and needed > memory:
         raise ConfigError(
-            f"parameters={count:,} take {4 * count / 1e9:,.1f} GB in fp32, must fit into this "
-            f"machine's memory of {memory / 1e9:,.1f} GB: choose a smaller model"
+            f"{counted} {needed / 1e9:,.1f} GB in fp32, must fit into this machine's memory of "
+            f"{memory / 1e9:,.1f} GB: choose a smaller model"
         )
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from openmythos.errors import CheckpointError, ConfigError
-from openmythos.files import write_atomically
+from openmythos.files import NO_ROOM, write_atomically
+from openmythos.training.run import SETTINGS
 from openmythos.training.settings import Log
 
 METRICS = "metrics.jsonl"
@@ -24,7 +25,9 @@ Report = Callable[[dict[str, Any]], None]
 
 
 @contextlib.contextmanager
-def writing(run: Path, log: Log, step: int, report: Report) -> Iterator[Report]:
+def writing(
+    run: Path, log: Log, step: int, report: Report, rescue: Callable[[], object]
+) -> Iterator[Report]:
     """Give what adds a line to a run's metrics, and hands it on to `report`.
 
     Args:
@@ -32,28 +35,56 @@ def writing(run: Path, log: Log, step: int, report: Report) -> Iterator[Report]:
         log: where the lines go besides.
         step: the run's next.
         report: told of every line.
+        rescue: called before an error that a line cannot be written.
+
+    Raises:
+        CheckpointError: the disk is full or refuses.
     """
+
+    def write(line: dict[str, Any]) -> None:
+        try:
+            _append(run / METRICS, metrics_line(line))
+        except OSError as error:
+            rescue()
+            raise _unwritten(run, error) from error
+        if board is not None:
+            for name, value in scalars(line):
+                board.add_scalar(name, value, line["step"])
+        report(line)
+
+    try:
+        _append(run / METRICS, "")
+    except OSError as error:
+        raise _unwritten(run, error) from error
     board = _tensorboard(run, step) if log == "tensorboard" else None
-    with (run / METRICS).open("a", encoding="utf-8") as file:
-
-        def write(line: dict[str, Any]) -> None:
-            file.write(metrics_line(line))
-            file.flush()
-            if board is not None:
-                for name, value in scalars(line):
-                    board.add_scalar(name, value, line["step"])
-            report(line)
-
+    try:
         yield write
-    if board is not None:
-        board.close()
+    finally:
+        if board is not None:
+            board.close()
+
+
+def _append(path: Path, line: str) -> None:
+    with path.open("a", encoding="utf-8") as file:  # opened anew, so that none is left half-open
+        file.write(line)
+
+
+def _unwritten(run: Path, error: OSError) -> CheckpointError:
+    advice = "free some space" if error.errno in NO_ROOM else "mend that"
+    return CheckpointError(
+        f"run={run} must take its {METRICS}, but: {error.strerror or error}. To go on, {advice} "
+        "and resume; what is written of the run is intact"
+    )
 
 
 def metrics(run: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of `metrics.jsonl`, NaN where one has null; a torn one is passed over."""
     path = run / METRICS
     if not path.is_file():
-        raise CheckpointError(f"run={run} must hold {METRICS}: it is not a training run")
+        what = "it is not a training run"
+        if (run / SETTINGS).is_file():
+            what = "this run has none before its first step is finished; let it train"
+        raise CheckpointError(f"run={run} must hold {METRICS}: {what}")
     for line in path.read_bytes().splitlines():
         try:
             found = json.loads(line)
@@ -87,7 +118,10 @@ def cut_metrics(run: Path, step: int) -> None:
             for line in metrics(run)
             if line["step"] < step and not {"final", "gate"} & set(line)
         ]
-        write_atomically(run / METRICS, "".join(kept).encode())
+        try:
+            write_atomically(run / METRICS, "".join(kept).encode())
+        except OSError as error:
+            raise _unwritten(run, error) from error
 
 
 def scalars(line: dict[str, Any], under: str = "") -> Iterator[tuple[str, float]]:

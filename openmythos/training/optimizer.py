@@ -9,14 +9,17 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from openmythos.errors import CheckpointError, ConfigError
-from openmythos.training.settings import OptimizerConfig
+from openmythos.training.settings import OptimizerConfig, TrainedPart
+
+if TYPE_CHECKING:
+    from openmythos.model.transformer import OpenMythos
 
 Split = tuple[int, tuple[int, ...]]
 """How a fused matrix falls apart: the parameter's axis, and the sizes along it."""
@@ -83,6 +86,12 @@ def group_of(name: str, parameter: Tensor) -> Group:
         f"parameter={name} must have a word of openmythos.training.optimizer.GROUPS in its name: "
         f"add a row there, or use one of {', '.join(GROUPS)}"
     )
+
+
+def learning(model: "OpenMythos", part: TrainedPart) -> frozenset[str]:
+    """Return the names of the parameters that learn in a training's steps; the gate's do after."""
+    named = model.adapter_parameters() if part == "adapters" else dict(model.named_parameters())
+    return frozenset(name for name in named if not name.startswith("core.gate."))
 
 
 def build_optimizers(
@@ -169,6 +178,18 @@ class Optimizers:
         }
         self._named = dict(named)
         self._base_lr = [[group["lr"] for group in o.param_groups] for o in optimizers]
+
+    @property
+    def orthogonal_dtype(self) -> torch.dtype | None:
+        """What Muon orthogonalises in; None where there is no Muon."""
+        found = (each.dtype for each in self.optimizers if isinstance(each, Muon))
+        return next(found, None)
+
+    def orthogonalise_in(self, dtype: torch.dtype) -> None:
+        """Let Muon, where there is one, orthogonalise in `dtype` from now on."""
+        for each in self.optimizers:
+            if isinstance(each, Muon):
+                each.dtype = dtype
 
     def zero_grad(self) -> None:
         """Forget all gradients."""

@@ -7,7 +7,7 @@ run/validation.bin
 run/metrics.jsonl       one line a step, and one a measurement
 run/step-00000120/      checkpoints
 run/model/              the finished model, for `openmythos.load`, with how long its training's
-                        windows were in training.json
+                        windows were and whether its gate is trained in training.json
 run/.openmythos.lock    which process trains the run, while one does
 """
 
@@ -23,7 +23,14 @@ from openmythos.config import CONFIG_FILE, MythosConfig
 from openmythos.errors import CheckpointError, ConfigError
 from openmythos.files import write_atomically
 from openmythos.numbers import at_least
-from openmythos.training.settings import Log, OptimizerConfig, Source, TrainConfig
+from openmythos.training.settings import (
+    Finish,
+    Log,
+    OptimizerConfig,
+    Precision,
+    Source,
+    TrainConfig,
+)
 
 if TYPE_CHECKING:
     from openmythos.model.transformer import OpenMythos
@@ -34,7 +41,8 @@ MODEL = "model"
 TOKENIZER = "tokenizer.json"
 """Of the finished model's files, the one that is written last."""
 TRAINED = "training.json"
-"""In a model's folder, `{"length": tokens in a window of its training}`."""
+"""In a model's folder, `{"length": tokens in a window of its training, "gate": whether its halting
+gate was trained}`; models from before that was kept have no `gate`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +107,10 @@ def check_folder(run: Path) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OfMachine:
-    """What a run may be given anew when it goes on, as the machine needs it; None: as before."""
+    """What a run may be given anew when it goes on; None: as before.
+
+    It is what the machine needs, and what is measured and written besides the steps.
+    """
 
     accumulation: int | None = None
     checkpoint_activations: bool | None = None
@@ -107,6 +118,11 @@ class OfMachine:
     save_every: int | None = None
     keep: int | None = None
     log: Log | None = None
+    precision: Precision | None = None
+    evaluate_every: int | None = None
+    evaluate_tokens: int | None = None
+    gate_steps: int | None = None
+    finish: Finish | None = None
 
     def applied(self, train: TrainConfig) -> TrainConfig:
         """Return a training with these settings in place of its own.
@@ -182,34 +198,60 @@ def trained_length(folder: Path) -> int | None:
         CheckpointError: what should say it is damaged.
     """
     if (folder / TRAINED).is_file():
-        return _kept_length(folder / TRAINED)
+        return _kept(folder / TRAINED)[0]
     settings = settings_of(folder)
     return None if settings is None else settings.train.length
 
 
-def keep_trained_length(folder: Path, length: int) -> None:
+def gate_trained(folder: Path) -> bool | None:
+    """Return whether the halting gate of a folder's model was trained; None: not known.
+
+    Args:
+        folder: as for `settings_of`. Checkpoints have an untrained one: its training comes last.
+
+    Raises:
+        CheckpointError: what should say it is damaged.
+    """
+    model = model_in(folder)
+    if (model / TRAINED).is_file():
+        return _kept(model / TRAINED)[1]
+    written = model.name == MODEL and model.is_dir()
+    settings = None if written else settings_of(folder)
+    return None if settings is None or settings.start_from is not None else False
+
+
+def keep_trained_length(folder: Path, length: int, *, gate: bool | None = None) -> None:
     """Write into a model's folder how many tokens a window of its training had.
+
+    Args:
+        folder: the model's.
+        length: the tokens.
+        gate: whether its halting gate was trained; None: not known.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
+    kept = {"length": length} | ({} if gate is None else {"gate": gate})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / TRAINED, (json.dumps({"length": length}) + "\n").encode())
+        write_atomically(folder / TRAINED, (json.dumps(kept) + "\n").encode())
     except OSError as error:
         raise CheckpointError(f"folder={folder} must be writable: {error}") from error
 
 
-def _kept_length(path: Path) -> int:
+def _kept(path: Path) -> tuple[int, bool | None]:
     try:
-        length = json.loads(path.read_bytes())["length"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        kept = json.loads(path.read_bytes())
+        length, gate = kept["length"], kept.get("gate")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f'{path} must be {{"length": tokens}}, but: {error!r}. Mend or delete it'
         ) from error
     if not at_least(length, 1):
         raise CheckpointError(f"{path} has {length=}, must have 1 or more: mend or delete it")
-    return int(length)
+    if gate not in (None, True, False):
+        raise CheckpointError(f"{path} has {gate=}, must have true or false: mend or delete it")
+    return int(length), gate
 
 
 def train_config(fields: dict[str, Any]) -> TrainConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shlex
 import shutil
 import warnings
@@ -12,6 +13,7 @@ from openmythos.config import MythosConfig
 from openmythos.errors import CheckpointError, ConfigError, DataError
 from openmythos.model.transformer import OpenMythos
 from openmythos.training import checkpoint
+from openmythos.training.compiled import check_compiler
 from openmythos.training.corpus import (
     TRAINING,
     VALIDATION,
@@ -22,20 +24,24 @@ from openmythos.training.corpus import (
     prepare,
 )
 from openmythos.training.memory import check_fits
-from openmythos.training.metrics import check_tensorboard
+from openmythos.training.metrics import METRICS, check_tensorboard
+from openmythos.training.resuming import check_unchanged, tell_given
 from openmythos.training.run import (
+    MODEL,
     SETTINGS,
     TOKENIZER,
     OfMachine,
     Settings,
     check_folder,
+    finished,
     train_config,
 )
 from openmythos.training.run_lock import RunLock
 from openmythos.training.settings import Source, TrainConfig, decay_begins, same_until
+from openmythos.training.threads import check_threads
 from openmythos.training.token_file import TokenFile
 from openmythos.training.tokenizer import Tokenizer
-from openmythos.training.trainer import Trainer, check_unchanged
+from openmythos.training.trainer import Trainer
 
 
 def start_run(
@@ -64,10 +70,12 @@ def start_run(
     check_folder(run)
     _check_new(run)
     if start_from is None:
-        check_fits(model)
-        _check_length(train, model)
+        _check_together(train, model)
     if train.log == "tensorboard":
         check_tensorboard()
+    if train.threads is not None:
+        check_threads(train.threads)
+    check_compiler(train.compile)
     corpus = _open(source)
     least = max(train.tokens_per_step, train.length + 1)
     check_size(corpus, least)
@@ -78,14 +86,7 @@ def start_run(
     else:
         start = OpenMythos.from_pretrained(start_from)
         model = _extended(start.config, model, tokens, start_from)
-        _check_length(train, model)
-    if model.learned_act and train.backprop_loops is not None:
-        raise ConfigError(
-            f"backprop_loops={train.backprop_loops} must be left out with learned_act: exits are "
-            "learnt from all loops"
-        )
-    if train.train == "adapters" and not model.lora_rank:
-        raise ConfigError("train='adapters' must go with lora_rank of 1 or more: there are none")
+        _check_together(train, model)
     made, lock = _make(run), RunLock(run)
     lock.take()
     _check_new(run)  # another process may have been quicker, and its run is not ours to delete
@@ -104,8 +105,9 @@ def start_run(
             trainer.save()  # before it is a run: a resume must not start from fresh weights
         settings.save(run)
     except BaseException:
-        if made:  # nothing is left of a run that did not start
-            shutil.rmtree(run, ignore_errors=True)
+        # Nothing is left of a run that did not start, or it would keep the next from starting.
+        for folder in [run] if made else run.glob("step-*"):
+            shutil.rmtree(folder, ignore_errors=True)
         lock.release()
         raise
     return trainer
@@ -123,7 +125,8 @@ def open_run(
         steps: a new number of steps, for a run whose learning rate has not begun to decay; the
             run then is, to the bit, one that was started with this number. Where that one would
             choose otherwise whether to compile its layers, it is so but for rounding, and warned.
-        of_machine: settings in place of the run's own; warned where they change its rounding.
+        of_machine: settings in place of the run's own; warned where they change its rounding, or
+            what its measurements compare with.
 
     Raises:
         MythosError: the folder is no run, another process trains it, or something in it does not
@@ -131,6 +134,8 @@ def open_run(
     """
     settings = Settings.load(run)
     check_folder(run)
+    if of_machine is not None and of_machine.threads is not None:
+        check_threads(of_machine.threads)
     train = (of_machine or OfMachine()).applied(settings.train)
     if steps is not None:
         train = dataclasses.replace(train, steps=steps)
@@ -153,7 +158,7 @@ def open_run(
 
 def _opened(run: Path, settings: Settings, lock: RunLock, *, other_steps: bool) -> Trainer:
     """The trainer of a run that goes on with these settings."""
-    check_fits(settings.model)
+    check_fits(settings.model, settings.train)
     tokens = Tokenizer.load(run)
     newest = checkpoint.latest(run)
     text: str | None = None
@@ -171,8 +176,8 @@ def _opened(run: Path, settings: Settings, lock: RunLock, *, other_steps: bool) 
     if newest is not None:
         before = train_config(state["train"])
         if other_steps:
-            _check_until(checkpoint.step_of(newest), before, settings.train)
-        _tell_rounding(before, state["threads"], settings.train)
+            _check_until(run, checkpoint.step_of(newest), before, settings.train)
+        tell_given(state, settings.train)
     trainer = Trainer(run, settings, tokens, *found, lock=lock)
     if not trainer.resume() and settings.start_from is not None:
         raise CheckpointError(
@@ -201,21 +206,6 @@ def _kept_tokens(
     return both if all(side.comes_from(text, tokens.fingerprint) for side in both) else None
 
 
-def _tell_rounding(before: TrainConfig, threads: int, now: TrainConfig) -> None:
-    """Warn of settings of the machine that make the run another one by rounding."""
-    pairs = {
-        "accumulation": (before.accumulation, now.accumulation),
-        "threads": (threads, now.threads or threads),
-    }
-    changed = [f"{name}={new} for {old}" for name, (old, new) in pairs.items() if old != new]
-    if changed:
-        warnings.warn(
-            f"{', '.join(changed)}: the run goes on, but by rounding not to the bit as it would "
-            "have",
-            stacklevel=4,
-        )
-
-
 def _tell_compiling(trainer: Trainer) -> None:
     """Warn where a run of the new number of steps would choose otherwise whether to compile."""
     choice, chosen = trainer.config.compile, trainer.compiled
@@ -239,28 +229,46 @@ def _make(run: Path) -> bool:
 
 
 def _check_new(run: Path) -> None:
+    """Refuse a folder with a run in it, or with what is left of one."""
     if (run / SETTINGS).exists():
         raise ConfigError(
             f"run={run} holds a run already: resume it with --resume {shlex.quote(str(run))}, or "
             "choose another folder"
         )
+    left = itertools.chain(run.glob("step-*"), run.glob(METRICS), run.glob(MODEL))
+    if (found := next(left, None)) is not None:
+        raise ConfigError(
+            f"run={run} must hold nothing of another run, and holds {found.name}: choose another "
+            "folder, or delete what is there"
+        )
 
 
-def _check_until(step: int, before: TrainConfig, now: TrainConfig) -> None:
+def _check_until(run: Path, step: int, before: TrainConfig, now: TrainConfig) -> None:
     """Refuse a new number of steps where it would change steps that the run has taken."""
     if not same_until(step, dataclasses.replace(now, steps=before.steps), now):
         begins = min(decay_begins(before), decay_begins(now))
         raise CheckpointError(
             f"until={now.steps} must be left out at step {step}: the learning rate decays from "
-            f"step {begins:g} on, and only before can the number of steps ({before.steps}) change"
+            f"step {begins:g} on, and only before can the number of steps ({before.steps}) change; "
+            f"to train {'its' if finished(run) else 'the finished'} model further, start another "
+            f"run with --start-from {shlex.quote(str(run))}"
         )
 
 
-def _check_length(train: TrainConfig, model: MythosConfig) -> None:
+def _check_together(train: TrainConfig, model: MythosConfig) -> None:
+    """Refuse a training that the model cannot have, or that does not fit into memory."""
+    check_fits(model, train)
     if train.length > model.max_length:
         raise ConfigError(
             f"length={train.length} must be at most the model's max_length={model.max_length}"
         )
+    if model.learned_act and train.backprop_loops is not None:
+        raise ConfigError(
+            f"backprop_loops={train.backprop_loops} must be left out with learned_act: exits are "
+            "learnt from all loops"
+        )
+    if train.train == "adapters" and not model.lora_rank:
+        raise ConfigError("train='adapters' must go with lora_rank of 1 or more: there are none")
 
 
 def _open(source: Source) -> Corpus:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, final
 import numpy as np
 from jaxtyping import Int, Int64
 
-from openmythos.errors import DataError
+from openmythos.errors import DataError, TokenizerError
 from openmythos.files import NO_ROOM, write_atomically
 from openmythos.training.tokenizer import Tokenizer
 
@@ -122,12 +122,37 @@ class TokenFile:
         # The first id only gives context; before that of the file stands the last end mark.
         return Windows(starts=ends - length - 1, first=first, length=length)
 
+    def texts(self, tokenizer: Tokenizer) -> Iterator[str]:
+        """Yield the documents that the ids were made of.
+
+        Raises:
+            TokenizerError: it is not the one that made them.
+        """
+        if tokenizer.fingerprint != self.tokenizer_fingerprint:
+            raise TokenizerError(
+                f"tokenizer must be the one that made {str(self.path)!r}, and is another: take "
+                "that of the same run"
+            )
+        start = 0
+        for end in np.flatnonzero(self._ids == tokenizer.end_id).tolist():
+            yield tokenizer.decode(self._ids[start:end].tolist())
+            start = end + 1
+
     def read(
         self, starts: Int64[np.ndarray, " batch"], length: int
     ) -> Int64[np.ndarray, "batch sequence"]:
         """Return `length` + 1 ids from each start, around the ring."""
         places = (starts[:, None] + np.arange(length + 1)) % self.tokens
         return self._ids[places].astype(np.int64)
+
+
+@final
+class Wanted(NamedTuple):
+    """A file of tokens to write."""
+
+    path: Path
+    least_tokens: int
+    """Fewer are refused."""
 
 
 def write_tokens(
@@ -145,19 +170,50 @@ def write_tokens(
     Raises:
         DataError: fewer than `least_tokens` come out, or the file cannot be written.
     """
+    _write((Wanted(path, least_tokens),), ((0, text) for text in documents), tokenizer, source)
+
+
+def write_sides(
+    sides: tuple[Wanted, Wanted],
+    documents: Iterable[tuple[bool, str]],
+    tokenizer: Tokenizer,
+    *,
+    source: str,
+) -> None:
+    """Tokenise documents into two files in one pass, both whole or none.
+
+    Args:
+        sides: the file of the documents marked False, and that of those marked True.
+        documents: each with its mark before it.
+        tokenizer: the model's.
+        source: the fingerprint of the text.
+
+    Raises:
+        DataError: as for `write_tokens`.
+    """
+    _write(sides, documents, tokenizer, source)
+
+
+def _write(
+    wanted: Sequence[Wanted],
+    documents: Iterable[tuple[int, str]],
+    tokenizer: Tokenizer,
+    source: str,
+    opened: tuple["_Ids", ...] = (),
+) -> None:
+    """Open the files that are wanted, each within the one before, then fill all of them."""
+    if len(opened) == len(wanted):
+        for number, text in documents:
+            opened[number].add(text)
+        for ids in opened:
+            ids.finish(source)
+        return
+    path, least_tokens = wanted[len(opened)]
 
     def content(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            file.write(b" " * _HEADER_BYTES)
-            header = _write_ids(file, documents, tokenizer)
-            if header["tokens"] < least_tokens:
-                raise DataError(
-                    f"tokens={header['tokens']} to train on must be at least {least_tokens}, "
-                    "which is one batch: give more text, or a smaller batch"
-                )
-            text = json.dumps({"format": _FORMAT, "source": source} | header, indent=1)
-            file.seek(0)
-            file.write(text.encode().ljust(_HEADER_BYTES - 1) + b"\n")
+            ids = _Ids(file, tokenizer, least_tokens)
+            _write(wanted, documents, tokenizer, source, (*opened, ids))
 
     try:
         write_atomically(path, content)
@@ -169,38 +225,54 @@ def write_tokens(
         ) from error
 
 
-def _write_ids(file: BinaryIO, documents: Iterable[str], tokenizer: Tokenizer) -> dict[str, Any]:
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    counts = {"documents": 0, "bytes": 0, "tokens": 0}
-    checksum = 0
-    for texts in _bunches(documents):
-        encoded = tokenizer.encode_batch(texts)
-        ids = np.fromiter(chain.from_iterable([*e, tokenizer.end_id] for e in encoded), dtype)
-        file.write(ids.tobytes())
-        checksum = zlib.crc32(ids.data, checksum)
-        counts["documents"] += len(texts)
-        counts["bytes"] += sum(len(text.encode()) for text in texts)
-        counts["tokens"] += len(ids)
-    return counts | {
-        "dtype": dtype.str,
-        "crc32": checksum,
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer": tokenizer.fingerprint,
-    }
+class _Ids:
+    """The ids of one file, written in bunches: worth the cores, and none fills the memory."""
 
+    def __init__(self, file: BinaryIO, tokenizer: Tokenizer, least_tokens: int) -> None:
+        self.file, self.tokenizer, self.least_tokens = file, tokenizer, least_tokens
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+        self.documents = self.bytes = self.tokens = self.checksum = self.characters = 0
+        self.bunch: list[str] = []
+        file.write(b" " * _HEADER_BYTES)
 
-def _bunches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Group documents so that each group is worth the cores and none fills the memory."""
-    bunch: list[str] = []
-    characters = 0
-    for document in documents:
-        bunch.append(document)
-        characters += len(document)
-        if characters >= _TEXT_AT_ONCE:
-            yield bunch
-            bunch, characters = [], 0
-    if bunch:
-        yield bunch
+    def add(self, text: str) -> None:
+        """Write a document, now or with others that follow."""
+        self.bunch.append(text)
+        self.characters += len(text)
+        if self.characters >= _TEXT_AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        encoded, end = self.tokenizer.encode_batch(self.bunch), self.tokenizer.end_id
+        ids = np.fromiter(chain.from_iterable([*e, end] for e in encoded), self.dtype)
+        self.file.write(ids.tobytes())
+        self.checksum = zlib.crc32(ids.data, self.checksum)
+        self.documents += len(self.bunch)
+        self.bytes += sum(len(text.encode()) for text in self.bunch)
+        self.tokens += len(ids)
+        self.bunch, self.characters = [], 0
+
+    def finish(self, source: str) -> None:
+        """Write what is left, and what is said of all of it at the beginning."""
+        self._flush()
+        if self.tokens < self.least_tokens:
+            raise DataError(
+                f"tokens={self.tokens} to train on, of {self.bytes:,} bytes, must be at least "
+                f"{self.least_tokens}, which is one batch: give more text, or a smaller batch"
+            )
+        header = {
+            "format": _FORMAT,
+            "source": source,
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "tokens": self.tokens,
+            "dtype": self.dtype.str,
+            "crc32": self.checksum,
+            "vocab_size": self.tokenizer.vocab_size,
+            "tokenizer": self.tokenizer.fingerprint,
+        }
+        self.file.seek(0)
+        self.file.write(json.dumps(header, indent=1).encode().ljust(_HEADER_BYTES - 1) + b"\n")
 
 
 @functools.lru_cache(maxsize=4)

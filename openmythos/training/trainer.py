@@ -11,10 +11,9 @@ import contextlib
 import dataclasses
 import json
 import math
-import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmythos.config import MythosConfig
 from openmythos.errors import CheckpointError
 from openmythos.model.accounting import training_flops
 from openmythos.model.files import fill, storable
@@ -35,22 +33,24 @@ from openmythos.training.gate import GateReport, Labelled, train_gate
 from openmythos.training.machine import Machine, default_device, matmul_peak, measure
 from openmythos.training.measured import Measured, inside
 from openmythos.training.metrics import Report, cut_metrics, metrics, writing
-from openmythos.training.optimizer import build_optimizers
+from openmythos.training.optimizer import build_optimizers, learning
+from openmythos.training.resuming import check_settings, check_unchanged, tell_machine
 from openmythos.training.run import (
     MODEL,
     TOKENIZER,
-    OfMachine,
     Settings,
+    gate_trained,
     keep_trained_length,
-    train_config,
 )
 from openmythos.training.run_lock import RunLock
-from openmythos.training.settings import Compile, same_until, schedule
+from openmythos.training.settings import Compile, schedule
+from openmythos.training.stopping import HANGUP, MOST_SKIPPED, diverged, on_signals
 from openmythos.training.threads import training_threads
 from openmythos.training.token_file import TokenFile
 from openmythos.training.tokenizer import Tokenizer
 
-GATE_BATCH = 4  # sequences at a time while the gate is trained
+GATE_BATCH = 4  # sequences that a step of the gate's training learns from
+MEASURED_BATCH = 8  # windows of held-out text at a time, where a step takes as many
 NOISE = math.sqrt(2 / 5)  # deviation of a noisy first state (Geiping et al. 2025)
 
 
@@ -103,23 +103,25 @@ class Trainer:
             fused_splits=self.model.fused_splits(),
         )
         self.step = 0
+        self._skipped = 0  # the last steps in a row
         self._stop = self._finishing = False
 
     def _choose_parameters(self) -> None:
-        adapters = self.model.adapter_parameters()
+        learns = learning(self.model, self.config.train)
         for name, parameter in self.model.named_parameters():
-            wanted = name in adapters if self.config.train == "adapters" else True
-            parameter.requires_grad_(wanted and not name.startswith("core.gate."))
+            parameter.requires_grad_(name in learns)
 
     def fit(self, report: Report = lambda _: None) -> OpenMythos:
         """Train to the last step, measure, train the gate, write the finished model.
 
-        Ctrl-C and SIGTERM end it after the step in hand, with a checkpoint; after the last step, at
-        once. The process's number of threads is the run's for as long as this takes.
+        Ctrl-C, SIGTERM and a terminal that goes end it after the step in hand, with a checkpoint;
+        after the last step, at once. The process's number of threads is the run's for as long as
+        this takes.
 
         Raises:
             Stopped: the run was interrupted; `resume` goes on from the checkpoint.
-            CheckpointError: a checkpoint cannot be written, or another process trains the run.
+            CheckpointError: the run's folder cannot be written to, or another process trains it.
+            ConfigError: gradients stay not finite.
         """
         self._lock.take()
         try:
@@ -133,11 +135,13 @@ class Trainer:
         if self.step < self.config.steps:  # the model of fewer steps is not the finished one
             (self.run / MODEL / TOKENIZER).unlink(missing_ok=True)
         with (
-            self._stop_on_signals(),
-            writing(self.run, self.config.log, self.step, report) as write,
+            on_signals(self._ask_to_stop),
+            writing(self.run, self.config.log, self.step, report, self._rescue) as write,
         ):
             while self.step < self.config.steps:
-                write(self._one_step())
+                line = self._one_step()
+                write(line)
+                self._check_learning(line["gradient_norm"])
                 self._between_steps(write)
             self._finish(write)
         return self.model
@@ -174,13 +178,38 @@ class Trainer:
             score = result.as_trained(self.model_config.mean_loops)
             write(self._measurement(result))
         best = score is not None and score < checkpoint.best_score(self.run)
-        if best or self.step % self.config.save_every == 0 or done or self._stop:
+        stop = self._stop  # once: a signal may come while the checkpoint is written
+        if best or self.step % self.config.save_every == 0 or done or stop:
             self.save(score)
-        if self._stop:
+        if stop:
             raise Stopped
+
+    def _check_learning(self, norm: float) -> None:
+        """Warn of the first step that was skipped, and end where all are."""
+        if math.isfinite(norm):
+            self._skipped = 0
+            return
+        self._skipped += 1
+        if self._skipped >= min(MOST_SKIPPED, self.config.steps):
+            raise diverged(self.run, self.step - 1, self._skipped, self.config)
+        if self.optimizers.skipped == 1:
+            warnings.warn(
+                f"step {self.step - 1} was skipped: its gradient is no finite number. Where more "
+                "are, train with lower rates",
+                stacklevel=4,
+            )
+
+    def _rescue(self) -> None:
+        """Try to keep what is learned, before an error ends the run."""
+        with contextlib.suppress(CheckpointError):
+            newest = checkpoint.latest(self.run)
+            if newest is None or checkpoint.step_of(newest) != self.step:
+                self.save()
 
     def _finish(self, write: Report) -> None:
         self._finishing = True
+        if self._stop:  # asked for while the last checkpoint was written
+            raise Stopped
         # On the text of the measurements before, or the best could not be told, nor a curve drawn.
         result = self._evaluate(self.config.evaluate_tokens)
         if not self._is_measured():
@@ -190,11 +219,19 @@ class Trainer:
         same = self.measures_all and taken == self.step
         whole = result if same else self._evaluate(None)
         write(self._measurement(whole) | {"step": taken - 1, "final": True})
-        if self.config.gate_steps and self.model_config.mean_loops > 1:
+        with_gate = self.config.gate_steps > 0 and self.model_config.mean_loops > 1
+        if with_gate:
             gate = self._train_gate()
             write({"step": self.step, "gate": dataclasses.asdict(gate)})
-        keep_trained_length(self.run / MODEL, self.config.length)
+        keep_trained_length(
+            self.run / MODEL, self.config.length, gate=with_gate or self._gate_before()
+        )
         self.model.save_pretrained(self.run / MODEL, self.tokenizer)
+
+    def _gate_before(self) -> bool | None:
+        """Whether the gate was trained in the model that the run started from; None: unknown."""
+        start_from = self.settings.start_from
+        return False if start_from is None else gate_trained(Path(start_from))
 
     @property
     def measures_all(self) -> bool:
@@ -223,28 +260,15 @@ class Trainer:
             return found.step
         return self.step
 
-    @contextlib.contextmanager
-    def _stop_on_signals(self) -> Iterator[None]:
-        """Let the step in hand end before stopping; a second Ctrl-C stops at once."""
-
-        def ask(*_: Any) -> None:
-            if self._stop:
-                raise KeyboardInterrupt
-            self._stop = True
-            if self._finishing:  # all steps are saved, the rest can be done anew
-                raise Stopped
-
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        try:
-            before = [signal.signal(number, ask) for number in numbers]
-        except ValueError:  # not in the main thread: signals are another's
-            yield
+    def _ask_to_stop(self, signal: str) -> None:
+        """Let the step in hand end before stopping; a second Ctrl-C or SIGTERM stops at once."""
+        if self._stop and signal == HANGUP:
             return
-        try:
-            yield
-        finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
+        if self._stop:
+            raise KeyboardInterrupt
+        self._stop = True
+        if self._finishing:  # all steps are saved, the rest can be done anew
+            raise Stopped
 
     def one_step(self) -> dict[str, Any]:
         """Take one optimizer step; return its line of metrics."""
@@ -374,22 +398,33 @@ class Trainer:
     def _evaluate(self, max_tokens: int | None) -> Measured:
         reading = Reading.of(self.config.length, max_tokens)
         with self._autocast():
-            return Measured.of(self.model, self.validation, self.tokenizer.token_bytes, reading)
+            return Measured.of(
+                self.model,
+                self.validation,
+                self.tokenizer.token_bytes,
+                reading,
+                batch_size=self._at_once(MEASURED_BATCH),
+            )
+
+    def _at_once(self, most: int) -> int:
+        """So many sequences, or as many as a part of a step has, which are known to fit."""
+        return min(most, self.config.batch_size // self.config.accumulation)
 
     def _measurement(self, result: Measured) -> dict[str, Any]:
-        within = inside(self.model, self.validation, self.config.length)
+        at_once = self._at_once(MEASURED_BATCH)
+        within = inside(self.model, self.validation, self.config.length, batch_size=at_once)
         return {"step": self.step - 1} | result.line() | within
 
     def _train_gate(self) -> GateReport:
-        windows = self.validation.windows(self.config.length)
+        windows, at_once = self.validation.windows(self.config.length), self._at_once(GATE_BATCH)
+        starts = windows.starts[: 4 * GATE_BATCH]
         held_out = [
-            self._labelled(
-                self.validation.read(windows.starts[at : at + GATE_BATCH], windows.length)
-            )
-            for at in range(0, min(len(windows.starts), 4 * GATE_BATCH), GATE_BATCH)
+            self._labelled(self.validation.read(starts[at : at + at_once], windows.length))
+            for at in range(0, len(starts), at_once)
         ]
+        steps = self.config.gate_steps
         with self._autocast():
-            return train_gate(self.model, self._gate_batch, held_out, steps=self.config.gate_steps)
+            return train_gate(self.model, self._gate_batch, held_out, steps=steps, at_once=at_once)
 
     def _gate_batch(self, step: int) -> Labelled:
         samples = range(step * GATE_BATCH, (step + 1) * GATE_BATCH)
@@ -415,6 +450,8 @@ class Trainer:
             "threads": self.threads,
             "precision": None if self.machine is None else self.machine.precision,
             "compiled": self.compiled,
+            "device": self.device.type,
+            "orthogonal": _name(self.optimizers.orthogonal_dtype),
             "torch": torch.__version__,
         }
         return checkpoint.save(
@@ -438,7 +475,10 @@ class Trainer:
             cut_metrics(self.run, 0)
             return False
         found = checkpoint.load(newest)
-        self._check(found.state, found.step, newest)
+        check_settings(self.settings, found.state, found.step, newest)
+        prints = {"tokenizer": self.tokenizer.fingerprint, "text": self.training.source_fingerprint}
+        check_unchanged(found.state, newest, **prints)
+        tell_machine(found.state, newest, torch=torch.__version__, device=self.device.type)
         self.threads = self.config.threads or found.state["threads"]
         with training_threads(self.threads):
             self._take(found, newest)
@@ -450,42 +490,17 @@ class Trainer:
         fill(self.model, found.tensors["model"], str(where))
         self.optimizers.load_state_tensors(found.tensors["optimizer"])
         self.step = found.step
+        orthogonal = found.state.get("orthogonal")  # checkpoints from before it was kept have none
+        if orthogonal is not None:
+            self.optimizers.orthogonalise_in(getattr(torch, orthogonal))
         precision = found.state["precision"]  # None before the first step: still to be decided
-        if precision is not None:
+        if precision is None:
+            return
+        self.compiled = found.state.get("compiled", False)
+        if self.config.precision == found.state["train"]["precision"]:  # else it is given anew
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
             self.machine = Machine(precision, "as before", matmul_peak(dtype, self.device))
-            self.compiled = found.state.get("compiled", False)
-
-    def _check(self, state: dict[str, Any], step: int, where: Path) -> None:
-        before = train_config(state["train"])  # with the fields that have come since
-        before = OfMachine.of(self.config).applied(before)
-        model = MythosConfig.from_json(json.dumps(state["model"]))
-        if same_until(step, before, self.config):
-            before = self.config
-        pairs = ((self.model_config, model), (self.config, before))
-        for mine, theirs in pairs:
-            now, then = dataclasses.asdict(mine), dataclasses.asdict(theirs)
-            for name, value in now.items():
-                if then[name] != value:
-                    raise CheckpointError(
-                        f"{name}={value!r} must be {then[name]!r}, as in {where}: "
-                        "resume with the settings that the run was started with"
-                    )
-        text = self.training.source_fingerprint
-        check_unchanged(state, where, tokenizer=self.tokenizer.fingerprint, text=text)
-        if state["torch"] != torch.__version__:
-            warnings.warn(
-                f"{where} was written with torch {state['torch']}, and this is "
-                f"{torch.__version__}: the run goes on, but not to the bit as it would have",
-                stacklevel=2,
-            )
 
 
-def check_unchanged(state: dict[str, Any], where: Path, **now: str) -> None:
-    """Raise `CheckpointError` where text or tokenizer are not those of a checkpoint's state."""
-    for what, fingerprint in now.items():
-        if state[what] != fingerprint:
-            raise CheckpointError(
-                f"{what}={fingerprint[:12]} must be {state[what][:12]}, as in {where}: "
-                f"the {what} has changed since; put the old one back, or start a new run"
-            )
+def _name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")

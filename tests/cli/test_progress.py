@@ -1,5 +1,6 @@
 """The line that a training shows of itself: what counts stays readable in a narrow terminal."""
 
+import dataclasses
 import io
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from openmythos.cli import progress
 from openmythos.cli.progress import Progress
+from openmythos.training.settings import OptimizerConfig, TrainConfig
 
 LINE = {"loss": 7.1234, "bits_per_byte": 2.9, "tokens_per_second": 12345.0, "peak_share": 0.45}
 
@@ -19,8 +21,8 @@ def terminal(monkeypatch):
 
     def make(width=300, steps=300, measures_all=False):
         console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
-        monkeypatch.setattr(progress, "Console", lambda: console)
-        config = SimpleNamespace(steps=steps)
+        monkeypatch.setattr(progress, "Shown", lambda: console)
+        config = TrainConfig(steps=steps, batch_size=4, length=16)
         return Progress(
             SimpleNamespace(
                 model=torch.nn.Linear(2, 2),
@@ -70,15 +72,38 @@ def test_skipped_steps_come_before_the_figures_that_a_narrow_terminal_drops(show
     assert "loss 7.123  2 skipped" in shown(60, skipped=2)
 
 
-@pytest.mark.parametrize("split", ["2 of 40 documents are held out", None])
-def test_a_run_that_starts_says_how_its_text_was_divided(terminal, split):
-    made = terminal()
-    made.trainer.config.tokens_per_step = 64
+def entered(made, split=None):
     made.trainer.run, made.trainer.split = "runs/a", split
     made.trainer.training = SimpleNamespace(tokens=900, bytes=4000)
     made.trainer.validation = SimpleNamespace(tokens=90, bytes=400)
     with made:
         pass
+    return made
+
+
+@pytest.mark.parametrize(
+    ("steps", "times"), [(3, "0.21"), (14, "1"), (100, "7.1"), (100_000, "7,111")]
+)
+def test_how_often_the_text_is_read_is_told_at_the_start(terminal, steps, times):
+    said = entered(terminal(steps=steps)).console.file.getvalue()
+    assert f"\n{steps:,} steps read the text {times} times\n" in said
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "share"), [(300, 20, None), (10, 20, "40%"), (30, 20, "86%"), (5, 0, None)]
+)
+def test_rates_that_a_short_run_never_reaches_are_told(terminal, steps, warmup, share):
+    made = terminal(steps=steps)
+    optimizer = OptimizerConfig(warmup_steps=warmup)
+    made.trainer.config = dataclasses.replace(made.trainer.config, optimizer=optimizer)
+    said = entered(made).console.file.getvalue()
+    assert ("warm up" in said) == (share is not None)
+    assert share is None or f"the learning rates reach {share} of those given" in said
+
+
+@pytest.mark.parametrize("split", ["2 of 40 documents are held out", None])
+def test_a_run_that_starts_says_how_its_text_was_divided(terminal, split):
+    made = entered(terminal(), split)
     said = f"text: {split}; 4,000 bytes to train on, 400 held out"
     assert (said in made.console.file.getvalue()) == (split is not None)
     assert "None" not in made.console.file.getvalue()

@@ -228,6 +228,28 @@ def test_a_damaged_checkpoint_is_replaced_by_training_on(tmp_path):
     assert_same(load(save(tmp_path, 2, some_tensors(2), {})).tensors, some_tensors(2))
 
 
+class Sharded(torch.Tensor):
+    """A tensor that is told from a whole one as a DTensor is."""
+
+    def full_tensor(self):
+        return self
+
+
+def test_a_sharded_tensor_is_refused_before_anything_is_written(tmp_path):
+    tensors = {"model": {"a": torch.ones(2), "b": torch.ones(2).as_subclass(Sharded)}}
+    with pytest.raises(CheckpointError, match="tensor=model/b must be whole, and is sharded: save"):
+        save(tmp_path / "run", 1, tensors, {})
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_newest_up_to_a_step_is_found(tmp_path):
+    for step in (3, 6, 9):
+        save(tmp_path, step, some_tensors(step), {}, keep=9)
+    found = {until: latest(tmp_path, until=until) for until in (2, 3, 8, 99, None)}
+    steps = {until: path and int(path.name[5:]) for until, path in found.items()}
+    assert steps == {2: None, 3: 3, 8: 6, 99: 9, None: 9}
+
+
 def test_a_path_that_is_no_folder_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="must be a folder such as run/step-00000120"):
         load(tmp_path / "nothing")

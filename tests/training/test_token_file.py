@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmythos.errors import DataError
+from openmythos.errors import DataError, TokenizerError
 from openmythos.training.token_file import TokenFile, write_tokens
 from openmythos.training.tokenizer import Tokenizer
 
@@ -36,6 +36,16 @@ def counting_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     return token_file(tmp_path_factory.mktemp("tokens"), tokens=103)
+
+
+def test_a_file_gives_back_the_documents_it_was_made_of(tmp_path):
+    documents = ["A whale,\r\n", "näher, 鯨\u0000", " ", "the end"]
+    write_tokens(tmp_path / "x.bin", documents, BYTES, source="test", least_tokens=1)
+    file = TokenFile(tmp_path / "x.bin")
+    assert list(file.texts(BYTES)) == documents
+    another = Tokenizer.train(["the end, the end"], vocab_size=259)
+    with pytest.raises(TokenizerError, match="must be the one that made"):
+        list(file.texts(another))
 
 
 @given(seed=st.integers(0, 2**40), epoch=st.integers(0, 5), length=st.integers(2, 51))
@@ -133,7 +143,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_too_few_tokens_leave_the_old_file_as_it_was(tmp_path):
     path = token_file(tmp_path, tokens=50).path
     before = path.read_bytes()
-    with pytest.raises(DataError, match="tokens=4 to train on must be at least 9"):
+    with pytest.raises(DataError, match="tokens=4 to train on, of 3 bytes, must be at least 9"):
         write_tokens(path, ["abc"], BYTES, source="test", least_tokens=9)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["train.bin"]
