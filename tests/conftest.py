@@ -1,6 +1,11 @@
 """Makes every test repeatable: fixed seeds, one thread, no examples drawn anew each run."""
 
+import os
 import random
+
+# Threads that wait for each other must not hold the cores that they wait for: with as many tests as
+# cores at once, a test of two threads then takes minutes. OpenMP reads it when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import pytest

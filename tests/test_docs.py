@@ -47,7 +47,7 @@ REPLACED = {  # by command: what is written, and what is run instead
     "train": {"--corpus embedded": "--text my_books", "--corpus sotu": "--text my_books"},
     "eval": {"--corpus embedded": "--text letters.txt", "--corpus sotu": "--text letters.txt"},
 }
-APPENDED = {  # by command: further flags, which win over the same ones before
+APPENDED = {  # by command: flags and values, which take the places of the same flags
     "train": SMALL_TRAINING,
     "generate": "--max-new-tokens 3",
     "chat": "--max-new-tokens 3",
@@ -243,12 +243,19 @@ def run_ours(arguments, monkeypatch):
     for written, instead in REPLACED.get(name, {}).items():
         line = line.replace(f" {written} ", f" {instead} ")
     if name == "train" and "--resume" not in arguments:
-        line += f" --run {len(list(Path().iterdir()))}"  # a folder that is not there yet
+        line = with_flags(line, f"--run {len(list(Path().iterdir()))}")  # that is not there yet
     if "--resume" not in arguments:
-        line += f" {APPENDED.get(name, '')}"
+        line = with_flags(line, APPENDED.get(name, ""))
     typed = io.TextIOWrapper(io.BytesIO(b"The 3 mice"), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", typed)
     assert exit_code(main, [name, *shlex.split(line)]) == 0, f"openmythos {name} {line}"
+
+
+def with_flags(line, flags):
+    """Append flags with a value each, and take the same ones out before."""
+    for flag in flags.split()[::2]:
+        line = re.sub(rf" {flag}[ =]\S+", "", line)
+    return f"{line} {flags}"
 
 
 def exit_code(call, *arguments):

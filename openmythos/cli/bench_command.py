@@ -24,6 +24,7 @@ import tyro
 from openmythos.cli.named import model_folder
 from openmythos.errors import InputError
 from openmythos.scales import SCALES
+from openmythos.training.threads import check_threads
 
 if TYPE_CHECKING:
     from openmythos.model.transformer import OpenMythos
@@ -66,6 +67,8 @@ def run(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise InputError(f"{name}={value} must be 1 or more")
+    for count in settings.threads or ():
+        check_threads(count)
     from openmythos.speed import bench
 
     model = _model(settings.model)

@@ -27,7 +27,7 @@ from openmythos.cli.loop_colours import LoopColours, colours_wanted
 from openmythos.errors import InputError, MythosError
 from openmythos.inference.chat import with_line
 from openmythos.inference.sampling import Sampling
-from openmythos.inference.shipped import LANGUAGE_MODEL
+from openmythos.inference.shipped import LANGUAGE_MODEL, existing
 from openmythos.inference.thinking import Thinking
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class Settings:
 
 def run(settings: Settings) -> None:
     """Read lines and answer them until the input ends."""
+    existing(settings.model)  # before torch is loaded
     from openmythos.inference.language_model import load
 
     chat = Chat(load(settings.model), settings)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from openmythos.cli.process import program
 from openmythos.config import MythosConfig
-from openmythos.errors import ConfigError
+from openmythos.errors import ConfigError, InputError
 from openmythos.training.run import SETTINGS, check_folder, finished
 from openmythos.training.settings import CorpusName, OptimizerConfig, Source, TrainConfig
 
@@ -82,6 +82,8 @@ def run(settings: Settings) -> None:
     from openmythos.cli.shipped_demo import show
 
     dataclasses.replace(RECIPE, steps=settings.steps)  # refused before anything is shown
+    if settings.max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={settings.max_new_tokens} must be 1 or more")
     check_folder(settings.run)
     if settings.fresh:
         _check_deletable(settings.run)
@@ -172,7 +174,9 @@ def _gate(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _show_depths(lines: list[dict[str, Any]], ppmd: float | None) -> None:
-    depths = _depths(lines)
+    from openmythos.cli.loop_colours import writable
+
+    depths, block = _depths(lines), writable("█", "#")
     print(f"\n{RULE}\nBits per byte of held-out text (fewer are better), by loops of the core:\n")
     best = min(depths.values())
     most = max([*depths.values(), ppmd or 0.0])
@@ -180,7 +184,7 @@ def _show_depths(lines: list[dict[str, Any]], ppmd: float | None) -> None:
     if ppmd is not None:
         rows["PPMd"] = ppmd
     for name, bits in rows.items():
-        bar = "█" * round(30 * bits / most)
+        bar = block * round(30 * bits / most)
         print(f"  {name:<8}  {bits:.4f}  {bar}{'  best' if bits == best else ''}")
     if ppmd is not None:
         print("\n  PPMd is a compressor that has read the training text too, and goes on learning.")

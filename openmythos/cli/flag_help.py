@@ -1,6 +1,7 @@
-"""What --help says: each flag's docstring as one paragraph, and where MODEL stands.
+"""What --help says: the command's text, each flag's docstring as a paragraph, where MODEL stands.
 
-tyro takes a docstring from the source with its indentation, so that its line breaks would stay.
+tyro takes a docstring from the source with its indentation, so that its line breaks would stay. The
+command's own it would not wrap.
 """
 
 from __future__ import annotations
@@ -10,11 +11,16 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import itertools
 import re
+import shutil
 import sys
+import textwrap
 import typing
 from collections.abc import Iterator
 from types import MappingProxyType
+
+from openmythos.cli.loop_colours import colours_wanted
 
 HELP = "help"  # where tyro looks before it reads the source
 _LAST = re.compile(r"^(usage: .*)(\[OPTIONS\]) (.+)$", re.MULTILINE)
@@ -32,15 +38,40 @@ def fill_help(kind: type) -> None:
             fill_help(inner)
 
 
+DESCRIPTION = "(description)"
+"""What stands in tyro's page where the command's text will."""
+
+
 @contextlib.contextmanager
-def model_first() -> Iterator[None]:
-    """Print usage with MODEL before the flags, of which one with several values takes it, too."""
+def printed_page(description: str) -> Iterator[None]:
+    """Print a page with its description, and MODEL before the flags.
+
+    Of those, one with several values would take MODEL, too.
+    """
     page = _Page()
     try:
         with contextlib.redirect_stdout(page):
             yield
     finally:
-        sys.stdout.write(_LAST.sub(r"\1\3 \2", page.getvalue(), count=1))
+        text = _LAST.sub(r"\1\3 \2", page.getvalue(), count=1)
+        width = shutil.get_terminal_size().columns
+        sys.stdout.write(text.replace(DESCRIPTION, wrapped(description, width), 1))
+
+
+def wrapped(text: str, width: int) -> str:
+    """Wrap the paragraphs of a text; lines that begin with a space, such as examples, stay."""
+    lines: list[str] = []
+    for prose, group in itertools.groupby(text.strip().splitlines(), _is_prose):
+        if prose:
+            words = " ".join(group)
+            lines += textwrap.wrap(words, width, break_long_words=False, break_on_hyphens=False)
+        else:
+            lines += group
+    return "\n".join(lines)
+
+
+def _is_prose(line: str) -> bool:
+    return bool(line) and not line.startswith(" ")
 
 
 class _Page(io.StringIO):
@@ -48,7 +79,7 @@ class _Page(io.StringIO):
 
     def __init__(self) -> None:
         super().__init__()
-        self._terminal = sys.stdout.isatty()
+        self._terminal = colours_wanted()
 
     def isatty(self) -> bool:
         return self._terminal

@@ -25,13 +25,13 @@ import tyro
 from openmythos.cli.loop_colours import LoopColours, colours_wanted
 from openmythos.errors import CheckpointError, InputError
 from openmythos.inference.sampling import Sampling
-from openmythos.inference.shipped import LANGUAGE_MODEL, find_model
+from openmythos.inference.shipped import LANGUAGE_MODEL, existing, find_model
 from openmythos.inference.thinking import Thinking
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
-    from openmythos.inference.language_model import Piece
+    from openmythos.inference.language_model import Ending, Piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Settings:
     """A string that ends the text and is left out of it; may be given several times."""
 
     show_loops: bool = False
-    """Colour each token by the loops it took, and count them at the end."""
+    """Colour each token by the loops it took, and count them at the end. JSON has them anyway."""
 
     json: bool = False
     """Print one JSON object at the end instead of text."""
@@ -68,20 +68,18 @@ class Settings:
 
 def run(settings: Settings) -> None:
     """Load the model and write."""
+    if settings.show_loops and settings.json:
+        raise InputError("show_loops must be left out with --json, which has every token's loops")
+    _check_there(settings)
+    prompt = _from_stdin() if settings.prompt == "-" else settings.prompt
     from openmythos.inference.language_model import load
 
-    prompt = _from_stdin() if settings.prompt == "-" else settings.prompt
-    try:
-        lm = load(settings.model)
-    except CheckpointError as error:
-        if settings.prompt or find_model(settings.model).exists():
-            raise
-        raise CheckpointError(f"{error}; a text to continue is given with --prompt") from None
+    lm = load(settings.model)
     pieces = lm.write(
         prompt, settings.max_new_tokens, settings.thinking, settings.sampling, settings.stop
     )
     if settings.json:
-        print(json.dumps(_as_json(pieces)))
+        print(json.dumps(_as_json(pieces, len(lm.prompt_ids(prompt)))))
         return
     wanted = settings.show_loops and colours_wanted()
     budget = settings.thinking.loops_of(lm.model.config)
@@ -106,15 +104,28 @@ def run(settings: Settings) -> None:
         raise interrupted
 
 
+def _check_there(settings: Settings) -> None:
+    """Refuse a model that is not there, before torch is loaded."""
+    try:
+        existing(settings.model)
+    except CheckpointError as error:
+        if settings.prompt or find_model(settings.model).exists():
+            raise
+        raise CheckpointError(f"{error}; a text to continue is given with --prompt") from None
+
+
 def _ended_at_once(sampling: Sampling) -> str:
     other = " or another --seed" if sampling.temperature else ""  # which then changes nothing
     return f"openmythos: the model ended the text at once: try a longer prompt{other}"
 
 
-def _as_json(pieces: Iterator[Piece]) -> dict[str, Any]:
-    """Take all pieces; the clock runs from the prompt's first token to the last new one."""
+def _as_json(pieces: Generator[Piece, None, Ending], prompt_tokens: int) -> dict[str, Any]:
+    """Take all pieces; the clock runs from the prompt's first token to the last new one.
+
+    The mark that starts a document is one of the prompt's tokens.
+    """
     started = time.perf_counter()
-    made = list(pieces)
+    made, ending = _all_of(pieces)
     seconds = time.perf_counter() - started
     tokens = [piece for piece in made if piece.token_id is not None]
     loops = [piece.loops for piece in tokens]
@@ -123,9 +134,21 @@ def _as_json(pieces: Iterator[Piece]) -> dict[str, Any]:
         "token_ids": [piece.token_id for piece in tokens],
         "loops": loops,
         "mean_loops": sum(loops) / len(loops) if loops else None,
+        "finish": ending,
+        "prompt_tokens": prompt_tokens,
         "seconds": seconds,
         "tokens_per_second": len(tokens) / seconds,
     }
+
+
+def _all_of(pieces: Generator[Piece, None, Ending]) -> tuple[list[Piece], Ending]:
+    """Return all pieces, and why no more came."""
+    made: list[Piece] = []
+    while True:
+        try:
+            made.append(next(pieces))
+        except StopIteration as end:
+            return made, end.value
 
 
 def _from_stdin() -> str:

@@ -21,6 +21,15 @@ def colours_wanted() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
+def writable(marks: str, plain: str) -> str:
+    """Return marks, or plain ones in their places where stdout's encoding does not have them."""
+    try:
+        marks.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return plain
+    return marks
+
+
 class LoopColours:
     """Colours pieces of text and counts their loops, for the legend.
 
@@ -45,9 +54,9 @@ class LoopColours:
         if not tokens:
             return "no tokens"
         most = max(self.counts.values())
-        lines = ["loops  tokens"]
+        lines, block = ["loops  tokens"], writable("█", "#")
         for loops, count in sorted(self.counts.items()):
-            bar = self._coloured("█" * max(1, round(BAR * count / most)), loops)
+            bar = self._coloured(block * max(1, round(BAR * count / most)), loops)
             lines.append(f"{loops:>5}  {count:>6}  {bar} {count / tokens:.0%}")
         mean = sum(loops * count for loops, count in self.counts.items()) / tokens
         lines.append(f"mean {mean:.2f} of at most {self.budget} loops")

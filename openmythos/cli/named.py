@@ -17,7 +17,7 @@ def model_folder(name: str) -> Path:
     from openmythos.inference.shipped import find_model, shipped
 
     folder = find_model(name)
-    if not folder.is_dir():
+    if not (name and folder.is_dir()):
         raise InputError(
             f"model={name!r} must be one of {', '.join([*SCALES, *shipped()])}, or the folder of a "
             "model or run"

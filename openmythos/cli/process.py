@@ -1,7 +1,8 @@
-"""What a command asks of its own process before torch is loaded, and how it is called again."""
+"""What a command asks of its process (streams, memory, threads), and how it is called again."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shlex
@@ -20,6 +21,19 @@ LARGEST_KEPT = 128 << 20
 aligned block before it gives the first one out again."""
 MOST_KEPT = 2**31 - 1
 """Free bytes at the end of the heap above which they are given back."""
+
+
+def open_closed_streams() -> None:
+    """Let a standard stream that the caller has closed read nothing, or go nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def discard_stdout() -> None:
+    """Let what stdout still holds go nowhere, or the interpreter would fail on it at its end."""
+    with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def prepare() -> None:

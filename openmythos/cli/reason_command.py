@@ -10,19 +10,21 @@ A walk names a room, then doors by colour, or `wait`. Every room has a door of e
 leads to a room, here and there to the same one; the model knows all 512 doors by heart and has to
 follow them one after another. A line shows what it believes after a loop, one mark per word of the
 walk: ● right, ○ not yet. With --halting, ■ and □ are places that have stopped thinking, right or
-wrong.
+wrong. Where the terminal has no such marks, they are # and . and, stopped, = and -.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from openmythos.cli.loop_colours import colours_wanted
+from openmythos.cli.flags import refuse_unused, typed
+from openmythos.cli.loop_colours import colours_wanted, writable
 from openmythos.config import HaltingKind
 from openmythos.errors import InputError
 from openmythos.inference.shipped import REASONER, find_model
@@ -30,8 +32,13 @@ from openmythos.inference.thinking import Thinking
 from openmythos.training.run import SETTINGS, TOKENIZER
 
 if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Int64
+
     from openmythos.inference.reasoner import Trace
 
+MARKS, PLAIN_MARKS = "●○■□", "#.=-"
+"""A place that is right or not yet; one that has stopped, right or wrong."""
 GREEN, GREY, BOLD, RESET = "\x1b[38;5;41m", "\x1b[38;5;244m", "\x1b[1m", "\x1b[0m"
 
 
@@ -52,7 +59,9 @@ class Settings:
     """Of the random walk."""
 
     loops: int | None = None
-    """Most loops. Default: enough for the walk."""
+    """Most loops. Default: one for each door, a quarter more for each word, and eight, which is
+    enough among up to 70 waits. Among 100 one walk in eight is lost with any number of loops, and
+    among 150 nearly every one."""
 
     halting: HaltingKind = "none"
     """When a place stops before: never, by the learned gate, or by another rule."""
@@ -66,26 +75,21 @@ class Settings:
     json: bool = False
     """Print one JSON object instead."""
 
+    typed: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """Names of the flags that were typed, whatever their values."""
+
+
+def defaults(arguments: Sequence[str]) -> Settings:
+    """Settings that know which flags were typed."""
+    return Settings(typed=typed(arguments))
+
 
 def run(settings: Settings) -> None:
     """Solve a walk and show how."""
-    import numpy as np
-
+    token_ids, model = _walk(settings), _checked(settings.model)  # both said before torch is loaded
     from openmythos.inference.reasoner import load_reasoner
-    from openmythos.tasks.rooms import HOUSE, read_walk
 
-    if settings.walk and (settings.hops is not None or settings.waits):
-        raise InputError("walk must be given or drawn: leave out --hops and --waits, or the walk")
-    if settings.walk:
-        token_ids = read_walk(" ".join(settings.walk))
-    else:
-        hops = 40 if settings.hops is None else settings.hops
-        for name, value in (("hops", hops), ("waits", settings.waits), ("seed", settings.seed)):
-            if value < 0:
-                raise InputError(f"{name}={value} must be 0 or more")
-        random = np.random.default_rng(settings.seed)
-        token_ids = HOUSE.chains(random, 1, hops, hops + settings.waits).token_ids
-    reasoner = load_reasoner(_checked(settings.model))
+    reasoner = load_reasoner(model)
     thinking = Thinking(
         loops=settings.loops, halting=settings.halting, threshold=settings.threshold
     )
@@ -95,6 +99,31 @@ def run(settings: Settings) -> None:
         return
     for line in lines(trace, colours=colours_wanted()):
         print(line)
+
+
+def _walk(settings: Settings) -> Int64[np.ndarray, "1 sequence"]:
+    """Return the token ids of the walk that is given or drawn.
+
+    Raises:
+        InputError: both, or it is no walk.
+    """
+    import numpy as np
+
+    from openmythos.tasks.rooms import HOUSE, read_walk
+
+    if settings.walk:
+        if settings.hops is not None or settings.waits:
+            raise InputError(
+                "walk must be given or drawn: leave out --hops and --waits, or the walk"
+            )
+        refuse_unused(settings.typed, ("seed",), "with a walk: it draws one")
+        return read_walk(" ".join(settings.walk))
+    hops = 40 if settings.hops is None else settings.hops
+    for name, value in (("hops", hops), ("waits", settings.waits), ("seed", settings.seed)):
+        if value < 0:
+            raise InputError(f"{name}={value} must be 0 or more")
+    random = np.random.default_rng(settings.seed)
+    return HOUSE.chains(random, 1, hops, hops + settings.waits).token_ids
 
 
 def _checked(model: Path) -> Path:
@@ -122,13 +151,12 @@ def lines(trace: Trace, *, colours: bool) -> list[str]:
     ids = [int(token_id) for token_id in trace.chain.token_ids[0]]
     hops = int(trace.chain.hops[0, -1])
     shown = [painted(f"{hops} door{'s' * (hops != 1)}: ", BOLD) + write_walk(ids), ""]
-    width = len(str(len(trace.beliefs)))
+    width, all_marks = len(str(len(trace.beliefs))), writable(MARKS, PLAIN_MARKS)
     for loop, (beliefs, right) in enumerate(zip(trace.beliefs, trace.right, strict=True)):
         marks = ""
         for place, good in enumerate(right):
             done = trace.halting != "none" and trace.stopped[place] <= loop + 1
-            mark = ("■" if good else "□") if done else ("●" if good else "○")
-            marks += painted(mark, GREEN if good else GREY)
+            marks += painted(all_marks[2 * done + (not good)], GREEN if good else GREY)
         here = WORDS[int(beliefs[-1])]
         ending = painted(here, BOLD + GREEN if right[-1] else GREY)
         shown.append(f"loop {loop + 1:>{width}}  {marks}  {ending}")

@@ -7,9 +7,11 @@ import io
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from difflib import get_close_matches
 from typing import Any
 
+from openmythos.cli.flags import EMPTY, flags_of
 from openmythos.errors import ConfigError
 
 WITH_MODEL = ("bench", "eval", "export", "info")
@@ -21,8 +23,16 @@ _RULE = re.compile(r"[─-]{6,}\W*$", re.MULTILINE)
 """A line across the box, or the end of its first line; plain where there is no terminal."""
 
 
-def in_one_sentence(command: str, arguments: list[str], parse: Callable[[], Any]) -> Any:
+def in_one_sentence(
+    command: str, settings: type, arguments: list[str], parse: Callable[[], Any]
+) -> Any:
     """Parse flags; where they do not fit, raise one sentence in place of what was printed.
+
+    Args:
+        command: its name.
+        settings: its dataclass, from which the flags are read.
+        arguments: what was typed.
+        parse: what reads them, and prints a box and exits where they do not fit.
 
     Raises:
         ConfigError: a flag does not exist, or its value does not fit.
@@ -36,7 +46,13 @@ def in_one_sentence(command: str, arguments: list[str], parse: Callable[[], Any]
     except SystemExit as left:
         if not left.code:
             raise
-        raise ConfigError(sentence(command, printed.getvalue(), arguments)) from None
+        raise ConfigError(sentence(command, settings, printed.getvalue(), arguments)) from None
+
+
+def did_you_mean(word: str, words: Iterable[str], shown: str = "{}") -> str:
+    """Return the end of a sentence that names what is spelled like a word; nothing is like some."""
+    near = get_close_matches(word, list(words), n=1)
+    return f": did you mean {shown.format(near[0])}?" if near else ""
 
 
 @contextlib.contextmanager
@@ -53,7 +69,7 @@ def _wide() -> Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
-def sentence(command: str, box: str, arguments: Sequence[str] = ()) -> str:
+def sentence(command: str, settings: type, box: str, arguments: Sequence[str]) -> str:
     """Return what a box says, as `name=value must ...: see openmythos COMMAND --help`."""
     parts = [part for part in _RULE.split(box) if part.strip(_EDGES)]
     title = 1 if len(parts) > 1 and "\n" not in parts[0].strip(_EDGES) else 0
@@ -63,6 +79,9 @@ def sentence(command: str, box: str, arguments: Sequence[str] = ()) -> str:
     if of_ours:
         return of_ours["said"]
     see = f": see openmythos {command} --help"
+    empty = re.match(rf"Error parsing (?:--|\[)?([\w.-]+)\]?: .*{EMPTY}", text)
+    if empty:
+        return f"{_name(empty[1]).lower()}='' must be a path: this folder is called ."
     choice = re.match(
         r"invalid choice (.+) for argument '--([\w.-]+)'\. Expected one of \((.+)\)", text
     )
@@ -85,11 +104,33 @@ def sentence(command: str, box: str, arguments: Sequence[str] = ()) -> str:
     absent = re.match(r"Missing from [^:]+: (\w+)", text)
     if absent:
         return f"{absent[1].lower()} must be given{see}"
-    unknown = re.match(r"Unrecognized options: (.+)", text)
+    unknown = re.match(r"Unrecognized options: ?(.*)", text)
     if unknown:
-        first = unknown[1].split(", ")[0]
-        return f"{first} is no flag of {command}, nor expected there{see}"
+        first = unknown[1].split(", ")[0] or "''"
+        near = _spelled_alike(settings, first) or see
+        said = f"{first} is no flag of {command}, nor expected there{near}"
+        return _one_too_many(settings, first, arguments, see) or said
     return f"{text.rstrip('.')}{see}"
+
+
+def _spelled_alike(settings: type, flag: str) -> str:
+    """Name the flag that was meant, where one is spelled much like what was typed."""
+    if not flag.startswith("--"):
+        return ""
+    typed = flag[2:].partition("=")[0].replace("_", "-")
+    return did_you_mean(typed, flags_of(settings), "--{}")
+
+
+def _one_too_many(settings: type, word: str, arguments: Sequence[str], see: str) -> str | None:
+    """Say that a flag takes one value, where a word stands behind the flag's own."""
+    if word.startswith("--") or word not in arguments:
+        return None
+    before = " ".join(arguments[: arguments.index(word)][-2:])
+    found = re.fullmatch(r"(?:.* )?--([\w.-]+)[ =](.+)", before)
+    flag = flags_of(settings).get(found[1].replace("_", "-")) if found else None
+    if found is None or flag is None or flag.takes != "one":
+        return None
+    return f"{_name(found[1])}={found[2]!r}, {word!r} must be one {flag.what}{see}"
 
 
 def _model_taken(command: str, flag: str, arguments: Sequence[str]) -> str:

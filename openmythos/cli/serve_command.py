@@ -81,7 +81,10 @@ def run(settings: Settings) -> None:
         page = f"the playground at {address}/"
         print(f"{name} is served at {address}/v1 and {page} (Ctrl-C stops it)", flush=True)
 
-    run_server(app, on_ready=on_ready)
+    def on_stop(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    run_server(app, on_ready=on_ready, on_stop=on_stop)
     if serving.loading:  # torch aborts where the interpreter ends around a thread inside of it
         sys.stdout.flush()
         sys.stderr.flush()

@@ -71,6 +71,7 @@ def measure(
         from openmythos.inference.language_model import load
 
         lm = load(model)
+        lm.warn_of_gate(halting)
     ways = [Thinking(loops=depth) for depth in sorted(set(loops))]
     if halting != "none":
         ways.append(Thinking(loops=max(loops), halting=halting, threshold=threshold))
@@ -208,8 +209,8 @@ def _remarks(report: dict[str, Any]) -> list[str]:
 def _verdict(report: dict[str, Any]) -> str:
     if report["questions"] < FEWEST:
         return (
-            f"too few questions to call a score better than a floor: {report['questions']}, "
-            f"must be {FEWEST} or more"
+            f"{report['questions']} questions are too few to call a score better than a floor: it "
+            f"takes {FEWEST}"
         )
     best = [_way(score) for score in report["scores"] if score["above"]]
     where = f"at {'; '.join(best)}" if best else "at no depth"

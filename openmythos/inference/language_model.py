@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,7 +15,7 @@ from openmythos.errors import CheckpointError, InputError, TokenizerError
 from openmythos.inference.generate import generate
 from openmythos.inference.precision import quicker
 from openmythos.inference.sampling import Sampling
-from openmythos.inference.shipped import REASONER, find_model, shipped
+from openmythos.inference.shipped import REASONER, existing, find_model
 from openmythos.inference.stops import HoldBack, check_stops
 from openmythos.inference.thinking import Thinking
 from openmythos.model.files import load_model
@@ -25,6 +26,7 @@ from openmythos.training.checkpoint import is_checkpoint
 from openmythos.training.run import (
     SETTINGS,
     TOKENIZER,
+    gate_trained,
     keep_trained_length,
     load_from_run,
     model_in,
@@ -32,6 +34,8 @@ from openmythos.training.run import (
 )
 from openmythos.training.tokenizer import Tokenizer
 
+Ending = Literal["end", "stop", "length"]
+"""Why a text ended: at the end of its document, at a stop string, or where no more were to come."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -49,16 +53,32 @@ class LanguageModel:
     """A loaded model with its tokenizer. Made by `openmythos.load`."""
 
     def __init__(
-        self, model: OpenMythos, tokenizer: Tokenizer, trained_length: int | None = None
+        self,
+        model: OpenMythos,
+        tokenizer: Tokenizer,
+        trained_length: int | None = None,
+        gate_trained: bool | None = None,
     ) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise CheckpointError(
-                f"tokenizer has vocab_size={tokenizer.vocab_size}, must be at most the model's "
-                f"{model.config.vocab_size}: it belongs to another model"
+                f"tokenizer has vocab_size={tokenizer.vocab_size}, and must have at most the "
+                f"model's {model.config.vocab_size}: it belongs to another model"
             )
         self.model, self.tokenizer = model.eval(), tokenizer
         self.trained_length = trained_length
         """Tokens of the windows it was trained on, where that is known."""
+        self.gate_trained = gate_trained
+        """Whether its halting gate was trained, where that is known."""
+
+    def __repr__(self) -> str:
+        """Say how large it is, and what its weights are."""
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        weight, config = self.model.embed.weight, self.model.config
+        return (
+            f"LanguageModel({millions:.2f} M parameters, vocab_size={self.tokenizer.vocab_size}, "
+            f"max_length={config.max_length}, mean_loops={config.mean_loops}, "
+            f"{str(weight.dtype).removeprefix('torch.')} on {weight.device})"
+        )
 
     def save(self, folder: str | Path, weights: WeightsKind | None = None) -> None:
         """Write config, weights and tokenizer, for `openmythos.load`.
@@ -75,7 +95,7 @@ class LanguageModel:
         """
         self.model.save_pretrained(folder, self.tokenizer, weights)
         if self.trained_length is not None:
-            keep_trained_length(Path(folder), self.trained_length)
+            keep_trained_length(Path(folder), self.trained_length, gate=self.gate_trained)
 
     def generate(
         self,
@@ -128,11 +148,12 @@ class LanguageModel:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         cache_policy: CachePolicy = "per_loop",
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, Ending]:
         """Yield the text that follows `prompt`, token by token, in whole characters.
 
         Ends at the end-of-document token, at a stop string (not included), after
-        `max_new_tokens`, or where the model's max_length is reached.
+        `max_new_tokens`, or where the model's max_length is reached; which of them is what the
+        generator returns: `end`, `stop` or, of the last two, `length`.
 
         Args:
             prompt: text to continue; empty starts a document.
@@ -169,16 +190,15 @@ class LanguageModel:
         thinking: Thinking,
         sampling: Sampling,
         stop: Sequence[str] = (),
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, Ending]:
         """Yield text as `stream` does, with its choices in two dataclasses."""
-        if not isinstance(prompt, str):
-            raise InputError(f"prompt={prompt!r} must be a string")
         check_stops(stop)
-        token_ids = [self.tokenizer.end_id, *self.tokenizer.encode(prompt)]
+        self.warn_of_gate(thinking.halting)
+        token_ids = self.prompt_ids(prompt)
         room = self.model.config.max_length - len(token_ids)
         if room < 1:
             raise InputError(
-                f"prompt has {len(token_ids)} tokens, must leave room within "
+                f"prompt has {len(token_ids)} tokens, and must leave room within "
                 f"max_length={self.model.config.max_length}: shorten it"
             )
         tokens = generate(
@@ -192,22 +212,46 @@ class LanguageModel:
         )
         return self._pieces(((int(n.token_ids), int(n.loops)) for n in tokens), stop)
 
-    def _pieces(self, tokens: Iterator[tuple[int, int]], stops: Sequence[str]) -> Iterator[Piece]:
+    def warn_of_gate(self, halting: HaltingKind) -> None:
+        """Warn where this rule is a gate that was never trained: it knows nothing of exits."""
+        if halting == "gate" and self.gate_trained is False:
+            warnings.warn(
+                "halting='gate' has a gate that was not trained, so its exits mean nothing: finish "
+                "the run with --gate-steps 100, or take halting='delta'",
+                stacklevel=3,
+            )
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Return the token ids that a prompt is read as: behind the mark that starts a document."""
+        if not isinstance(prompt, str):
+            raise InputError(f"prompt={prompt!r} must be a string")
+        return [self.tokenizer.end_id, *self.tokenizer.encode(prompt)]
+
+    def _pieces(
+        self, tokens: Iterator[tuple[int, int]], stops: Sequence[str]
+    ) -> Generator[Piece, None, Ending]:
         text, hold = self.tokenizer.text_stream(), HoldBack(stops)
+        ending: Ending = "length"
         loops = 0
         for token_id, taken in tokens:
             if token_id == self.tokenizer.end_id:
+                ending = "end"
                 break
             loops = taken
             yield Piece(hold.push(text.push(token_id)), token_id, loops)
             if hold.stopped:
-                return
+                return "stop"
         rest = hold.push(text.finish()) + hold.finish()
         if rest:
             yield Piece(rest, None, loops)
+        return "stop" if hold.stopped else ending
 
 
-def load(name: str | Path, weights: WeightsKind | Literal["auto"] | None = None) -> LanguageModel:
+def load(
+    name: str | Path,
+    weights: WeightsKind | Literal["auto"] | None = None,
+    device: str | torch.device | None = None,
+) -> LanguageModel:
     """Load a model's folder, or a training run's: its finished model, else its last checkpoint.
 
     Args:
@@ -216,26 +260,18 @@ def load(name: str | Path, weights: WeightsKind | Literal["auto"] | None = None)
             memory, on a CPU (see `openmythos.model.quantised.quantise`); `bf16` half; `auto` is
             `bf16` where this model reads and writes quicker so on this machine, and else `fp32`.
             Default: as `OpenMythos.from_pretrained`.
+        device: where they lie, as for `torch.device`. Default: the CPU.
 
     Raises:
-        InputError: there are no such `weights`, or `name` is no name.
+        InputError: there are no such `weights`, no such `device` here, or `name` is no name.
         CheckpointError: there is no model, or it is damaged.
         TokenizerError: its tokenizer is missing or damaged.
     """
     kinds = (*get_args(WeightsKind), "auto")
     if weights is not None and weights not in kinds:
         raise InputError(f"weights={weights!r} must be one of {', '.join(kinds)}")
-    if not isinstance(name, str | Path):
-        raise InputError(f"name={name!r} must be a folder, or the name of a shipped model")
-    folder = find_model(name)
-    if not folder.is_dir():
-        names = ", ".join(name for name in shipped() if name != REASONER)
-        names = names or "none in this installation"
-        raise CheckpointError(
-            f"model={str(name)!r} must be the folder of a model or of a run, or the name of a "
-            f"model that comes with the package ({names})"
-        )
-    folder = model_in(folder)
+    place = _device(device, weights)
+    folder = model_in(existing(name))
     if (folder / CONFIG_FILE).is_file():
         MythosConfig.load(folder)  # what is wrong there is said first
         if not (folder / TOKENIZER).is_file():
@@ -249,7 +285,23 @@ def load(name: str | Path, weights: WeightsKind | Literal["auto"] | None = None)
                 f"{CONFIG_FILE}, as a model does: choose another folder"
             )
         model, tokenizer = load_from_run(folder)
-    return LanguageModel(_with_weights(model, weights), tokenizer, trained_length(folder))
+    model = _with_weights(model.to(place), weights)
+    return LanguageModel(model, tokenizer, trained_length(folder), gate_trained(folder))
+
+
+def _device(device: str | torch.device | None, weights: str | None) -> torch.device:
+    """Return torch's device, after a look whether it is one here."""
+    try:
+        place = torch.device("cpu" if device is None else device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"device={device!r} must be one that torch finds here, as 'cpu' is, but: {reason}"
+        ) from None
+    if weights == "int8" and place.type != "cpu":
+        raise InputError(f"device={device!r} must be 'cpu' with weights='int8'")
+    return place
 
 
 def _without_tokenizer(name: str | Path, folder: Path) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
+from openmythos.errors import CheckpointError, InputError
+
 LANGUAGE_MODEL, REASONER = "openmythos-lm", "openmythos-reasoner"
 
 
@@ -21,6 +23,26 @@ def find_model(name: str | Path) -> Path:
     if not Path(name).is_dir() and str(name) in shipped():
         return _folder() / str(name)
     return Path(name)
+
+
+def existing(name: str | Path) -> Path:
+    """Return the folder that a name or a path means, which must be there.
+
+    Raises:
+        InputError: `name` is no name.
+        CheckpointError: there is no such folder; named are the models that read text.
+    """
+    if not isinstance(name, str | Path):
+        raise InputError(f"name={name!r} must be a folder, or the name of a shipped model")
+    folder = find_model(name)
+    if not (str(name) and folder.is_dir()):
+        names = ", ".join(name for name in shipped() if name != REASONER)
+        names = names or "none in this installation"
+        raise CheckpointError(
+            f"model={str(name)!r} must be the folder of a model or of a run, or the name of a "
+            f"model that comes with the package ({names})"
+        )
+    return folder
 
 
 def _folder() -> Path:

@@ -1,12 +1,13 @@
 """`openmythos export`: smaller files, and what they cost."""
 
+import re
 import shutil
 
 import pytest
 from command_line import TRAINING, answer, openmythos, printed
 
 import openmythos as library
-from openmythos.model.quantised import Int8Weight
+from openmythos.model.int8 import Int8Weight
 from openmythos.training.corpus import read_documents
 from openmythos.training.evaluate import Reading, evaluate, tokenised
 from openmythos.training.run import trained_length
@@ -44,7 +45,9 @@ def test_export_writes_a_model_and_the_figures_of_the_library(run, text, tmp_pat
 def test_export_prints_sizes_and_bits_per_byte(run, text, tmp_path):
     page = printed("export", run, tmp_path / "a", "--text", text, "--max-tokens", 60, "--loops", 2)
     assert "with int8 weights" in page
-    assert "times smaller" in page
+    assert re.search(
+        r"^weights in file +\d+\.\d\d MB, \d\.\d\d times smaller than that$", page, re.M
+    )
     assert "2 loops" in page
     assert "windows of 16 tokens, 8 apart, for the first 60 tokens" in page
     page = printed("export", run, tmp_path / "b", "--weights", "bf16")
@@ -52,9 +55,12 @@ def test_export_prints_sizes_and_bits_per_byte(run, text, tmp_path):
     assert "bits per byte" not in page
 
 
-def test_what_is_known_of_the_training_goes_with_the_model_from_export_to_export(run, tmp_path):
+def test_what_is_known_of_the_training_goes_with_the_model_from_export_to_export(
+    run, text, tmp_path
+):
     printed("export", run, tmp_path / "half", "--weights", "bf16")
-    printed("export", tmp_path / "half", tmp_path / "small", "--length", 9)
+    flags = ["--text", text, "--length", 9, "--loops", 1, "--max-tokens", 20]
+    printed("export", tmp_path / "half", tmp_path / "small", *flags)
     assert trained_length(tmp_path / "small") == TRAINING["length"]
     (tmp_path / "half" / "training.json").unlink()
     printed("export", tmp_path / "half", tmp_path / "other")
@@ -76,12 +82,36 @@ def test_a_run_without_a_finished_model_is_taken_from_its_last_checkpoint(run, t
     assert isinstance(lm.model.embed.weight, Int8Weight)
 
 
+@pytest.mark.parametrize("place", ["TEXT", "TEXT/small", "closed/small"])
+def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_measured(
+    place, run, text, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    if place.startswith("closed"):
+        monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr("openmythos.training.evaluate.evaluate", None)
+    folder = place.replace("TEXT", str(text))
+    result = openmythos("export", run, folder, "--text", text)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(f"openmythos: folder={folder} must be a folder")
+    assert "Errno" not in result.err
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         ("nowhere small", "model='nowhere' must be the folder of a model or of a run"),
-        ("RUN RUN/model", "holds a model or a run already (config.json), must be new: choose"),
-        ("RUN RUN", "holds a model or a run already (tokenizer.json), must be new: choose"),
+        ("RUN RUN/model", "holds a model or a run already (config.json), and must be new:"),
+        ("RUN RUN", "holds a model or a run already (tokenizer.json), and must be new:"),
+        ("RUN TEXT", "must be a folder, and is a file: choose another path"),
+        ("RUN TEXT/small", "rhyme.txt is a file: choose another path"),
+        ("RUN small --loops 3", "loops=(3,) must go with --text or --corpus: nothing is measured"),
+        ("RUN small --length 9", "length=9 must go with --text or --corpus: nothing is measured"),
+        ("RUN small --text-field body", "text_field=body must go with --text: a corpus has none"),
+        (
+            "RUN small --corpus embedded --text-field body",
+            "text_field=body must go with --text: a corpus has none",
+        ),
         ("RUN small --weights int4", "must be one of"),
         ("RUN small --text TEXT --corpus embedded", "one of --corpus and --text may be given"),
         ("RUN small --text none.txt", "text='none.txt' must exist"),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from command_line import openmythos
 
 from openmythos.cli.demo_command import _what_next
 from openmythos.cli.process import program
@@ -44,6 +45,57 @@ def test_a_command_keeps_the_memory_of_freed_tensors_unless_the_user_says_otherw
     faults, spins = measured("prepare", {"MALLOC_TRIM_THRESHOLD_": "131072", "GOMP_SPINCOUNT": "7"})
     assert faults >= 4 * 32
     assert spins == "7"
+
+
+def started(tmp_path, shell, *arguments):
+    """Let a shell start the command; return its exit code and what both streams got."""
+    line = f"{shlex.quote(sys.executable)} -m openmythos {shell}"
+    done = subprocess.run(
+        ["sh", "-c", line, "sh", *arguments], capture_output=True, text=True, cwd=tmp_path
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+NO_ROOM = "openmythos: No space left on device\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of its shell and its /dev/full")
+@pytest.mark.parametrize(
+    ("shell", "code", "said"),
+    [
+        ("--help | true", 0, ""),  # of the pipe's last
+        ("--help >&-", 0, ""),
+        ("plot --help >&-", 0, ""),
+        ("--version >/dev/full", 2, NO_ROOM),
+        ("evidence --help >/dev/full", 2, NO_ROOM),
+        ("fly 2>/dev/full", 2, ""),
+        ("fly 2>&-", 2, ""),
+        ("fly >&-", 2, "openmythos: command='fly' must be one of"),
+        ("generate nowhere --prompt - <&-", 2, "openmythos: model='nowhere' must be the folder"),
+    ],
+)
+def test_streams_that_are_full_closed_or_not_read_end_in_no_traceback(shell, code, said, tmp_path):
+    left, out, err = started(tmp_path, shell)
+    assert (left, out) == (code, "")
+    assert err.startswith(said)
+    assert err.count("\n") == (said != "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="of its shell")
+def test_a_text_is_written_and_a_chat_ends_where_streams_are_closed(run, tmp_path):
+    flags = "--max-new-tokens 3 --seed 1"
+    assert started(tmp_path, f'generate "$1" {flags} --prompt - <&-', run)[::2] == (0, "")
+    assert started(tmp_path, f'generate "$1" {flags} --prompt The >&-', run) == (0, "", "")
+    assert started(tmp_path, f'chat "$1" {flags} <&-', run) == (0, "", "")
+
+
+def test_ctrl_c_while_a_command_is_imported_ends_in_no_traceback(monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("openmythos.cli.command_of", interrupted)
+    result = openmythos("plot", "runs/x")
+    assert (result.code, result.out, result.err) == (130, "", "")
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """`openmythos reason` shows a walk, loop by loop."""
 
+import io
 import json
 
 import pytest
 from command_line import openmythos
 from tiny import tiny
 
+from openmythos.cli import main
 from openmythos.tasks.rooms import HOUSE, WORDS, read_walk
 
 
@@ -36,6 +38,22 @@ def test_places_that_have_stopped_are_marked(model):
     marks = [line.split()[2] for line in out.splitlines() if line.startswith("loop ")]
     assert set(marks[-1]) <= set("■□")
     assert "a place on average after" in out
+
+
+@pytest.mark.parametrize(
+    ("encoding", "going", "stopped"),
+    [("utf-8", "●○", "■□"), ("ascii", "#.", "=-"), ("latin-1", "#.", "=-")],
+)
+def test_marks_are_those_that_the_terminal_can_write(encoding, going, stopped, model, monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", shown)
+    flags = ["--loops", "6", "--halting", "delta", "--threshold", "0.9", "--model", str(model)]
+    main(["reason", "library", "red", "gold", *flags])
+    shown.flush()
+    lines = shown.buffer.getvalue().decode(encoding).splitlines()
+    marks = [line.split()[2] for line in lines if line.startswith("loop ")]
+    assert set(marks[0]) <= set(going)
+    assert set(marks[-1]) <= set(stopped)
 
 
 def test_json_has_the_truth_of_a_drawn_walk(model):

@@ -279,6 +279,15 @@ def test_another_way_to_think_finds_nothing(lm, other):
     assert events[-1].cached_tokens == 0
 
 
+def test_another_threshold_finds_nothing(lm):
+    ticker, thinking = ticker_of(lm), THINKING["delta"]
+    run(ticker, [request(40, thinking=thinking)])
+    other = request(40, thinking=replace(thinking, threshold=0.2))
+    (events,) = run(ticker, [other])
+    assert events[-1].cached_tokens == 0
+    assert written(events) == written(alone(lm, other))
+
+
 def test_choices_read_the_prompt_once_and_write_what_they_write_alone(lm):
     sampling = Sampling(temperature=1.5, seed=4)
     one = request(21, choices=3, sampling=sampling, thinking=THINKING["delta"])
@@ -527,6 +536,15 @@ def test_a_constraint_bounds_every_choice_and_finishes_it(lm, packed):
         assert len(ids) == 3
         assert ids[2] in (5, 6, 7)
     assert {e.reason for e in events if isinstance(e, FinishEvent)} == {"stop"}
+
+
+def test_a_constraint_changes_no_logprob(lm):
+    one = request(max_new_tokens=1, logprobs=TOKENIZER.vocab_size)
+    free, _ = alone(lm, one)
+    unlikely, logprob = free.top_logprobs[-1]
+    bound, _ = alone(lm, replace(one, constraint=Spelling([unlikely])))
+    assert (bound.token_id, bound.logprob) == (unlikely, logprob)
+    assert bound.top_logprobs == free.top_logprobs
 
 
 def test_the_end_of_the_document_ends_a_text_unless_it_shall_not(lm):
@@ -804,6 +822,12 @@ def test_choices_write_what_the_rows_of_generate_write(lm, sampling):
     events = alone(lm, one)
     for choice, row in enumerate(rows):
         assert [event[1] for event in written(events) if event[0] == choice] == row
+
+
+def test_without_a_seed_each_text_is_another(lm):
+    one = request(max_new_tokens=16, sampling=Sampling(temperature=2.0))
+    first, second = (written(alone(lm, one)) for _ in range(2))
+    assert first != second
 
 
 def test_logprobs_are_those_of_scores_where_the_model_has_ids_without_text():
@@ -1192,3 +1216,68 @@ raise SystemExit("failed")
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=root, timeout=120
     )
     assert (ended.returncode, ended.stderr.splitlines()[-1]) == (1, "failed")
+
+
+def test_rows_of_whatever_end_leave_their_seats(lm):
+    # Where a seat were kept, states and memories of the rules would grow for ever.
+    ticker = ticker_of(lm)
+    one = request(18, max_new_tokens=16, thinking=THINKING["delta"], draft_loops=1)
+    with torch.inference_mode():
+        for tick in range(12):
+            cancelled = ticker.add(replace(one, choices=2), lambda event: None)
+            for _ in range(tick):
+                ticker.tick()
+            if not cancelled.finished:
+                ticker.end(cancelled, "cancelled")
+    (events,) = run(ticker, [one])
+    run(ticker, [replace(one, stop=(end,)) for end in set(text_of(events))])  # amid drafts
+    passes = ticker.passes
+    assert sorted(passes.seats) == list(range(1, len(passes.h)))
+
+
+@pytest.mark.parametrize("length", [16, 32])
+def test_of_a_prompt_that_is_kept_whole_the_last_page_is_read_again(lm, length):
+    ticker, one = ticker_of(lm), request(length)
+    first, second = run(ticker, [one])[0], run(ticker, [one])[0]
+    assert second[-1].cached_tokens == length - 16
+    assert written(first) == written(second)
+
+
+def test_what_a_seat_remembers_of_a_row_before_says_nothing_of_the_next():
+    lm = model_of(h0="e")
+    one = request(9, thinking=Thinking(loops=6, halting="delta", threshold=50.0))
+    ticker = ticker_of(lm, prefix_sharing=False)
+    for _ in range(2):  # all loops are quiet: two of them, and one more to show the state
+        (events,) = run(ticker, [one])
+        assert {e.loops for e in events if isinstance(e, TokenEvent)} == {3}
+
+
+def test_those_who_wait_for_admission_count_in_the_queue(lm):
+    engine = Engine(lm, EngineSettings(cache_bytes=1 << 22, budget=1, max_waiting=2))
+    accepted = engine.submit_all([request() for _ in range(3)])
+    running, go = threading.Event(), threading.Event()
+
+    def listener(event):  # on the engine's thread, which has taken all three
+        running.set()
+        go.wait(60)
+
+    accepted[0].add_listener(listener)
+    with engine:
+        assert running.wait(60)
+        try:
+            with pytest.raises(QueueFull, match="2 requests wait already"):
+                engine.submit(request())
+        finally:
+            go.set()
+        assert all(list(submission)[-1].reason == "length" for submission in accepted)
+
+
+def test_an_engine_that_drains_can_still_be_stopped_at_once(lm):
+    engine = Engine(lm, EngineSettings(cache_bytes=1 << 22))
+    submission, go = engine.submit(request(max_new_tokens=50)), threading.Event()
+    submission.add_listener(lambda event: go.wait(60))
+    engine.start()
+    engine._stopping = "drain"  # as by a `stop` on another thread, which waits
+    threading.Timer(0.2, go.set).start()
+    engine.stop(drain=False)
+    assert list(submission)[-1].reason == "cancelled"

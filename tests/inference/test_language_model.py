@@ -1,6 +1,7 @@
 """Text in, text out: whole characters, stop strings, ends of documents."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -75,6 +76,33 @@ def test_what_is_held_back_comes_at_the_end_without_a_token(lm, monkeypatch):
     assert [piece.loops for piece in pieces] == [1, 2, 3, 4, 5, 5]
 
 
+def ending(pieces):
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return end.value
+
+
+def test_the_stream_returns_why_it_ended(lm, monkeypatch):
+    end = lm.tokenizer.end_id
+    assert ending(lm.stream("the", max_new_tokens=1, seed=1)) == "length"
+    writes(monkeypatch, [*byte_ids(lm, "ab STOP c"), end])
+    assert ending(lm.stream()) == "end"
+    assert ending(lm.stream(stop="STOP")) == "stop"
+    assert ending(lm.stream(stop="STOP c!")) == "end"
+    writes(monkeypatch, byte_ids(lm, "ab"))
+    assert ending(lm.stream()) == "length"
+
+
+def test_a_model_says_what_it_is(lm):
+    count = sum(p.numel() for p in lm.model.parameters())
+    assert repr(lm) == (
+        f"LanguageModel({count / 1e6:.2f} M parameters, vocab_size={lm.tokenizer.vocab_size}, "
+        f"max_length=64, mean_loops={lm.model.config.mean_loops}, float32 on cpu)"
+    )
+
+
 def test_a_document_ends_at_its_end_mark(lm, monkeypatch):
     writes(monkeypatch, [*byte_ids(lm, "ab"), lm.tokenizer.end_id, *byte_ids(lm, "cd")])
     assert lm.generate() == "ab"
@@ -106,7 +134,7 @@ def test_text_ends_where_max_length_is_reached(lm):
     room = lm.model.config.max_length - 1 - len(lm.tokenizer.encode(prompt))
     made = [p for p in lm.stream(prompt, max_new_tokens=999, seed=0) if p.token_id is not None]
     assert len(made) <= room
-    with pytest.raises(InputError, match="must leave room within max_length=64: shorten it"):
+    with pytest.raises(InputError, match=", and must leave room within max_length=64: shorten it"):
         lm.generate("xyz " * 64)
 
 
@@ -144,7 +172,7 @@ def test_what_is_no_name_is_not_loaded(name):
 
 
 def test_a_tokenizer_of_another_model_is_refused(lm):
-    with pytest.raises(CheckpointError, match="must be at most the model's 50: it belongs to"):
+    with pytest.raises(CheckpointError, match="must have at most the model's 50: it belongs to"):
         LanguageModel(tiny(), lm.tokenizer)
 
 
@@ -163,12 +191,60 @@ def test_a_saved_model_writes_the_same(lm, tmp_path):
     assert again.trained_length == lm.trained_length
 
 
+def test_a_gate_that_was_never_trained_is_told(lm, tmp_path):
+    LanguageModel(lm.model, lm.tokenizer, trained_length=48, gate_trained=False).save(tmp_path)
+    again = openmythos.load(tmp_path)
+    with pytest.warns(UserWarning, match="halting='gate' has a gate that was not trained"):
+        again.generate("the", max_new_tokens=1, halting="gate")
+    again.generate("the", max_new_tokens=1, halting="delta")
+
+
 def test_a_model_keeps_the_length_it_was_trained_at(lm, tmp_path):
     LanguageModel(lm.model, lm.tokenizer, trained_length=48).save(tmp_path / "a")
     again = openmythos.load(tmp_path / "a")
     again.save(tmp_path / "b")
     assert openmythos.load(tmp_path / "b").trained_length == 48
     assert openmythos.load("openmythos-lm").trained_length == 512
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), None])
+def test_a_model_is_put_where_it_is_wanted(lm, device, tmp_path):
+    lm.save(tmp_path)
+    again = openmythos.load(tmp_path, device=device)
+    assert again.model.embed.weight.device == torch.device("cpu")
+    assert again.generate("the", seed=1) == lm.generate("the", seed=1)
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:99", "cpu cpu", 2.5])
+def test_a_device_that_is_not_there_is_refused_before_the_model_is_read(device, tmp_path):
+    sentence = "must be one that torch finds here, as 'cpu' is, but: "
+    with unchecked(), pytest.raises(InputError, match=sentence) as refused:
+        openmythos.load(tmp_path / "nowhere", device=device)
+    assert "\n" not in str(refused.value)
+
+
+def test_int8_weights_stay_on_the_cpu(lm, tmp_path):
+    lm.save(tmp_path)
+    with pytest.raises(InputError, match="device='meta' must be 'cpu' with weights='int8'"):
+        openmythos.load(tmp_path, weights="int8", device="meta")
+    assert openmythos.load(tmp_path, weights="int8", device="cpu").generate("the", seed=1)
+
+
+def test_a_runs_folder_is_no_models_and_says_where_its_model_is(lm, tmp_path):
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is a training run's: give openmythos.load$"):
+        openmythos.OpenMythos.from_pretrained(tmp_path)
+    lm.save(tmp_path / "model")
+    named = re.escape(f"a training run's: give {tmp_path / 'model'}, or openmythos.load")
+    with pytest.raises(CheckpointError, match=named):
+        openmythos.OpenMythos.from_pretrained(tmp_path)
+    assert openmythos.OpenMythos.from_pretrained(tmp_path / "model")
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "a"):
+        with pytest.raises(
+            CheckpointError, match="must be a folder, and it or one above is a file"
+        ):
+            lm.save(place)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,12 @@ def test_noise_is_a_function_of_its_arguments_and_of_each_of_them():
     assert exponentials(2**63 - 1, 0, 2**40, 1) != values[0]
 
 
+def test_no_number_comes_twice_at_neighbouring_places_seeds_or_choices():
+    places = [(s, c, position) for s in range(3) for c in range(3) for position in range(30)]
+    values = np.concatenate([exponentials(*place, 64) for place in places])
+    assert len(np.unique(values)) == len(values)
+
+
 def chi_square(counts, probabilities):
     expected = probabilities * counts.sum()
     return float(((counts - expected) ** 2 / expected)[expected > 0].sum())

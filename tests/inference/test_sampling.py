@@ -46,6 +46,11 @@ def test_of_tokens_that_tie_the_lower_ids_are_kept():
     assert kept.tolist() == [[0.5, 0.5, 0, 0, 0, 0]]
 
 
+def test_no_more_tokens_are_kept_than_reach_top_p():
+    kept = distribution(torch.zeros(1, 4), Sampling(temperature=1, top_p=0.5))
+    assert kept.tolist() == [[0.5, 0.5, 0, 0]]
+
+
 @pytest.mark.parametrize(
     "extreme", [{"temperature": 1e39}, {"temperature": 1e-300}, {"top_p": 1e-46}, {"min_p": 1e-300}]
 )

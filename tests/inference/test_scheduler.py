@@ -549,3 +549,8 @@ def test_a_request_whose_choices_fill_the_budget_leaves_room_for_others():
     rows = scheduler.plan()
     assert len(rows) == 64 + 8
     assert {track for track in scheduler.tracks if track.decoding} <= {row.track for row in rows}
+
+
+def test_loops_run_at_once_stay_together_within_a_ticks_budget():
+    scheduler = one_job(length=2, loops=64, budget=8, chunk=8)
+    assert scheduler.steady(scheduler.plan()) == 4

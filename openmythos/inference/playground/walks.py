@@ -78,7 +78,8 @@ class Walks:
             except CheckpointError as error:
                 raise ApiError(404, str(error), code="no_reasoner") from None
         hops = int(HOUSE.follow(token_ids).hops[0, -1])
-        loops = min(MOST_LOOPS, self._reasoner.enough(hops)) if body.loops is None else body.loops
+        enough = self._reasoner.enough(hops, waits=token_ids.shape[1] - 1 - hops)
+        loops = min(MOST_LOOPS, enough) if body.loops is None else body.loops
         thinking = Thinking(loops=loops, halting=body.halting, threshold=body.threshold)
         return plain_values(self._reasoner.solve(token_ids, thinking))
 

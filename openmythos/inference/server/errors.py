@@ -200,6 +200,7 @@ def _sentence(name: str, found: dict[str, Any]) -> str:
     if found["type"] == "missing":
         return f"{name} must be given"
     rule = re.sub(r"^(Input|List|String|Value) should", "must", found["msg"])
+    rule = re.sub(r" after validation, not \d+$", "", rule)
     return f"{name}={shortened(found['input'])} {rule}"
 
 

@@ -28,12 +28,18 @@ FAILED_SECONDS = 5.0
 """How long clients are told that the engine has died, before the process ends."""
 
 
-def run(app: FastAPI, *, on_ready: Callable[[str], None]) -> None:
+def run(
+    app: FastAPI,
+    *,
+    on_ready: Callable[[str], None],
+    on_stop: Callable[[str], None] | None = None,
+) -> None:
     """Serve until SIGTERM or Ctrl-C, then let running requests finish.
 
     Args:
         app: made by `create_app`.
         on_ready: told the server's address once the model is loaded.
+        on_stop: told what the server waits for, once it has been told to stop.
 
     Raises:
         ConfigError: the address cannot be listened on.
@@ -50,7 +56,7 @@ def run(app: FastAPI, *, on_ready: Callable[[str], None]) -> None:
         timeout_graceful_shutdown=LAST_SECONDS,
         ws="none",
     )
-    process = Process(config, server, lambda: on_ready(address(listening)))
+    process = Process(config, server, lambda: on_ready(address(listening)), on_stop)
     process.run(sockets=[listening])
     if server.failure is not None:
         raise server.failure
@@ -116,10 +122,14 @@ class Process(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, server: Serving, on_ready: Callable[[], None]
+        self,
+        config: uvicorn.Config,
+        server: Serving,
+        on_ready: Callable[[], None],
+        on_stop: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__(config)
-        self._server, self._on_ready = server, on_ready
+        self._server, self._on_ready, self._on_stop = server, on_ready, on_stop
         self._told = False
         self._deadline: float | None = None
         self._died: float | None = None
@@ -143,9 +153,22 @@ class Process(uvicorn.Server):
                 self._server.give_up()
                 self.should_exit = True
         if self._deadline is not None:
+            self._tell_stop()
             if time.monotonic() >= self._deadline:
                 self._server.give_up()
                 self.should_exit = True
             elif self._server.idle:
                 self.should_exit = True
         return await super().on_tick(counter)
+
+    def _tell_stop(self) -> None:
+        """Say once what the server waits for; not in `handle_exit`, which may interrupt a print."""
+        tell, self._on_stop = self._on_stop, None
+        if tell is None:
+            return
+        if self._server.idle:
+            tell("stopping")
+            return
+        count, most = len(self.server_state.tasks), self._server.settings.drain_seconds
+        requests = f"{count} request{'s' * (count != 1)}"
+        tell(f"stopping: waiting for {requests}, at most {most:g} s; Ctrl-C again cancels them")

@@ -49,8 +49,8 @@ class ServerSettings:
     most 8 MiB."""
 
     max_unread: int = 4096
-    """Events that may wait for one client that reads slowly; past them its request is
-    cancelled."""
+    """Events of each choice that may wait for one client that reads slowly; past them its request
+    is cancelled."""
 
     send_seconds: float = 60.0
     """Seconds after which a client that takes nothing is disconnected."""

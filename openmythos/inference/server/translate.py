@@ -172,7 +172,7 @@ def _prompts(body: CompletionBody, loaded: Loaded) -> tuple[list[list[int]], boo
         largest = max(token_ids)
         if largest >= tokenizer.vocab_size:
             raise invalid(
-                f"prompt holds token id {largest}, must hold ids below "
+                f"prompt holds token id {largest}, and must hold ids below "
                 f"vocab_size={tokenizer.vocab_size}",
                 "prompt",
             )
@@ -191,8 +191,8 @@ def _check_fits(texts: Sequence[str], loaded: Loaded, field: str) -> None:
     size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
     if size > loaded.most_bytes:
         raise too_long(
-            f"{field} has {size} bytes, must have at most {loaded.most_bytes}: more have no room "
-            f"within max_model_len={loaded.max_length}",
+            f"{field} has {size} bytes, and must have at most {loaded.most_bytes}: more have no "
+            f"room within max_model_len={loaded.max_length}",
             field,
         )
 

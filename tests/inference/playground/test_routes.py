@@ -331,7 +331,7 @@ def test_a_walk_is_drawn_by_its_seed(client):
         ({"walk": ""}, "walk begins with '', must begin in a room"),
         ({"walk": "library", "hops": 3}, "walk must be left out with hops or waits"),
         ({"walk": "hall" + " red" * 128}, "walk has 129 words, must have at most 128"),
-        ({"walk": "hall" + " red" * 50}, "walk has 51 words, must have at most max_length=40"),
+        ({"walk": "hall" + " red" * 50}, "walk has 51 words, and must have at most max_length"),
         ({"hops": 128}, "hops=128 must be less than 128"),
         ({"hops": 100, "waits": 50}, "walk has 151 words, must have at most 128"),
         ({"loops": 257}, "loops=257 must be less than or equal to 256"),

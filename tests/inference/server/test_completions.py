@@ -74,6 +74,7 @@ def test_the_choices_of_several_prompts_are_numbered_through(client):
     assert [choice["index"] for choice in answer["choices"]] == list(range(6))
     usage = answer["usage"]
     assert usage["prompt_tokens"] == sum(len(r.request.token_ids) for r in client.engine.runs[-2:])
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2}  # one of each prompt, read once
     assert usage["completion_tokens"] == 6 * (len(language_model().tokenizer.encode(SAID)) + 1)
 
 

@@ -45,7 +45,8 @@ class Listening:
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
         self.port = self.socket.getsockname()[1]
         config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2)
-        self.process = Process(config, self.serving, lambda: None)
+        self.told = []
+        self.process = Process(config, self.serving, lambda: None, self.told.append)
         self.thread = threading.Thread(target=self.process.run, args=([self.socket],))
         self.connections = []
 
@@ -182,6 +183,19 @@ def test_a_stream_that_cannot_keep_up_ends_with_an_error():
         assert client.engine.runs[0].cancelled.is_set()
 
 
+def test_of_a_stream_as_many_events_may_wait_for_each_choice():
+    def burst(run):  # before anybody can read
+        for _ in range(75):
+            for choice in (0, 1):
+                run.token(language_model().tokenizer.encode("the")[0], choice)
+        run.finish("stop", 0)
+        run.finish("stop", 1)
+
+    with client_of(burst, max_unread=100, max_length=1 << 21) as client:
+        chunks = events_of(client.post("/v1/completions", json={**LONG, "stream": True, "n": 2}))
+        assert [c["choices"][0]["finish_reason"] for c in chunks] == ["stop", "stop"]
+
+
 @pytest.mark.parametrize("announced", [True, False])
 def test_a_sender_of_too_much_sees_the_refusal(announced):
     with listening(say(), max_body_bytes=1000) as server:
@@ -214,6 +228,7 @@ def test_running_requests_finish_while_new_ones_are_refused():
         running = [server.post(body) for body in bodies]
         wait_until(lambda: len(server.engine.runs) == 2)
         server.signal()
+        wait_until(lambda: server.told)
         assert server.get("/health") == 503
         refused = server.post(bodies[0]).getresponse()
         assert (refused.status, json.load(refused)["error"]["code"]) == (503, "draining")
@@ -225,6 +240,17 @@ def test_running_requests_finish_while_new_ones_are_refused():
         assert not server.thread.is_alive()
         assert not server.engine.alive
         assert server.serving.failure is None
+        waiting = "waiting for 2 requests, at most 60 s; Ctrl-C again cancels them"
+        assert server.told == [f"stopping: {waiting}"]
+
+
+def test_a_server_without_requests_says_that_it_stops_and_nothing_more():
+    with listening(say()) as server:
+        assert server.get("/health") == 200
+        wait_until(lambda: server.serving.idle)
+        server.signal()
+        server.thread.join(60)
+    assert server.told == ["stopping"]
 
 
 def test_what_has_no_tokens_is_waited_for_as_well():
