@@ -24,7 +24,7 @@ import tyro
 
 from openmythos.cli.known_text import warn_of_known
 from openmythos.config import CONFIG_FILE, WeightsKind
-from openmythos.errors import ConfigError, InputError
+from openmythos.errors import InputError
 from openmythos.inference.shipped import existing
 from openmythos.training.run import SETTINGS, TOKENIZER, check_folder
 from openmythos.training.settings import CorpusName
@@ -129,14 +129,12 @@ def _check_new(folder: Path) -> None:
     """Refuse a place where no model can be written, or where one is, before anything is measured.
 
     Raises:
-        InputError: it is a file, cannot be written to, or holds a model or a run.
+        ConfigError: it is a file, or cannot be written to.
+        InputError: it holds a model or a run.
     """
     from openmythos.model.files import WEIGHTS_FILE
 
-    try:
-        check_folder(folder)
-    except ConfigError as error:  # it speaks of a run
-        raise InputError(str(error).replace("run=", "folder=", 1)) from None
+    check_folder(folder, "folder")
     for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER, SETTINGS):
         if (folder / name).exists():
             raise InputError(

@@ -79,8 +79,7 @@ class Reasoner:
                 f"walk has {token_ids.shape[1]} words, and must have at most "
                 f"max_length={self.model.config.max_length}: shorten it"
             )
-        hops = int(chain.hops[0, -1])
-        enough = self.enough(hops, waits=token_ids.shape[1] - 1 - hops)
+        enough = self.enough_for(chain)
         out = self.model(
             torch.from_numpy(token_ids),
             enough if thinking.loops is None else thinking.loops,
@@ -91,6 +90,11 @@ class Reasoner:
         entities = slice(0, HOUSE.entities)
         named = [self.model.decode(h)[0, :, entities].argmax(-1) for h in out.states]
         return Trace(chain, torch.stack(named).numpy(), out.loops[0].numpy(), thinking.halting)
+
+    def enough_for(self, chain: Chains) -> int:
+        """Return loops that suffice for a walk, as `enough` counts them."""
+        hops = int(chain.hops[0, -1])
+        return self.enough(hops, waits=chain.token_ids.shape[1] - 1 - hops)
 
     def enough(self, hops: int, waits: int = 0) -> int:
         """Return loops that suffice: one for each hop, a quarter more for each word, and eight.

@@ -86,22 +86,28 @@ class Settings:
             raise CheckpointError(f"{path} must be a whole settings file, but: {error}") from error
 
 
-def check_folder(run: Path) -> None:
-    """Refuse a folder that a run cannot be written into; one that is not there will be made.
+def check_folder(folder: Path, name: str = "run") -> None:
+    """Refuse a folder that cannot be written into; one that is not there will be made.
+
+    Args:
+        folder: what a run, or a model, is to be written into.
+        name: what it is called where it was given.
 
     Raises:
         ConfigError: a file stands in its place, or the system does not let us write.
     """
     # Path.exists would raise where a folder above may not be looked into.
     there = os.path.exists
-    nearest = next(place for place in (run, *run.absolute().parents) if there(place))
+    nearest = next(place for place in (folder, *folder.absolute().parents) if there(place))
     if not nearest.is_dir():
-        what = "" if nearest == run else f"{nearest} "
-        raise ConfigError(f"run={run} must be a folder, and {what}is a file: choose another path")
+        what = "" if nearest == folder else f"{nearest} "
+        raise ConfigError(
+            f"{name}={folder} must be a folder, and {what}is a file: choose another path"
+        )
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"run={run} must be a folder that can be written to, and {nearest} cannot: choose "
-            "another, or change its permissions"
+            f"{name}={folder} must be a folder that can be written to, and {nearest} cannot: "
+            "choose another, or change its permissions"
         )
 
 

@@ -9,6 +9,7 @@ import functools
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, final
@@ -17,7 +18,7 @@ import numpy as np
 from jaxtyping import Int, Int64
 
 from openmythos.errors import DataError, TokenizerError
-from openmythos.files import NO_ROOM, write_atomically
+from openmythos.files import NO_ROOM, flush_to_disk, written_together
 from openmythos.training.tokenizer import Tokenizer
 
 _FORMAT = "openmythos tokens 1"
@@ -199,29 +200,27 @@ def _write(
     documents: Iterable[tuple[int, str]],
     tokenizer: Tokenizer,
     source: str,
-    opened: tuple["_Ids", ...] = (),
 ) -> None:
-    """Open the files that are wanted, each within the one before, then fill all of them."""
-    if len(opened) == len(wanted):
-        for number, text in documents:
-            opened[number].add(text)
-        for ids in opened:
-            ids.finish(source)
-        return
-    path, least_tokens = wanted[len(opened)]
-
-    def content(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            ids = _Ids(file, tokenizer, least_tokens)
-            _write(wanted, documents, tokenizer, source, (*opened, ids))
-
+    """Fill the files that are wanted, all in one folder, and put them in place together."""
     try:
-        write_atomically(path, content)
+        with written_together(wanted[0].path.parent) as beside, ExitStack() as opened:
+            files = [opened.enter_context((beside / one.path.name).open("wb")) for one in wanted]
+            sides = [
+                _Ids(file, tokenizer, one.least_tokens)
+                for file, one in zip(files, wanted, strict=True)
+            ]
+            for number, text in documents:
+                sides[number].add(text)
+            for side in sides:
+                side.finish(source)
+            opened.close()
+            for one in wanted:
+                flush_to_disk(beside / one.path.name)
     except OSError as error:
         room = "make room for about as many bytes as the text has, or choose another folder"
         advice = room if error.errno in NO_ROOM else "choose another folder"
         raise DataError(
-            f"tokens={str(path)!r} must be written, but {error.strerror}: {advice}"
+            f"tokens={str(wanted[0].path)!r} must be written, but {error.strerror}: {advice}"
         ) from error
 
 

@@ -77,8 +77,7 @@ class Walks:
                 self._reasoner = load_reasoner(self._name)
             except CheckpointError as error:
                 raise ApiError(404, str(error), code="no_reasoner") from None
-        hops = int(HOUSE.follow(token_ids).hops[0, -1])
-        enough = self._reasoner.enough(hops, waits=token_ids.shape[1] - 1 - hops)
+        enough = self._reasoner.enough_for(HOUSE.follow(token_ids))
         loops = min(MOST_LOOPS, enough) if body.loops is None else body.loops
         thinking = Thinking(loops=loops, halting=body.halting, threshold=body.threshold)
         return plain_values(self._reasoner.solve(token_ids, thinking))
