@@ -19,7 +19,15 @@ typedef struct {
     float scale;                 /* of scores */
 } Shared;
 
-enum { BESIDE = 64 };  /* queries at a time, or those of one row where they are more */
+enum {
+    BESIDE = 64,  /* queries at a time, or those of one row where they are more */
+    SOON = 16     /* entries from one that is read to one that is asked for */
+};
+
+/* Entries lie anywhere, so the processor has no guess of its own where the next ones are. */
+INLINE void ask_entry(const void *entry, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)entry + at);
+}
 
 /* Room for the scores of a query, and numbers of scratch memory for some. */
 INLINE int64_t score_room(int64_t entries) { return (entries + CHUNK - 1) / CHUNK * CHUNK; }
@@ -55,6 +63,8 @@ INLINE void scores_of(int64_t kind, const float *const *q, int64_t queries, cons
                       int64_t entries, int64_t width, float scale, float *const *scores) {
     for (int64_t e = 0; e < entries; e += 4) {
         int64_t r = 0;
+        for (int64_t i = e + SOON; i < e + SOON + 4 && i < entries; i++)
+            ask_entry(k[i], width * bytes_of(kind));
 #define SCORE(N)                                                                                 \
     do {                                                                                         \
         four found[N];                                                                           \

@@ -30,7 +30,7 @@ from openmythos.model.native.structures import (
 )
 
 SOURCE = Path(__file__).with_name("layer.c")
-PARTS = ("vectors.h", "tiles.h", "products.h", "attention.h")
+PARTS = ("vectors.h", "digits.h", "tiles.h", "products.h", "attention.h")
 """What it includes."""
 FLAGS = (
     "-O3",
@@ -142,7 +142,8 @@ def _load(path: Path) -> ctypes.CDLL:
         *(pointer, pointer),  # results
     ]
     found.run_constants.restype = None
-    found.use_tiles.argtypes, found.use_tiles.restype = [ctypes.c_int], ctypes.c_int
+    for switch in (found.use_tiles, found.use_digits):
+        switch.argtypes, switch.restype = [ctypes.c_int], ctypes.c_int
     return found
 
 

@@ -1,11 +1,12 @@
 /* Products of rows with matrices.
 
    A sum over inputs runs in eight lanes (`product`), or input by input (`columns`), and in no other
-   way, or on tiles. It does not depend on how many rows are multiplied at a time. */
+   way, or on tiles, or in whole numbers. It does not depend on how many rows are multiplied at a time. */
 
 #ifndef OPENMYTHOS_PRODUCTS
 #define OPENMYTHOS_PRODUCTS
 
+#include "digits.h"
 #include "tiles.h"
 #include "vectors.h"
 
@@ -132,6 +133,11 @@ static void product(const Matrix *m, const float *x, int64_t rows, int64_t x_row
         tile_product(in, rows, m->w, m->kind, m->scale, m->inputs, from, to, out))
         return;
 #endif
+#ifdef DIGIT_PRODUCTS
+    if (in_digits(m->kind, m->inputs) &&
+        digit_product(in, rows, m->w, m->scale, m->inputs, from, to, out))
+        return;
+#endif
     if (m->kind == INT8)  /* each with loads of its own */
         product_of(INT8, in, rows, m->w, m->scale, m->inputs, from, to, out);
     else if (m->kind == BF16)
@@ -150,6 +156,9 @@ INLINE void weigh_tile(int rows, int registers, int64_t kind, const float *const
             total[r][j] = first ? broad_load(y[r] + n + j * BROAD) : broad_all(0);
     for (int64_t i = 0; i < vectors; i++) {
         broad weight[3];
+        if (i + 16 < vectors)
+            for (int j = 0; j < registers; j++)
+                __builtin_prefetch((const char *)at(v[i + 16], n + j * BROAD, kind));
         for (int r = 0; r < rows; r++) weight[r] = broad_all(x[r][first + i]);
         for (int j = 0; j < registers; j++) {
             broad value = broad_at(v[i], n + j * BROAD, kind);
