@@ -39,11 +39,13 @@ def way(request):
     code = build.library()
     used = {"plain": 1, "digits": code.use_digits(request.param == "digits")}
     used["tiles"] = code.use_tiles(request.param == "tiles")
-    if not used[request.param]:
-        pytest.skip(f"this processor has no {request.param}, or the system does not let us")
-    yield request.param
-    code.use_digits(1)
-    code.use_tiles(1)
+    try:
+        if not used[request.param]:
+            pytest.skip(f"this processor has no {request.param}, or the system does not let us")
+        yield request.param
+    finally:
+        code.use_digits(1)
+        code.use_tiles(1)
 
 
 def most_error(kind, way):

@@ -128,8 +128,8 @@ def _load(path: Path) -> ctypes.CDLL:
     found.run_core.restype = None
     found.run_outer.argtypes = [ctypes.POINTER(OuterStructure), call]
     found.run_outer.restype = None
-    found.run_model.argtypes = [ctypes.POINTER(ModelStructure), call]
-    found.run_model.restype = None
+    found.run_model.argtypes = [ctypes.POINTER(ModelStructure), *(call,) * 3]
+    found.run_model.restype = ctypes.c_int
     found.run_linear.argtypes = [
         ctypes.POINTER(LinearStructure),
         *(pointer, number),  # rows

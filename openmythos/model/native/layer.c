@@ -748,23 +748,38 @@ static void rounded(float *x, int64_t n, int64_t kind) {
     }
 }
 
-/* Token ids to logits, for rows that all run the same loops. */
-void run_model(const Model *m, const Call *given) {
-    Call call = *given;
-    int64_t hidden = m->before->hidden, n = call.rows * hidden;
-    call.threads = m->outer_threads;
-    run_outer(m->before, &call);
-    rounded(call.h, n, m->kind);
-    memcpy(m->e, call.h, n * sizeof(float));
-    if (m->step)
-        run_constants(m->step, m->rate, hidden, m->floor, m->largest, m->times, m->carry);
-    if (m->drive) run_linear(m->drive, m->e, call.rows, m->driven, 0, m->drive_threads);
-    m->core->drive = m->drive ? m->driven : m->injected ? m->e : 0;
-    if (!m->first_is_e) memset(call.h, 0, n * sizeof(float));
+/* Whether every row has left: its rule had fired before the last loop, or its budget is spent. */
+static int all_left(const Exits *exits, int64_t rows) {
+    for (int64_t row = 0; exits && row < rows; row++)
+        if (!exits->fired[row] && exits->budgets[row] != exits->ran) return 0;
+    return 1;
+}
+
+/* Token ids to logits, for rows that enter and leave the core together; returns whether they left.
+   `before` null: they are in the core, and their states and what enters each loop are there.
+   `after` null: what follows the core is not asked for. The three calls share h and work. */
+int run_model(const Model *m, const Call *before, const Call *inside, const Call *after) {
+    int64_t hidden = m->before->hidden, n = inside->rows * hidden;
+    if (before) {
+        Call call = *before;
+        call.threads = m->outer_threads;
+        run_outer(m->before, &call);
+        rounded(call.h, n, m->kind);
+        memcpy(m->e, call.h, n * sizeof(float));
+        if (m->step)
+            run_constants(m->step, m->rate, hidden, m->floor, m->largest, m->times, m->carry);
+        if (m->drive) run_linear(m->drive, m->e, call.rows, m->driven, 0, m->drive_threads);
+        m->core->drive = m->drive ? m->driven : m->injected ? m->e : 0;
+        if (!m->first_is_e) memset(call.h, 0, n * sizeof(float));
+    }
+    Call call = *inside;
     call.threads = m->core_threads;
     run_core(m->core, &call);
+    if (!after || !all_left(m->core->exits, call.rows)) return 0;
+    call = *after;
     call.threads = m->outer_threads;
     run_outer(m->after, &call);
     rounded(call.h, n, m->kind);
     run_linear(m->readout, call.h, call.rows, m->logits, call.work, m->readout_threads);
+    return 1;
 }

@@ -1,9 +1,9 @@
 """Hand few rows on the CPU to the native code: through layers, a whole core, prelude and coda.
 
 It takes fp32, bf16 or int8 weights, few rows, and keys kept in a cache. It computes in fp32
-whatever the weights are, or on matrix tiles with nearly as many digits, or products of bytes with
-16 bits of a row. Everything else goes through torch, with the same result but for rounding. A row's bits do not
-depend on the other rows of a call.
+whatever the weights are, or on matrix tiles with nearly as many digits, or in products of bytes
+with 16 bits of a row. Everything else goes through torch, with the same result but for rounding. A
+row's bits do not depend on the other rows of a call.
 """
 
 from __future__ import annotations

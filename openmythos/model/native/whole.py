@@ -25,17 +25,17 @@ from openmythos.model.native.describe import (
     watch_of,
 )
 from openmythos.model.native.linear import (
+    at,
     matrix_structure,
     plain,
     room,
     takes_rows,
     threads_for,
 )
-from openmythos.model.native.run import Layers, numbers_read
+from openmythos.model.native.run import Layers, choices, numbers_read
 from openmythos.model.native.structures import (
     KINDS,
     CallStructure,
-    CoreStructure,
     LayerStructure,
     LinearStructure,
     ModelStructure,
@@ -44,6 +44,101 @@ from openmythos.model.rope import Rope
 
 if TYPE_CHECKING:
     from openmythos.model.transformer import OpenMythos
+
+
+class Whole:
+    """A model as the native code reads it in calls of so many rows, and room for what they pass.
+
+    Args:
+        model: whose `outside` and `drive` these are.
+        layers: of prelude, core and coda.
+        outside: what stands around the core.
+        drive: the map from the prelude's output to what enters each loop, where one is.
+        rows: of a call.
+        slots: of the core's cache.
+    """
+
+    def __init__(
+        self,
+        model: OpenMythos,
+        layers: tuple[Layers, Layers, Layers],
+        outside: Outside,
+        drive: LinearStructure | None,
+        rows: int,
+        slots: int,
+    ) -> None:
+        config, width = model.config, model.config.hidden_size
+        self.rows, self._layers, self._outside, self._drive = rows, layers, outside, drive
+        self._rows = room(3, rows, width)
+        self.h, self.e, driven = self._rows  # states, the prelude's output, what enters
+        self.drive = self.e if drive is None else driven
+        times, self.carry = self._constants = room(2, width)
+        self.core = layers[1].inside(model.core)
+        self.core.slots = slots
+        if config.injection == "lti":
+            self.core.carry = self.carry.data_ptr()
+        elif config.injection == "free":
+            self.carry = model.core.injection.diagonal
+            self.core.carry = self.carry.data_ptr()
+        self.before, self.after = layers[0].around(outside.before), layers[2].around(outside.after)
+        outer = max(layers[0].numbers, layers[2].numbers)
+        self.model = ModelStructure(
+            before=ctypes.addressof(self.before),
+            after=ctypes.addressof(self.after),
+            drive=None if drive is None else ctypes.addressof(drive),
+            readout=ctypes.addressof(outside.readout),
+            core=ctypes.addressof(self.core),
+            times=times.data_ptr(),
+            carry=self._constants[1].data_ptr(),
+            e=self.e.data_ptr(),
+            driven=driven.data_ptr(),
+            injected=config.injection != "none",
+            first_is_e=config.h0 == "e",
+            kind=KINDS[model.embed.weight.dtype],
+            outer_threads=threads_for(rows * outer),
+            core_threads=threads_for(rows * layers[1].numbers),
+            drive_threads=threads_for(rows * width * width),
+            readout_threads=threads_for(rows * width * config.vocab_size),
+        )
+        if config.injection == "lti":
+            decay = model.core.injection.decay
+            self.model.step, self.model.rate = decay.step.data_ptr(), decay.rate.data_ptr()
+            assert drive is not None
+            drive.times = times.data_ptr()
+            self.model.floor, self.model.largest = FLOOR, LARGEST_STEP
+        self._threads = threads_for(
+            rows * max(numbers_read(part) for some in layers for part in some.structures)
+        )
+        self._work, self._most = room(0), 0
+
+    def call(self) -> CallStructure:
+        """Return a call of these rows, to which their places are added."""
+        return CallStructure(rows=self.rows, h=self.h.data_ptr())
+
+    def work(self, most_keys: int) -> int:
+        """Return where there is memory for calls that see up to so many entries."""
+        if most_keys > self._most:
+            code = library()
+            assert code is not None
+            self._most = 2 * most_keys
+            sizes = [
+                code.work_size(part, self.rows, self._most, self._threads)
+                for some in self._layers
+                for part in some.structures
+            ]
+            self._work = room(max(sizes))
+        return self._work.data_ptr()
+
+    def choice(self, loops: int) -> Tensor | None:
+        """Room for the experts that these rows choose; None where there are none."""
+        structures = self._layers[1].structures
+        return choices(structures[0], loops, len(structures), self.rows)
+
+    def logits(self) -> Float[Tensor, "rows vocab"]:
+        """Room for logits, where the next call is to write them."""
+        made = room(self.rows, self._outside.readout.map.outputs)
+        self.model.logits = made.data_ptr()
+        return made
 
 
 class Plan:
@@ -59,69 +154,24 @@ class Plan:
         drive: LinearStructure | None,
     ) -> None:
         """`drive` is the map from the prelude's output to what enters each loop, where one is."""
-        config, rows = model.config, cache.batch_size * sequence
+        rows = cache.batch_size * sequence
         self.model, self.watch = ref(model), watch_of(model)
-        self.sequence, self.outside, self.structures = sequence, outside, structures
-        self.addresses = _addresses(cache)
+        self.sequence, self.addresses = sequence, _addresses(cache)
         first, last = len(model.prelude), len(model.prelude) + len(model.core.layers)
-        outer = [*range(first), *range(last, len(structures))]
         stores = [store.data for store in (*cache.outer[:first], *cache.core, *cache.outer[first:])]
-        parts = slice(0, first), slice(last, None), slice(first, last)
-        self._layers = [Layers(structures[part], stores[part]) for part in parts]
-        width = config.hidden_size
-        self._rows = room(3, rows, width)  # states, the prelude's output, what enters
-        self._constants = room(2, width)
+        parts = slice(0, first), slice(first, last), slice(last, None)
+        before, core, after = (Layers(structures[part], stores[part]) for part in parts)
+        self._whole = Whole(model, (before, core, after), outside, drive, rows, cache.slots)
         start = np.arange(cache.batch_size)[:, None] * cache.max_length
         numbers = np.arange(sequence)[None]
         self._first = np.broadcast_to(start, (cache.batch_size, sequence)).reshape(-1).copy()
         self._numbers = np.broadcast_to(numbers, (cache.batch_size, sequence)).reshape(-1)
         self._places = np.empty((2, rows), dtype=np.int64)
-        self._threads = threads_for(rows * max(map(numbers_read, structures)))
-        self._work = room(0)
-        self._core = self._core_structure(model, cache)
-        self._parts = [
-            self._layers[0].around(outside.before),
-            self._layers[1].around(outside.after),
-        ]
-        self._drive = drive
-        own = [numbers_read(structures[number]) for number in outer]
-        self._model = ModelStructure(
-            before=ctypes.addressof(self._parts[0]),
-            after=ctypes.addressof(self._parts[1]),
-            drive=None if self._drive is None else ctypes.addressof(self._drive),
-            readout=ctypes.addressof(outside.readout),
-            core=ctypes.addressof(self._core),
-            times=self._constants[0].data_ptr(),
-            carry=self._constants[1].data_ptr(),
-            e=self._rows[1].data_ptr(),
-            driven=self._rows[2].data_ptr(),
-            injected=config.injection != "none",
-            first_is_e=config.h0 == "e",
-            kind=KINDS[model.embed.weight.dtype],
-            outer_threads=threads_for(rows * max(own, default=0)),
-            core_threads=threads_for(rows * numbers_read(structures[first])),
-            drive_threads=threads_for(rows * width * width),
-            readout_threads=threads_for(rows * width * config.vocab_size),
-        )
-        if config.injection == "lti":
-            decay = model.core.injection.decay
-            self._model.step, self._model.rate = decay.step.data_ptr(), decay.rate.data_ptr()
-            assert drive is not None
-            drive.times = self._constants[0].data_ptr()
-            self._model.floor, self._model.largest = FLOOR, LARGEST_STEP
-        self._call = CallStructure(rows=rows, rope_rows=sequence, h=self._rows[0].data_ptr())
+        self._call = self._whole.call()
+        self._call.rope_rows = sequence
         self._call.first = self._first.ctypes.data
         self._call.write = self._places[0].ctypes.data
         self._call.counts = self._places[1].ctypes.data
-
-    def _core_structure(self, model: OpenMythos, cache: Cache) -> CoreStructure:
-        made = self._layers[2].inside(model.core)
-        made.slots = cache.slots
-        if model.config.injection == "lti":
-            made.carry = self._constants[1].data_ptr()
-        elif model.config.injection == "free":
-            made.carry = model.core.injection.diagonal.data_ptr()
-        return made
 
     def stands(self, model: OpenMythos, cache: Cache, sequence: int) -> bool:
         """Whether model and cache are still as they were."""
@@ -133,29 +183,21 @@ class Plan:
         self, token_ids: Int[Tensor, "batch sequence"], loops: int, start: int, rope: Rope
     ) -> tuple[Float[Tensor, "batch sequence vocab"], Tensor | None]:
         """Return logits, and the experts chosen, `(loops, layers, batch, sequence, chosen)`."""
-        code, call, made = library(), self._call, self._model
+        code, call, whole = library(), self._call, self._whole
         assert code is not None
         ids = token_ids.contiguous()
-        logits = room(*ids.shape, self.outside.readout.map.outputs)
-        chosen, layers = self._layers[2].structures[0].chosen, self._core.layers
-        choice = room(loops, layers, *ids.shape, chosen, dtype=torch.int64)
+        logits, choice = whole.logits(), whole.choice(loops)
         np.add(self._numbers, start, out=self._places[1])
         np.add(self._places[1], self._first, out=self._places[0])
         self._places[1] += 1
         call.most_keys = start + self.sequence
-        size = max(
-            code.work_size(part, call.rows, call.most_keys, self._threads)
-            for part in self.structures
-        )
-        if self._work.numel() < size:
-            self._work = room(2 * size)
-        call.work, call.choice = self._work.data_ptr(), choice.data_ptr()
+        call.work, call.choice = whole.work(call.most_keys), at(choice)
         cos, sin = rope.cos.contiguous(), rope.sin.contiguous()
         call.cos, call.sin = cos.data_ptr(), sin.data_ptr()
-        self._parts[0].ids = ids.data_ptr()
-        self._core.loops, made.logits = loops, logits.data_ptr()
-        code.run_model(made, call)
-        return logits, choice if chosen else None
+        whole.before.ids, whole.core.loops = ids.data_ptr(), loops
+        code.run_model(whole.model, call, call, call)
+        shape = *ids.shape, -1
+        return logits.view(shape), None if choice is None else choice.unflatten(2, ids.shape)
 
 
 _plans: WeakKeyDictionary[Cache, Plan] = WeakKeyDictionary()
@@ -179,20 +221,28 @@ def plan_of(model: OpenMythos, cache: Cache, token_ids: Tensor, loops: int) -> P
 
 def _made(model: OpenMythos, cache: Cache, sequence: int) -> Plan | None:
     parts = None if altered([model.core]) else parts_of(model)
-    if parts is None:
+    if parts is None or not joins(model):
         return None
     outside, structures = parts
+    if {KINDS.get(cache.dtype)} != {part.kind for part in structures}:
+        return None
+    return Plan(model, cache, sequence, outside, structures, drive_of(model))
+
+
+def joins(model: OpenMythos) -> bool:
+    """Whether the native code takes what stands between a model's layers, too."""
     norm = None if model.core.norm is None else model.core.norm.weight
     raw = [part for part in model.core.injection.parameters() if part.ndim == 1]
     if any(part.dtype != torch.float32 or not part.is_contiguous() for part in raw):
-        return None
-    if not plain(norm) or {KINDS.get(cache.dtype)} != {part.kind for part in structures}:
-        return None
+        return False
+    mapped = getattr(model.core.injection, "weight", None) is not None
+    return plain(norm) and (drive_of(model) is not None) == mapped
+
+
+def drive_of(model: OpenMythos) -> LinearStructure | None:
+    """The map from the prelude's output to what enters each loop; None where there is none."""
     weight = getattr(model.core.injection, "weight", None)
-    drive = None if weight is None else matrix_structure(weight)
-    if weight is not None and drive is None:
-        return None
-    return Plan(model, cache, sequence, outside, structures, drive)
+    return None if weight is None else matrix_structure(weight)
 
 
 def _addresses(cache: Cache) -> list[int]:
