@@ -295,6 +295,18 @@ class Table:
         self.addresses[slot, position] = address
         return address
 
+    def write_ahead(self, first: int, count: int, position: int) -> list[int]:
+        """Do so for so many slots from `first` on."""
+        address = self.write(first, position)  # makes the column
+        pages, offset = self.columns[position // PAGE].pages, address % PAGE
+        for slot in range(first + 1, first + count):
+            if slot not in pages:
+                self.promised -= 1
+                pages[slot] = self.pages.take()
+        found = [pages[slot] * PAGE + offset for slot in range(first, first + count)]
+        self.addresses[first : first + count, position] = found
+        return found
+
     def leave(self, position: int, loop: int) -> None:
         """Let readers of deeper slots find `position` in its last one, that of `loop`."""
         self.exits[position] = loop

@@ -31,6 +31,7 @@ from openmythos.model.core import Rows
 from openmythos.model.native.exits import Exits
 from openmythos.model.native.linear import MOST_ROWS, may_run
 from openmythos.model.native.paged import Paged, paged
+from openmythos.model.native.turn import Places
 from openmythos.model.rope import Rope, rope_table
 from openmythos.model.span import Entries, Place
 from openmythos.model.transformer import OpenMythos
@@ -89,6 +90,7 @@ class Passes:
         self.h = torch.zeros(1, self.config.hidden_size, dtype=wide, device=self.device)
         self.drive = torch.zeros_like(self.h)
         self.seats: list[int] = []  # free ones; seat 0 is that of padding
+        self._through: tuple[Sequence[Row], Tensor] | None = None  # past the coda, with logits
 
     def _rope_table(self) -> Rope:
         positions = torch.arange(self.config.max_length, device=self.device)
@@ -145,6 +147,7 @@ class Passes:
 
     def clear(self) -> None:
         """Free all seats: no row is left anywhere."""
+        self._through = None
         self.seats = list(range(len(self.h) - 1, 0, -1))
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -176,6 +179,60 @@ class Passes:
                 [entries(rows, always(slot)) for slot in slots],
             )
         return self._last
+
+    def run(
+        self, rows: Sequence[Row], loops: int = 1, *, through: bool = False
+    ) -> tuple[list[bool], int]:
+        """Let rows that start pass the prelude, and run all of them as `loop` does.
+
+        Where `through`, each row may pass the coda once it leaves, and wants logits: if all rows
+        leave together, they have done so, and `finish` has the logits there.
+        """
+        new = [row for row in rows if row.seat < 0]
+        if self._joined(rows, new):
+            return self._turn(rows, loops, entering=bool(new), through=through)
+        self.enter(new)
+        return self.loop(rows, loops)
+
+    def _joined(self, rows: Sequence[Row], new: Sequence[Row]) -> bool:
+        """Whether prelude and loops, or loops and coda, can be one native call."""
+        if self.paged is None or self.paged.outer_slots is None or not self.may_run_ahead(rows):
+            return False
+        if any(row.track.job.layout.latest for row in rows):
+            return False
+        return len(new) in (0, len(rows))
+
+    def _turn(
+        self, rows: Sequence[Row], loops: int, *, entering: bool, through: bool
+    ) -> tuple[list[bool], int]:
+        """Run rows that all enter, or are all in the core, in one native call."""
+        assert self.paged is not None
+        assert self.paged.outer_slots is not None
+        turn, token_ids = self.paged.turn(len(rows), self.rope), None
+        if entering:
+            self._sit(rows)
+            token_ids = integers([row.track.token_ids[row.position] for row in rows])
+        seats = integers([row.seat for row in rows])
+        if not entering:
+            turn.go_on(self.h, self.drive, self.carry, seats)
+        outer = {slot: entries(rows, always(slot)) for slot in set(self.paged.outer_slots)}
+        before, after = (outer[slot] for slot in self.paged.outer_slots)
+        places = Places(before, entries(rows, Track.slot, loops=loops), after)
+        first = integers([row.loop for row in rows])
+        exits = self.rules.exits(rows, seats, first, loops)
+        # a row whose budget for this call is not all it has left goes on afterwards
+        through &= all(row.track.job.loops - row.loop <= loops for row in rows)
+        positions = integers([row.position for row in rows])
+        logits = turn.run(token_ids, positions, first, places, exits, through=through)
+        self.rules.note(rows, seats, exits)
+        if logits is not None:
+            self._through = rows, logits
+        else:
+            self.h.index_copy_(0, seats, turn.h)
+            if entering:
+                self.drive.index_copy_(0, seats, turn.drive)
+                self.carry = turn.carry.clone()
+        return exits.fires.tolist(), exits.ran
 
     def enter(self, rows: Sequence[Row]) -> None:
         """Run the prelude on rows that start, in order of position within a sequence."""
@@ -267,6 +324,10 @@ class Passes:
         self, rows: Sequence[Row], wanted: Sequence[Row]
     ) -> Float[Tensor, "wanted vocab"] | None:
         """Run the coda on rows and the head on those `wanted`, in the same order; return logits."""
+        if self._through is not None:
+            (done, logits), self._through = self._through, None
+            assert list(done) == list(rows) == list(wanted)
+            return logits
         if not self.model.coda:
             rows = wanted
         states: list[Tensor] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence, Set
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -73,7 +74,7 @@ class Rules:
         return Exits(
             [self._decided[row.track.job.halting] or BY_BUDGET for row in rows],
             integers([min(loops, row.track.job.loops - row.loop) for row in rows]),
-            torch.tensor([row.fired for row in rows]),
+            torch.from_numpy(np.array([row.fired for row in rows])),
             self._quiet.index_select(0, seats) & (first > 0),
         )
 

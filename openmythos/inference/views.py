@@ -138,22 +138,24 @@ class Views:
 
 def entries(rows: Sequence[Row], slot: Choose, also: Also | None = None, loops: int = 1) -> Entries:
     """Places for the native code, `(loops, rows)`: it reads the tables' own lists of them."""
-    write, read, second = [], [], []
-    for ahead in range(loops):
-        for row in rows:
-            table, place = row.track.table, slot(row.track, row, ahead)
-            write.append(table.write(place, row.position))
-            read.append(table.base + place * table.step)
+    write, read = np.empty((2, loops, len(rows)), dtype=np.int64)
+    second = []
+    for number, row in enumerate(rows):
+        track, table = row.track, row.track.table
+        first, last = slot(track, row, 0), slot(track, row, loops - 1)
+        ahead = table.write_ahead(first, last + 1 - first, row.position)
+        write[:, number] = ahead  # one for all loops, where all write the same slot
+        read[:, number] = table.base + table.step * np.arange(first, last + 1)
     if also is not None and any(row.track.job.layout.latest for row in rows):
         for row in rows:
             other = also(row.track, row)
             second.append(-1 if other is None else row.track.table.write(other, row.position))
     counts = [row.position + 1 for row in rows]
     return Entries(
-        integers(write).view(loops, -1),
+        torch.from_numpy(write),
         integers(counts),
         max(counts),
-        read=integers(read).view(loops, -1),
+        read=torch.from_numpy(read),
         also=integers([second] * loops) if max(second, default=-1) >= 0 else None,
     )
 

@@ -30,6 +30,7 @@ from openmythos.inference.scoring import Continuation, score
 from openmythos.inference.thinking import Thinking
 from openmythos.inference.ticks import Ticker, likeliest
 from openmythos.model.halting import HALTING
+from openmythos.model.quantised import quantise
 from openmythos.training.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(
@@ -217,6 +218,37 @@ def test_company_order_and_chunks_change_no_bit(name, threads, dtype):
         assert [written(events) for events in reversed_[::-1]] == expected
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "thinking", "weights"),
+    [
+        *((name, thinking, "fp32") for name in MODELS for thinking in THINKING),
+        *(("gqa, experts", thinking, "bf16") for thinking in ("none", "gate")),
+        *(("mla, experts", thinking, "int8") for thinking in ("none", "gate")),
+    ],
+)
+def test_joined_calls_change_no_bit(name, thinking, weights, monkeypatch):
+    """Prelude, loops and coda in one native call, in two, and each by itself."""
+    lm = model_of(name)
+    if weights != "fp32":
+        quantise(lm.model) if weights == "int8" else lm.model.bfloat16()
+    joined = Passes._joined
+    ways = {
+        "none": lambda *_: False,
+        "what enters": lambda self, rows, new: bool(new) and joined(self, rows, new),
+        "what goes on": lambda self, rows, new: not new and joined(self, rows, new),
+        "all": joined,
+    }
+    deep = {"thinking": THINKING[thinking], "max_new_tokens": 5}
+    requests = [request(7, seed=seed, **deep) for seed in range(3)]
+    requests.append(request(3, thinking=Thinking(loops=2), draft_loops=1))
+    found = {}
+    for way, does in ways.items():
+        monkeypatch.setattr(Passes, "_joined", does)
+        # with this budget three rows cannot run all loops in a tick
+        found[way] = [written(e) for e in run(ticker_of(lm, budget=12, chunk=3), requests)]
+    assert all(found[way] == found["none"] for way in ways)
 
 
 @pytest.mark.parametrize("thinking", ["act", "kl", "delta"])
@@ -645,15 +677,15 @@ def test_rules_of_one_kind_are_asked_together_whatever_their_thresholds(lm, halt
 
 def test_a_tick_that_fails_ends_those_in_flight_and_the_engine_goes_on(lm, monkeypatch, caplog):
     with Engine(lm, EngineSettings(cache_bytes=1 << 22, budget=2)) as engine:
-        real, at = engine._ticker.passes.loop, []
+        real, at = engine._ticker.passes.run, []
 
-        def loop(rows, loops):
+        def run(rows, loops, *, through):
             at.append(len(rows))
             if len(at) == 4:
                 raise RuntimeError("out of memory")
-            return real(rows, loops)
+            return real(rows, loops, through=through)
 
-        monkeypatch.setattr(engine._ticker.passes, "loop", loop)
+        monkeypatch.setattr(engine._ticker.passes, "run", run)
         one = request(9, thinking=Thinking(loops=3))
         failing = [engine.submit(one), engine.submit(one)]
         waiting = engine.submit(one)

@@ -24,6 +24,8 @@ from openmythos.model.native.exits import Exits
 from openmythos.model.native.linear import at, plain, room
 from openmythos.model.native.run import Layers, choices, keeps
 from openmythos.model.native.structures import LayerStructure, Map, OuterStructure
+from openmythos.model.native.turn import Turn
+from openmythos.model.native.whole import Whole, drive_of, joins
 from openmythos.model.rope import Rope
 from openmythos.model.span import Entries
 
@@ -58,10 +60,33 @@ class Paged:
         ]
         self._before = _by_slot(outside.before, parts[:first])
         self._after = _by_slot(outside.after, parts[first:])
+        self._outside, self._outer = outside, parts
+        self._turns: dict[int, Turn] = {}
+        own = [{slot for slot, _, _ in some} for some in (parts[:first], parts[first:])]
+        self.outer_slots: tuple[int, int] | None = None
+        """The slots of prelude and coda, where calls may be joined: each has layers, in one slot.
+
+        Without layers, torch does what is left of them (`before`, `after`), with other bits.
+        """
+        if all(len(some) == 1 for some in own) and joins(model):
+            self.outer_slots = (min(own[0]), min(own[1]))
 
     def stands(self) -> bool:
         """Whether the model is as it was."""
         return self._watch.stands()
+
+    def turn(self, rows: int, rope: Rope) -> Turn:
+        """Return joined calls of so many rows; `outer_slots` says whether there are any."""
+        if rows not in self._turns:
+            model, first = self._model, len(self._model.prelude)
+            before, after = (
+                Layers([part[1] for part in some], [part[2] for part in some])
+                for some in (self._outer[:first], self._outer[first:])
+            )
+            layers = before, self._core, after
+            whole = Whole(model, layers, self._outside, drive_of(model), rows, slots=1)
+            self._turns[rows] = Turn(whole, rope, model.head.weight.dtype)
+        return self._turns[rows]
 
     def before(
         self, token_ids: Int[Tensor, " rows"], rope: Rope, places: Sequence[Entries]
