@@ -189,20 +189,22 @@ class Passes:
         leave together, they have done so, and `finish` has the logits there.
         """
         new = [row for row in rows if row.seat < 0]
-        if self._joined(rows, new):
-            return self._turn(rows, loops, entering=bool(new), through=through)
+        # a row whose loops in this tick are not all it has left goes on afterwards
+        through = through and all(row.track.job.loops - row.loop <= loops for row in rows)
+        if self._joins(rows, new, through=through):
+            return self._joined(rows, loops, entering=bool(new), through=through)
         self.enter(new)
         return self.loop(rows, loops)
 
-    def _joined(self, rows: Sequence[Row], new: Sequence[Row]) -> bool:
+    def _joins(self, rows: Sequence[Row], new: Sequence[Row], *, through: bool) -> bool:
         """Whether prelude and loops, or loops and coda, can be one native call."""
         if self.paged is None or self.paged.outer_slots is None or not self.may_run_ahead(rows):
             return False
         if any(row.track.job.layout.latest for row in rows):
             return False
-        return len(new) in (0, len(rows))
+        return len(new) == len(rows) or (not new and through)
 
-    def _turn(
+    def _joined(
         self, rows: Sequence[Row], loops: int, *, entering: bool, through: bool
     ) -> tuple[list[bool], int]:
         """Run rows that all enter, or are all in the core, in one native call."""
@@ -215,15 +217,17 @@ class Passes:
         seats = integers([row.seat for row in rows])
         if not entering:
             turn.go_on(self.h, self.drive, self.carry, seats)
-        outer = {slot: entries(rows, always(slot)) for slot in set(self.paged.outer_slots)}
-        before, after = (outer[slot] for slot in self.paged.outer_slots)
+        first_slot, last_slot = self.paged.outer_slots
+        before = entries(rows, always(first_slot)) if entering else None
+        after = None
+        if through:
+            same = before is not None and first_slot == last_slot
+            after = before if same else entries(rows, always(last_slot))
         places = Places(before, entries(rows, Track.slot, loops=loops), after)
         first = integers([row.loop for row in rows])
         exits = self.rules.exits(rows, seats, first, loops)
-        # a row whose budget for this call is not all it has left goes on afterwards
-        through &= all(row.track.job.loops - row.loop <= loops for row in rows)
         positions = integers([row.position for row in rows])
-        logits = turn.run(token_ids, positions, first, places, exits, through=through)
+        logits = turn.run(token_ids, positions, first, places, exits)
         self.rules.note(rows, seats, exits)
         if logits is not None:
             self._through = rows, logits

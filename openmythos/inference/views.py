@@ -138,26 +138,34 @@ class Views:
 
 def entries(rows: Sequence[Row], slot: Choose, also: Also | None = None, loops: int = 1) -> Entries:
     """Places for the native code, `(loops, rows)`: it reads the tables' own lists of them."""
-    write, read = np.empty((2, loops, len(rows)), dtype=np.int64)
-    second = []
-    for number, row in enumerate(rows):
+    write, read, second = list[Sequence[int]](), list[Sequence[int]](), []
+    for row in rows:
         track, table = row.track, row.track.table
         first, last = slot(track, row, 0), slot(track, row, loops - 1)
-        ahead = table.write_ahead(first, last + 1 - first, row.position)
-        write[:, number] = ahead  # one for all loops, where all write the same slot
-        read[:, number] = table.base + table.step * np.arange(first, last + 1)
+        start = table.base + first * table.step
+        if first == last:
+            write.append([table.write(first, row.position)] * loops)
+            read.append([start] * loops)
+        else:
+            write.append(table.write_ahead(first, loops, row.position))
+            read.append(range(start, start + loops * table.step, table.step))
     if also is not None and any(row.track.job.layout.latest for row in rows):
         for row in rows:
             other = also(row.track, row)
             second.append(-1 if other is None else row.track.table.write(other, row.position))
     counts = [row.position + 1 for row in rows]
     return Entries(
-        torch.from_numpy(write),
+        by_loop(write),
         integers(counts),
         max(counts),
-        read=torch.from_numpy(read),
+        read=by_loop(read),
         also=integers([second] * loops) if max(second, default=-1) >= 0 else None,
     )
+
+
+def by_loop(values: Sequence[Sequence[int]]) -> Int[Tensor, "loops rows"]:
+    """Turn what each row has for each loop."""
+    return integers(values).t().contiguous()
 
 
 def always(slot: int) -> Choose:

@@ -233,19 +233,19 @@ def test_joined_calls_change_no_bit(name, thinking, weights, monkeypatch):
     lm = model_of(name)
     if weights != "fp32":
         quantise(lm.model) if weights == "int8" else lm.model.bfloat16()
-    joined = Passes._joined
+    joins = Passes._joins
     ways = {
-        "none": lambda *_: False,
-        "what enters": lambda self, rows, new: bool(new) and joined(self, rows, new),
-        "what goes on": lambda self, rows, new: not new and joined(self, rows, new),
-        "all": joined,
+        "none": lambda *_, **__: False,
+        "what enters": lambda self, rows, new, **does: new and joins(self, rows, new, **does),
+        "what leaves": lambda self, rows, new, **does: not new and joins(self, rows, new, **does),
+        "all": joins,
     }
     deep = {"thinking": THINKING[thinking], "max_new_tokens": 5}
     requests = [request(7, seed=seed, **deep) for seed in range(3)]
     requests.append(request(3, thinking=Thinking(loops=2), draft_loops=1))
     found = {}
     for way, does in ways.items():
-        monkeypatch.setattr(Passes, "_joined", does)
+        monkeypatch.setattr(Passes, "_joins", does)
         # with this budget three rows cannot run all loops in a tick
         found[way] = [written(e) for e in run(ticker_of(lm, budget=12, chunk=3), requests)]
     assert all(found[way] == found["none"] for way in ways)

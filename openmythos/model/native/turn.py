@@ -23,12 +23,14 @@ from openmythos.model.span import Entries
 
 
 class Places(NamedTuple):
-    """Where rows write and what they see: in the prelude's slot, the loops' and the coda's."""
+    """Where rows write and what they see."""
 
-    before: Entries
+    before: Entries | None
+    """In the prelude's slot; None: they are in the core."""
     core: Entries
     """With a first axis for the loops, all but `counts`."""
-    after: Entries
+    after: Entries | None
+    """In the coda's slot; None: they do not pass it."""
 
 
 class Turn:
@@ -78,37 +80,36 @@ class Turn:
         first: Int[Tensor, " rows"],
         places: Places,
         exits: Exits,
-        *,
-        through: bool,
     ) -> Float[Tensor, "rows vocab"] | None:
-        """Run loops until a row leaves; where all do and `through`, return their logits.
+        """Run loops until a row leaves; where all do and may pass the coda, return their logits.
 
         Args:
             token_ids: what the rows enter with; None: they are in the core; see `go_on`.
             positions: of the rows.
             first: the loop that each runs first, from 0.
-            places: theirs.
+            places: theirs. Where there are some for the coda, `h` may be used up.
             exits: when they leave; afterwards, what was decided.
-            through: whether those that leave may go on through the coda: `h` is then used up.
         """
         code, whole = library(), self._whole
         assert code is not None
         for table, angles in zip(self._table, self._angles, strict=True):
             torch.index_select(table, 0, positions, out=angles)
-        choice = whole.choice(len(places.core.write))
-        work = whole.work(max(part.most for part in places))
+        core, loops = self._calls[1], len(places.core.write)
+        choice = whole.choice(loops)
+        work = whole.work(places.core.most)
         for call, part in zip(self._calls, places, strict=True):
-            _place(call, part, work)
-        before, core, after = self._calls
+            if part is not None:
+                _place(call, part, work)
         core.loops, core.choice = first.data_ptr(), at(choice)
-        whole.core.loops, whole.core.places_step = len(places.core.write), whole.rows
+        whole.core.loops, whole.core.places_step = loops, whole.rows
         whole.core.drive = at(whole.drive) if whole.model.injected else None
         whole.core.exits = ctypes.addressof(exits.structure(whole.h.shape[-1]))
         whole.before.ids = at(token_ids)
-        logits = whole.logits() if through else None
-        left = code.run_model(
-            whole.model, None if token_ids is None else before, core, after if through else None
-        )
+        logits = None if places.after is None else whole.logits()
+        calls = [
+            None if part is None else call for call, part in zip(self._calls, places, strict=True)
+        ]
+        left = code.run_model(whole.model, *calls)
         exits.read()
         return logits.to(self._dtype) if left and logits is not None else None
 

@@ -29,6 +29,7 @@ from openmythos.model.native.linear import (
     matrix_structure,
     plain,
     room,
+    scratch,
     takes_rows,
     threads_for,
 )
@@ -109,25 +110,27 @@ class Whole:
         self._threads = threads_for(
             rows * max(numbers_read(part) for some in layers for part in some.structures)
         )
-        self._work, self._most = room(0), 0
+        self._size, self._most = 0, 0
 
     def call(self) -> CallStructure:
         """Return a call of these rows, to which their places are added."""
         return CallStructure(rows=self.rows, h=self.h.data_ptr())
 
     def work(self, most_keys: int) -> int:
-        """Return where there is memory for calls that see up to so many entries."""
+        """Return where there is memory for calls that see up to so many entries.
+
+        It is this thread's, for all calls the same: in a tick of other rows it is still near.
+        """
         if most_keys > self._most:
             code = library()
             assert code is not None
             self._most = 2 * most_keys
-            sizes = [
+            self._size = max(
                 code.work_size(part, self.rows, self._most, self._threads)
                 for some in self._layers
                 for part in some.structures
-            ]
-            self._work = room(max(sizes))
-        return self._work.data_ptr()
+            )
+        return scratch(self._size).data_ptr()
 
     def choice(self, loops: int) -> Tensor | None:
         """Room for the experts that these rows choose; None where there are none."""
