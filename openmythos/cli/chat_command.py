@@ -56,6 +56,9 @@ class Settings:
     )
     """Folder of a model or of a training run, or the name of a model in the package."""
 
+    device: str | None = None
+    """Where the model runs, as torch names it: cpu, cuda, cuda:1, mps. Default: the CPU."""
+
     max_new_tokens: int = 64
     """Most tokens of a reply; at most half of the model's max_length."""
 
@@ -77,7 +80,7 @@ def run(settings: Settings) -> None:
     existing(settings.model)  # before torch is loaded
     from openmythos.inference.language_model import load
 
-    chat = Chat(load(settings.model), settings)
+    chat = Chat(load(settings.model, device=settings.device), settings)
     asks = sys.stdin.isatty()
     if asks:
         with contextlib.suppress(ImportError):

@@ -48,6 +48,9 @@ class Settings:
     model: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
     """Folder of a model, or of a training run. May be left out with --task."""
 
+    device: str | None = None
+    """Where the model runs, as torch names it: cpu, cuda, cuda:1, mps. Default: the CPU."""
+
     corpus: CorpusName | None = None
     """A corpus with a name, whose held-out side is measured."""
 
@@ -126,6 +129,7 @@ def _run_tasks(settings: Settings) -> None:
         halting=settings.halting,
         threshold=settings.threshold,
         limit=settings.limit,
+        device=settings.device,
     )
     if settings.json:
         named = None if settings.model is None else str(settings.model)
@@ -140,7 +144,7 @@ def _run_text(settings: Settings, model: Path) -> None:
     from openmythos.training.evaluate import Reading
 
     texts = _texts(settings, model)
-    lm = load(model)
+    lm = load(model, device=settings.device)
     lm.warn_of_gate(settings.halting)
     reading = Reading.usual(
         lm.trained_length,
@@ -234,8 +238,8 @@ def _check_task(settings: Settings) -> None:
     of_text = ("png", "no_ppmd", "text_field")
     refuse_unused(settings.typed, of_text, "with --task: it is of a text")
     if settings.model is None:
-        of_model = ("loops", "halting", "threshold")
-        refuse_unused(settings.typed, of_model, "without a MODEL: the floors have no depth")
+        of_model = ("loops", "halting", "threshold", "device")
+        refuse_unused(settings.typed, of_model, "without a MODEL: floors are of the questions")
     if len(set(settings.task)) != len(settings.task):
         raise InputError(f"task={settings.task} must name each task once")
 

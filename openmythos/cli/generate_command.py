@@ -43,6 +43,9 @@ class Settings:
     )
     """Folder of a model or of a training run, or the name of a model in the package."""
 
+    device: str | None = None
+    """Where the model runs, as torch names it: cpu, cuda, cuda:1, mps. Default: the CPU."""
+
     prompt: str = ""
     """Text to continue; `-` reads it from standard input, less a last line break. Default: start a
     document."""
@@ -74,7 +77,7 @@ def run(settings: Settings) -> None:
     prompt = _from_stdin() if settings.prompt == "-" else settings.prompt
     from openmythos.inference.language_model import load
 
-    lm = load(settings.model)
+    lm = load(settings.model, device=settings.device)
     pieces = lm.write(
         prompt, settings.max_new_tokens, settings.thinking, settings.sampling, settings.stop
     )

@@ -44,9 +44,12 @@ class Settings:
     )
     """Folder of a model or of a training run, or the name of a model in the package."""
 
+    device: str | None = None
+    """Where the model runs, as torch names it: cpu, cuda, cuda:1, mps. Default: the CPU."""
+
     weights: WeightsKind | Literal["auto"] | None = None
-    """What the weights are in memory; `auto` is bf16 where the model is quicker so here. Default:
-    as in the file."""
+    """What the weights are in memory; `auto` is bf16 where the model is quicker so here, else fp32.
+    Default: as in the file, but fp32 for int8 on a GPU."""
 
     server: Annotated[ServerSettings, tyro.conf.arg(name="")] = field(
         default_factory=ServerSettings
@@ -115,8 +118,13 @@ def _load(settings: Settings) -> Loaded:
     from openmythos.inference.language_model import load
     from openmythos.inference.server.serving import Loaded, length_limit
     from openmythos.inference.shipped import find_model
+    from openmythos.model.files import kept_weights
 
-    lm = load(settings.model, settings.weights)
+    weights, device = settings.weights, settings.device
+    on_cpu = device is None or device.startswith("cpu")
+    if weights is None and on_cpu and kept_weights(find_model(settings.model)) == "int8":
+        weights = "int8"  # as exact as the file, and the quickest in native code
+    lm = load(settings.model, weights, device)
     max_length = length_limit(settings.server.max_model_len, lm.model.config.max_length)
     layout = ChatLayout.of(find_model(settings.model), lm.tokenizer)
     engine = Engine(lm, settings.engine)

@@ -50,6 +50,7 @@ def measure(
     halting: HaltingKind,
     threshold: float | None,
     limit: int | None,
+    device: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield a report of each task, made for JSON.
 
@@ -60,6 +61,7 @@ def measure(
         halting: also score with this rule, at up to the deepest of `loops`.
         threshold: the rule's bound; None is its own default.
         limit: questions of each task; None: all.
+        device: where the model runs, as torch names it; None: the CPU.
 
     Raises:
         MythosError: a task cannot be read, or the model or a depth does not fit.
@@ -70,7 +72,7 @@ def measure(
     if model is not None:
         from openmythos.inference.language_model import load
 
-        lm = load(model)
+        lm = load(model, device=device)
         lm.warn_of_gate(halting)
     ways = [Thinking(loops=depth) for depth in sorted(set(loops))]
     if halting != "none":

@@ -295,7 +295,7 @@ def _device(device: str | torch.device | None, weights: str | None) -> torch.dev
         place = torch.device("cpu" if device is None else device)
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise InputError(
             f"device={device!r} must be one that torch finds here, as 'cpu' is, but: {reason}"
         ) from None

@@ -194,6 +194,26 @@ def _floating(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
+def kept_weights(folder: Path) -> str | None:
+    """What the weights in a model's file are, as `WeightsKind` has it; None where it says nothing.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get(WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise _not_whole(path, error) from error
+
+
+def _not_whole(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} must be a whole safetensors file, but: {error}. Copy it again")
+
+
 def decoded(path: Path) -> dict[str, Tensor]:
     """The tensors of a weights' file by their names in the model: fp32 or int8 where it says so.
 
@@ -205,9 +225,7 @@ def decoded(path: Path) -> dict[str, Tensor]:
             weights = (file.metadata() or {}).get(WEIGHTS)
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} must be a whole safetensors file, but: {error}. Copy it again"
-        ) from error
+        raise _not_whole(path, error) from error
     if weights is None:
         return tensors
     if weights not in get_args(WeightsKind):

@@ -47,9 +47,14 @@ SENTENCES = [
     ("eval RUN --task sciq --text-field=a", "text_field must be left out with --task: it is of a"),
     (
         "eval --task sciq --halting gate",
-        "halting must be left out without a MODEL: the floors have",
+        "halting must be left out without a MODEL: floors are of",
     ),
-    ("eval --task sciq --loops 1 2", "loops must be left out without a MODEL: the floors have no"),
+    ("eval --task sciq --loops 1 2", "loops must be left out without a MODEL: floors are of the"),
+    ("eval --task sciq --device cpu", "device must be left out without a MODEL: floors are of"),
+    *(
+        (f"{command} --device cuda:99", "device='cuda:99' must be one that torch finds here")
+        for command in ("generate RUN", "chat RUN", "eval RUN --text TEXT", "serve RUN --port 0")
+    ),
     ("eval RUN --text TEXT --given TEXT --no-ppmd", "must be left out with --no-ppmd: only"),
     ("info 2t", "model='2t' must be one of nano, tiny, small"),
     ("info nano --loops 0", "loops=0 must be 1 or more"),
