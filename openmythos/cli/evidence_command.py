@@ -13,7 +13,6 @@ stopped. The figures, as JSON and PNG, the page with every claim's numbers and t
 
 from __future__ import annotations
 
-import ast
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from typing import Annotated
 import tyro
 
 from openmythos.cli.flags import refuse_unused, typed
-from openmythos.evidence import claims
 from openmythos.evidence.claims import CLAIMS, Reproduction, reproduce
 from openmythos.training.threads import check_threads
 
@@ -74,8 +72,8 @@ def run(settings: Settings) -> None:
     if settings.claim is None:
         refuse_unused(settings.typed, settings.typed, "without a CLAIM: the list is all there is")
         print("Claims that are put to the test; docs/evidence.md says what held and what not.\n")
-        for name, line in CLAIMS.items():
-            print(f"{name:<26}{line} About {_hours(name):g} hours of one core.")
+        for name, row in CLAIMS.items():
+            print(f"{name:<26}{row.line} About {row.hours:g} hours of one core.")
         return
     how = Reproduction(
         quick=settings.quick,
@@ -102,18 +100,6 @@ def run(settings: Settings) -> None:
         print(file)
     if written.missing:
         print(f"not run yet: {', '.join(written.missing)}")
-
-
-def _hours(name: str) -> float:
-    """Read a claim's HOURS from its file: to import all of them takes a second, most of it torch's.
-
-    It is a number there, as `openmythos.evidence.claims` says.
-    """
-    file = Path(claims.__file__).with_name(f"{name.replace('-', '_')}.py")
-    for line in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "HOURS":
-            return float(ast.literal_eval(line.value))
-    raise AssertionError(f"{file} must say HOURS")
 
 
 def _say(line: str) -> None:

@@ -51,9 +51,6 @@ if TYPE_CHECKING:
 
 TITLE = "Adaptive computation: harder tokens take more loops"
 SEEDS = 3
-HOURS = 4.5
-"""Of one core, for everything with so many seeds."""
-
 FULL = Study(training=REASONER)
 QUICK = Study(
     training=dataclasses.replace(REASONER, hidden_size=64, feed_forward_size=512, steps=300),

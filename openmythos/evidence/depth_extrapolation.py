@@ -55,9 +55,6 @@ if TYPE_CHECKING:
 
 TITLE = "Depth extrapolation: 20 hops trained, 100 tested"
 SEEDS = 3
-HOURS = 14.0
-"""Of one core, for everything with so many seeds."""
-
 HOPS = (20, 25, 30, 40, 60, 100)
 SOLVED = 0.99
 """Share of answers right that is wanted of fresh chains."""

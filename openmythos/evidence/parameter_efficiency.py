@@ -48,9 +48,6 @@ if TYPE_CHECKING:
 
 TITLE = "Parameter efficiency: one looped model against plain ones of up to twice its size"
 SEEDS = 3
-HOURS = 69.0
-"""Of one core, for everything with so many seeds."""
-
 
 WIDTH = 192
 

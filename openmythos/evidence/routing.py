@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 
 TITLE = "Routing: which experts each loop takes, and whether it matters"
 SEEDS = 2
-HOURS = 9.0
-"""Of one core, for everything with so many seeds."""
-
 EXPERTS, CHOSEN, RANK = 8, 2, 8
 MODEL = TextTraining(
     shape={

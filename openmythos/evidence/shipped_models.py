@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 TITLE = "The shipped models"
 SEEDS = 1
-HOURS = 0.7
-"""Of one core; nothing is trained."""
-
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)
 LENGTH = 512
 SAMPLES, SAMPLE_TOKENS = 20, 200

@@ -52,9 +52,6 @@ if TYPE_CHECKING:
 
 TITLE = "Stability: learning rates over a factor of 100, and 1,024 loops"
 SEEDS = 2
-HOURS = 6.0
-"""Of one core, for everything with so many seeds."""
-
 NEVER_WORSE = 0.02
 """Nats that two rows may differ by and still count as equal."""
 

@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 
 TITLE = "Systematic generalisation: facts seen alone, used in chains"
 SEEDS = 3
-HOURS = 12.0
-"""Of one core, for everything with so many graphs."""
-
 MAIN = FactTraining(lone_share=0.4, steps=8000, loops=(1, 8), stairs=True, hands_on="answer")
 STATE = dataclasses.replace(MAIN, hands_on="state")
 PLAIN_8 = dataclasses.replace(STATE, plain_layers=8, loops=(8, 8), stairs=False)

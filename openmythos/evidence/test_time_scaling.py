@@ -48,9 +48,6 @@ if TYPE_CHECKING:
 
 TITLE = "Test-time scaling: bits per byte from 1 to 64 loops"
 SEEDS = 3
-HOURS = 2.5
-"""Of one core, for everything with so many seeds."""
-
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 WITHIN = 1.0
 """Per cent above its best that bits per byte may have at four times the trained depth."""

@@ -12,7 +12,7 @@ from command_line import openmythos as openmythos_cli
 import openmythos
 from openmythos.cli import COMMANDS, command_of, main
 from openmythos.cli.flag_help import wrapped
-from openmythos.evidence.claims import CLAIMS, claim
+from openmythos.evidence.claims import CLAIMS
 
 ASK = """
 import sys, time
@@ -120,7 +120,7 @@ def test_the_hours_of_a_claim_are_those_of_its_file():
     page = openmythos_cli("evidence").out
     for name in CLAIMS:
         assert re.search(
-            rf"^{name} .* About {claim(name).HOURS:g} hours of one core\.$", page, re.M
+            rf"^{name} .* About {CLAIMS[name].hours:g} hours of one core\.$", page, re.M
         )
 
 
