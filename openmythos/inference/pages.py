@@ -285,27 +285,27 @@ class Table:
     def write(self, slot: int, position: int) -> int:
         """Return the address where `position` writes its entry of `slot`."""
         number, offset = divmod(position, PAGE)
+        address = self._page(number, slot) * PAGE + offset
+        self.addresses[slot, position] = address
+        return address
+
+    def write_ahead(self, first: int, count: int, position: int) -> list[int]:
+        """Do so for so many slots from `first` on."""
+        number, offset = divmod(position, PAGE)
+        slots = range(first, first + count)
+        found = [self._page(number, slot) * PAGE + offset for slot in slots]
+        self.addresses[first : first + count, position] = found
+        return found
+
+    def _page(self, number: int, slot: int) -> int:
+        """The page of a column's slot, taken where it has none."""
         while number >= len(self.columns):
             self.columns.append(Column())
         pages = self.columns[number].pages
         if slot not in pages:
             self.promised -= 1
             pages[slot] = self.pages.take()
-        address = pages[slot] * PAGE + offset
-        self.addresses[slot, position] = address
-        return address
-
-    def write_ahead(self, first: int, count: int, position: int) -> list[int]:
-        """Do so for so many slots from `first` on."""
-        address = self.write(first, position)  # makes the column
-        pages, offset = self.columns[position // PAGE].pages, address % PAGE
-        for slot in range(first + 1, first + count):
-            if slot not in pages:
-                self.promised -= 1
-                pages[slot] = self.pages.take()
-        found = [pages[slot] * PAGE + offset for slot in range(first, first + count)]
-        self.addresses[first : first + count, position] = found
-        return found
+        return pages[slot]
 
     def leave(self, position: int, loop: int) -> None:
         """Let readers of deeper slots find `position` in its last one, that of `loop`."""
