@@ -117,13 +117,17 @@ def _load(settings: Settings) -> Loaded:
     from openmythos.inference.engine import Engine
     from openmythos.inference.language_model import load
     from openmythos.inference.server.serving import Loaded, length_limit
-    from openmythos.inference.shipped import find_model
+    from openmythos.inference.shipped import existing, find_model
     from openmythos.model.files import kept_weights
+    from openmythos.model.native.build import library
+    from openmythos.training.run import model_in
 
     weights, device = settings.weights, settings.device
     on_cpu = device is None or device.startswith("cpu")
-    if weights is None and on_cpu and kept_weights(find_model(settings.model)) == "int8":
-        weights = "int8"  # as exact as the file, and the quickest in native code
+    if weights is None and on_cpu and library() is not None:
+        # the quickest in native code, and nothing is rounded that the file has not rounded
+        kept = kept_weights(model_in(existing(settings.model)))
+        weights = "int8" if kept == "int8" else None
     lm = load(settings.model, weights, device)
     max_length = length_limit(settings.server.max_model_len, lm.model.config.max_length)
     layout = ChatLayout.of(find_model(settings.model), lm.tokenizer)

@@ -284,10 +284,10 @@ class Ticker:
         return draw_at(logits, work.request.sampling, work.seed, track.choice, position)
 
     def _goes_through(self, row: Row) -> bool:
-        """Whether a row can pass the coda as soon as it leaves, and a token is drawn from it."""
+        """Whether a row, and it alone, can pass the coda as soon as it leaves, and wants logits."""
         track = row.track
-        alone = row.position == track.passed and track.job.draft_loops is None
-        return alone and self._wants_logits(row)
+        first = row.position == track.passed and not track.done
+        return first and track.job.draft_loops is None and self._wants_logits(row)
 
     def _wants_logits(self, row: Row) -> bool:
         job = row.track.job

@@ -243,12 +243,24 @@ def test_joined_calls_change_no_bit(name, thinking, weights, monkeypatch):
     deep = {"thinking": THINKING[thinking], "max_new_tokens": 5}
     requests = [request(7, seed=seed, **deep) for seed in range(3)]
     requests.append(request(3, thinking=Thinking(loops=2), draft_loops=1))
+    told = request(5, seed=4, **deep, prompt_logprobs=True)
+    at_once = {"thinking": Thinking(loops=1)}
+    loads = [
+        (requests, {"budget": 12, "chunk": 3}),  # three rows cannot run all loops in a tick
+        ([told], {}),  # rows that have left wait for one before them
+        # a prompt that came first ends in a tick in which a later request writes
+        ([request(6, seed=1, **at_once), request(3, seed=2, **at_once)], {"chunk": 5}),
+        ([request(2), request(1, max_new_tokens=12)], {"budget": 2, "chunk": 1}),
+    ]
     found = {}
     for way, does in ways.items():
         monkeypatch.setattr(Passes, "_joins", does)
-        # with this budget three rows cannot run all loops in a tick
-        found[way] = [written(e) for e in run(ticker_of(lm, budget=12, chunk=3), requests)]
+        found[way] = [
+            [written(events) for events in run(ticker_of(lm, **settings), some)]
+            for some, settings in loads
+        ]
     assert all(found[way] == found["none"] for way in ways)
+    assert all(tokens for load in found["all"] for tokens in load)
 
 
 @pytest.mark.parametrize("thinking", ["act", "kl", "delta"])

@@ -5,6 +5,9 @@ matrix tiles.
 """
 
 import copy
+import os
+from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -159,3 +162,27 @@ def test_a_long_text_in_bf16_is_that_of_fp32(attention):
             out = model(part, 2, cache=cache)
         found.append(out.logits.float())
     assert_close(found[1], found[0], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells how much is there")
+def test_threads_leave_no_memory_behind():
+    weight, _ = matrix("int8", 64, 4096)
+    x = random(64, 4096)
+
+    @torch.inference_mode()
+    def multiply():
+        linear(x, weight)
+
+    def pages():
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    def in_threads(count):
+        for _ in range(count):
+            thread = Thread(target=multiply)
+            thread.start()
+            thread.join()
+
+    in_threads(10)
+    before = pages()
+    in_threads(100)
+    assert (pages() - before) * os.sysconf("SC_PAGE_SIZE") < 10 * 2**20  # each needs half of one

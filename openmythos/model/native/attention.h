@@ -26,7 +26,7 @@ enum {
 
 /* Entries lie anywhere, so the processor has no guess of its own where the next ones are. */
 INLINE void ask_entry(const void *entry, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)entry + at);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)entry + i);
 }
 
 /* Room for the scores of a query, and numbers of scratch memory for some. */

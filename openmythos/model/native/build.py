@@ -30,7 +30,7 @@ from openmythos.model.native.structures import (
 )
 
 SOURCE = Path(__file__).with_name("layer.c")
-PARTS = ("vectors.h", "digits.h", "tiles.h", "products.h", "attention.h")
+PARTS = ("vectors.h", "rooms.h", "digits.h", "tiles.h", "products.h", "attention.h")
 """What it includes."""
 FLAGS = (
     "-O3",

@@ -3,23 +3,24 @@
 
    A row takes part as whole numbers of 16 bits, x = factor * (256 a + b) up to 2^-16 of the row's
    largest, with a and b its digits, in bytes. The processor wants one of two bytes without a sign:
-   weights take part as w + 128, and 128 times the sum of the row's numbers is taken off again. Sums
-   of whole numbers are the same in any order, and up to 512 inputs none can leave 32 bits: a row's
-   bits are the same alone and among others, as everywhere here. */
+   weights take part as w + 128, and 128 times the sum of the row's numbers is taken off again, all
+   of it modulo 2^32, which what is wanted of up to 512 inputs fits. Whole numbers add up alike in any
+   order: a row's bits are the same alone and among others, as everywhere here. A row that holds an
+   infinity is NaN, as on tiles, and one whose largest is below 1e-38 is 0. */
 
 #ifndef OPENMYTHOS_DIGITS
 #define OPENMYTHOS_DIGITS
 
+#include "rooms.h"
 #include "vectors.h"
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
+    defined(__AVX512VL__)
 #define DIGIT_PRODUCTS
-
-#include <stdlib.h>
 
 enum {
     TAKEN = 64,         /* inputs at a time: bytes of a register */
-    WHOLE_SUM = 512,    /* inputs whose products 32 bits can hold: 127 * 32639 * 512 < 2^31 */
+    WHOLE_SUM = 512,    /* inputs whose products 32 bits can hold: 128 * 32639 * 512 < 2^31 */
     LARGEST = 32639     /* whose digits fit: 127 * 256 + 127 */
 };
 
@@ -39,19 +40,6 @@ typedef struct {
     const int32_t *sums;  /* 128 times the sums of its numbers, over each 512 inputs */
     float factor;         /* NaN where one of its numbers is not finite */
 } Digits;
-
-/* Memory of this thread, kept until it asks for more. Null: there is none. */
-static char *digit_room(int64_t bytes) {
-    static _Thread_local char *room;
-    static _Thread_local int64_t size;
-    if (size < bytes) {
-        free(room);
-        size = (bytes + TAKEN - 1) / TAKEN * TAKEN;
-        room = aligned_alloc(TAKEN, size);
-        if (!room) size = 0;
-    }
-    return room;
-}
 
 /* What makes a row's numbers whole ones; sets what makes them themselves again. */
 static float to_whole(const float *x, int64_t inputs, float *factor) {
@@ -138,7 +126,7 @@ INLINE void digit_tile(int rows, const Digits *x, const int8_t *const *w, int64_
 static int digit_product(const float *const *x, int64_t rows, const int8_t *w, const float *scale,
                          int64_t inputs, int64_t from, int64_t to, float *const *y) {
     int64_t parts = (inputs + WHOLE_SUM - 1) / WHOLE_SUM;
-    int8_t *digits = (int8_t *)digit_room(rows * (2 * inputs + parts * (int64_t)sizeof(int32_t)));
+    int8_t *digits = (int8_t *)own_room(OF_DIGITS, rows * (2 * inputs + parts * (int64_t)sizeof(int32_t)));
     if (!digits) return 0;
     int32_t *sums = (int32_t *)(digits + rows * 2 * inputs);
     Digits of[rows];

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -61,7 +62,7 @@ class Paged:
         self._before = _by_slot(outside.before, parts[:first])
         self._after = _by_slot(outside.after, parts[first:])
         self._outside, self._outer = outside, parts
-        self._turns: dict[int, Turn] = {}
+        self._turns: dict[tuple[int, int], Turn] = {}
         own = [{slot for slot, _, _ in some} for some in (parts[:first], parts[first:])]
         self.outer_slots: tuple[int, int] | None = None
         """The slots of prelude and coda, where calls may be joined: each has layers, in one slot.
@@ -77,7 +78,8 @@ class Paged:
 
     def turn(self, rows: int, rope: Rope) -> Turn:
         """Return joined calls of so many rows; `outer_slots` says whether there are any."""
-        if rows not in self._turns:
+        key = rows, torch.get_num_threads()
+        if key not in self._turns:
             model, first = self._model, len(self._model.prelude)
             before, after = (
                 Layers([part[1] for part in some], [part[2] for part in some])
@@ -85,8 +87,8 @@ class Paged:
             )
             layers = before, self._core, after
             whole = Whole(model, layers, self._outside, drive_of(model), rows, slots=1)
-            self._turns[rows] = Turn(whole, rope, model.head.weight.dtype)
-        return self._turns[rows]
+            self._turns[key] = Turn(whole, rope, model.head.weight.dtype)
+        return self._turns[key]
 
     def before(
         self, token_ids: Int[Tensor, " rows"], rope: Rope, places: Sequence[Entries]

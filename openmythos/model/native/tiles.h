@@ -10,6 +10,7 @@
 #ifndef OPENMYTHOS_TILES
 #define OPENMYTHOS_TILES
 
+#include "rooms.h"
 #include "vectors.h"
 
 #if defined(__linux__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && \
@@ -17,7 +18,6 @@
     defined(__AVX512BF16__)
 #define TILES
 
-#include <stdlib.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -65,22 +65,6 @@ static void begin_tiles(void) {
         shapes.rows[i] = SIDE;
     }
     _tile_loadconfig(&shapes);
-}
-
-/* Memory of this thread, kept until it asks for more. Null: there is none. */
-enum { OF_ROWS, OF_WEIGHTS, ROOMS };
-
-static char *tile_room(int number, int64_t tiles) {
-    static _Thread_local struct {
-        char *at;
-        int64_t tiles;
-    } rooms[ROOMS];
-    if (rooms[number].tiles < tiles) {
-        free(rooms[number].at);
-        rooms[number].at = aligned_alloc(LINE, tiles * TILE);
-        rooms[number].tiles = rooms[number].at ? tiles : 0;
-    }
-    return rooms[number].at;
 }
 
 INLINE __m512i widened(__m256i halves) {
@@ -407,8 +391,8 @@ INLINE void multiply_block(int source, const Block *b, const char *x, int64_t ro
 /* Memory for tiles of rows and of a block, both over so many inputs; 0: there is none. */
 static int tile_rooms(int source, int64_t rows, int64_t inputs, char **of_rows, char **of_weights) {
     int64_t steps = (inputs + depth_of(source) - 1) / depth_of(source), group = group_of(source);
-    *of_rows = tile_room(OF_ROWS, (rows + group - 1) / group * steps);
-    *of_weights = tile_room(OF_WEIGHTS, BLOCK / SIDE * steps);
+    *of_rows = own_room(OF_ROWS, (rows + group - 1) / group * steps * TILE);
+    *of_weights = own_room(OF_WEIGHTS, BLOCK / SIDE * steps * TILE);
     return *of_rows && *of_weights;
 }
 

@@ -23,12 +23,11 @@ from openmythos.model.span import Entries
 
 
 class Places(NamedTuple):
-    """Where rows write and what they see."""
+    """Where rows write and what they see, with a first axis for the loops, all but `counts`."""
 
     before: Entries | None
     """In the prelude's slot; None: they are in the core."""
     core: Entries
-    """With a first axis for the loops, all but `counts`."""
     after: Entries | None
     """In the coda's slot; None: they do not pass it."""
 

@@ -54,7 +54,8 @@ class Whole:
         model: whose `outside` and `drive` these are.
         layers: of prelude, core and coda.
         outside: what stands around the core.
-        drive: the map from the prelude's output to what enters each loop, where one is.
+        drive: the map from the prelude's output to what enters each loop, where one is; of these
+            calls alone, since their steps are written into it.
         rows: of a call.
         slots: of the core's cache.
     """
@@ -110,7 +111,7 @@ class Whole:
         self._threads = threads_for(
             rows * max(numbers_read(part) for some in layers for part in some.structures)
         )
-        self._size, self._most = 0, 0
+        self._size, self._most, self._longest = 0, 0, config.max_length
 
     def call(self) -> CallStructure:
         """Return a call of these rows, to which their places are added."""
@@ -124,7 +125,7 @@ class Whole:
         if most_keys > self._most:
             code = library()
             assert code is not None
-            self._most = 2 * most_keys
+            self._most = max(most_keys, min(2 * most_keys, self._longest))
             self._size = max(
                 code.work_size(part, self.rows, self._most, self._threads)
                 for some in self._layers
