@@ -29,7 +29,7 @@ __attribute__((constructor)) static void open_rooms(void) {
 }
 
 /* One of this thread's rooms, of so many bytes or more. Null: there is none. */
-static char *own_room(int number, int64_t bytes) {
+static inline char *own_room(int number, int64_t bytes) {
     Room *rooms = rooms_stand ? pthread_getspecific(of_thread) : 0;
     if (rooms_stand && !rooms) {
         rooms = calloc(ROOMS, sizeof(Room));
