@@ -73,7 +73,7 @@ def ending(run, monkeypatch):
     """A model that ends every text at once."""
     lm = library.load(run)
     monkeypatch.setattr(lm, "write", lambda *_, **__: iter(()))
-    monkeypatch.setattr("openmythos.inference.language_model.load", lambda _: lm)
+    monkeypatch.setattr("openmythos.inference.language_model.load", lambda _, **__: lm)
 
 
 @pytest.mark.usefixtures("ending")
@@ -212,7 +212,7 @@ def interrupted(run, monkeypatch):
             raise KeyboardInterrupt
 
     lm = library.load(run)
-    monkeypatch.setattr("openmythos.inference.language_model.load", lambda _: Interrupted(lm))
+    monkeypatch.setattr("openmythos.inference.language_model.load", lambda _, **__: Interrupted(lm))
 
 
 @pytest.mark.usefixtures("interrupted")
