@@ -72,17 +72,7 @@ def matrix(kind, outputs, inputs):
 
 
 KINDS = pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
-SIZES = [
-    (64, 64),
-    (256, 128),
-    (80, 192),
-    (100, 64),
-    (67, 32),
-    (64, 40),
-    (65, 1216),
-    (66, 8),
-    (64, 600),
-]
+SIZES = [(64, 64), (256, 128), (80, 192), (100, 64), (67, 32), (64, 40), (65, 1216)]
 """Whole blocks of outputs, parts of them, widths that are not taken, and more than one sum has."""
 
 
@@ -120,7 +110,7 @@ def test_rows_that_are_zero_tiny_or_not_finite(kind, way):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("inputs", [512, 568, 1216])
+@pytest.mark.parametrize("inputs", [512, 1216])
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_the_largest_sums_of_int8_do_not_overflow(inputs, sign):
     numbers = torch.full((5, inputs), 127, dtype=torch.int8) * sign

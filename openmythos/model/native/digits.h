@@ -4,8 +4,8 @@
    A row takes part as whole numbers of 16 bits, x = factor * (256 a + b) up to 2^-16 of the row's
    largest, with a and b its digits, in bytes. The processor wants one of two bytes without a sign:
    weights take part as w + 128, and 128 times the sum of the row's numbers is taken off again, all
-   of it modulo 2^32, which what is wanted of up to 512 inputs fits. Whole numbers add up alike in
-   any order: a row's bits are the same alone and among others, as everywhere here. A row that holds an
+   of it modulo 2^32, which what is wanted of up to 512 inputs fits. Whole numbers add up alike in any
+   order: a row's bits are the same alone and among others, as everywhere here. A row that holds an
    infinity is NaN, as on tiles, and one whose largest is below 1e-38 is 0. */
 
 #ifndef OPENMYTHOS_DIGITS
@@ -29,15 +29,12 @@ static int digits_wanted = 1;
 /* Do without digits, or with them again; returns whether they are used now. */
 int use_digits(int wanted) { return digits_wanted = wanted; }
 
-/* Whether a matrix is multiplied so. */
-static int in_digits(int64_t kind) { return digits_wanted && kind == INT8; }
-
-/* Which of so many numbers, from one on, are before the end. */
-INLINE __mmask16 before(int64_t left) {
-    return left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
+/* Whether a matrix is multiplied so, which its shape decides alone. */
+static int in_digits(int64_t kind, int64_t inputs) {
+    return digits_wanted && kind == INT8 && inputs % TAKEN == 0;
 }
 
-/* A row's digits, of each 64 inputs the upper ones and then the lower ones; zeros fill the last. */
+/* A row's digits, of each 64 inputs the upper ones and then the lower ones. */
 typedef struct {
     const int8_t *digits;
     const int32_t *sums;  /* 128 times the sums of its numbers, over each 512 inputs */
@@ -49,7 +46,7 @@ static float to_whole(const float *x, int64_t inputs, float *factor) {
     __m512 most = _mm512_set1_ps(1e-33f);
     __mmask16 finite = 0xffff;
     for (int64_t i = 0; i < inputs; i += 16) {
-        __m512 size = _mm512_abs_ps(_mm512_maskz_loadu_ps(before(inputs - i), x + i));
+        __m512 size = _mm512_abs_ps(_mm512_loadu_ps(x + i));
         finite &= _mm512_cmp_ps_mask(size, _mm512_set1_ps(INFINITY), _CMP_LT_OQ);
         most = _mm512_max_ps(most, size);
     }
@@ -62,16 +59,14 @@ static void digits_of_row(const float *x, int64_t inputs, int8_t *digits, int32_
                           float *factor) {
     __m512 times = _mm512_set1_ps(to_whole(x, inputs, factor));
     __m512i total = _mm512_setzero_si512();
-    int64_t end = (inputs + TAKEN - 1) / TAKEN * TAKEN;
-    for (int64_t i = 0; i < end; i += 16) {
+    for (int64_t i = 0; i < inputs; i += 16) {
         int8_t *into = digits + i / TAKEN * 2 * TAKEN + i % TAKEN;
-        __m512 some = _mm512_maskz_loadu_ps(before(inputs - i), x + i);
-        __m512i number = _mm512_cvtps_epi32(some * times);
+        __m512i number = _mm512_cvtps_epi32(_mm512_loadu_ps(x + i) * times);
         __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(number, _mm512_set1_epi32(128)), 8);
         _mm_store_si128((__m128i *)into, _mm512_cvtepi32_epi8(upper));
         _mm_store_si128((__m128i *)(into + TAKEN), _mm512_cvtepi32_epi8(number));
         total = _mm512_add_epi32(total, number);
-        if ((i + 16) % WHOLE_SUM && i + 16 < end) continue;
+        if ((i + 16) % WHOLE_SUM && i + 16 < inputs) continue;
         *sums++ = (int32_t)(128u * (uint32_t)_mm512_reduce_add_epi32(total));
         total = _mm512_setzero_si512();
     }
@@ -102,17 +97,13 @@ INLINE void digit_tile(int rows, const Digits *x, const int8_t *const *w, int64_
         for (int r = 0; r < rows; r++)
             for (int o = 0; o < 4; o++) upper[r][o] = lower[r][o] = _mm512_setzero_si512();
         for (int64_t i = from; i < to; i += TAKEN) {
-            int whole = to - i >= TAKEN;
-            __mmask64 there = whole ? ~0ull : (1ull << (to - i)) - 1;
             __m512i a[3], b[3];
             for (int r = 0; r < rows; r++) {
                 a[r] = _mm512_load_si512(x[r].digits + 2 * i);
                 b[r] = _mm512_load_si512(x[r].digits + 2 * i + TAKEN);
             }
             for (int o = 0; o < 4; o++) {
-                __m512i weight = whole ? _mm512_loadu_si512(w[o] + i)
-                                       : _mm512_maskz_loadu_epi8(there, w[o] + i);
-                weight = _mm512_xor_si512(weight, sign);
+                __m512i weight = _mm512_xor_si512(_mm512_loadu_si512(w[o] + i), sign);
                 if (ahead) __builtin_prefetch(w[o] + i + ahead);
                 for (int r = 0; r < rows; r++) {
                     upper[r][o] = _mm512_dpbusd_epi32(upper[r][o], weight, a[r]);
@@ -135,16 +126,14 @@ INLINE void digit_tile(int rows, const Digits *x, const int8_t *const *w, int64_
 static int digit_product(const float *const *x, int64_t rows, const int8_t *w, const float *scale,
                          int64_t inputs, int64_t from, int64_t to, float *const *y) {
     int64_t parts = (inputs + WHOLE_SUM - 1) / WHOLE_SUM;
-    int64_t each = (inputs + TAKEN - 1) / TAKEN * 2 * TAKEN;
-    int64_t bytes = rows * (each + parts * (int64_t)sizeof(int32_t));
-    int8_t *digits = (int8_t *)own_room(OF_DIGITS, bytes);
+    int8_t *digits = (int8_t *)own_room(OF_DIGITS, rows * (2 * inputs + parts * (int64_t)sizeof(int32_t)));
     if (!digits) return 0;
-    int32_t *sums = (int32_t *)(digits + rows * each);
+    int32_t *sums = (int32_t *)(digits + rows * 2 * inputs);
     Digits of[rows];
     for (int64_t r = 0; r < rows; r++) {
-        of[r].digits = digits + r * each;
+        of[r].digits = digits + r * 2 * inputs;
         of[r].sums = sums + r * parts;
-        digits_of_row(x[r], inputs, digits + r * each, sums + r * parts, &of[r].factor);
+        digits_of_row(x[r], inputs, digits + r * 2 * inputs, sums + r * parts, &of[r].factor);
     }
     for (int64_t o = from; o < to; o += 4) {
         int64_t left = to - o < 4 ? to - o : 4, r = 0;

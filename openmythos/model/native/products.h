@@ -135,7 +135,7 @@ static void product(const Matrix *m, const float *x, int64_t rows, int64_t x_row
         return;
 #endif
 #ifdef DIGIT_PRODUCTS
-    if (in_digits(m->kind) &&
+    if (in_digits(m->kind, m->inputs) &&
         digit_product(in, rows, m->w, m->scale, m->inputs, from, to, out))
         return;
 #endif
