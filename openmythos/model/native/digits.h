@@ -4,9 +4,9 @@
    A row takes part as whole numbers of 16 bits, x = factor * (256 a + b) up to 2^-16 of the row's
    largest, with a and b its digits, in bytes. The processor wants one of two bytes without a sign:
    weights take part as w + 128, and 128 times the sum of the row's numbers is taken off again, all
-   of it modulo 2^32, which what is wanted of up to 512 inputs fits. Whole numbers add up alike in any
-   order: a row's bits are the same alone and among others, as everywhere here. A row that holds an
-   infinity is NaN, as on tiles, and one whose largest is below 1e-38 is 0. */
+   of it modulo 2^32, which what is wanted of up to 512 inputs fits. Whole numbers add up alike in
+   any order: a row's bits are the same alone and among others, as everywhere here. A row that holds
+   an infinity is NaN, as on tiles, and one whose largest is below 1e-38 is 0. */
 
 #ifndef OPENMYTHOS_DIGITS
 #define OPENMYTHOS_DIGITS
@@ -126,7 +126,8 @@ INLINE void digit_tile(int rows, const Digits *x, const int8_t *const *w, int64_
 static int digit_product(const float *const *x, int64_t rows, const int8_t *w, const float *scale,
                          int64_t inputs, int64_t from, int64_t to, float *const *y) {
     int64_t parts = (inputs + WHOLE_SUM - 1) / WHOLE_SUM;
-    int8_t *digits = (int8_t *)own_room(OF_DIGITS, rows * (2 * inputs + parts * (int64_t)sizeof(int32_t)));
+    int64_t bytes = rows * (2 * inputs + parts * (int64_t)sizeof(int32_t));
+    int8_t *digits = (int8_t *)own_room(OF_DIGITS, bytes);
     if (!digits) return 0;
     int32_t *sums = (int32_t *)(digits + rows * 2 * inputs);
     Digits of[rows];

@@ -1,8 +1,8 @@
 /* Products of rows with matrices.
 
-   A sum over inputs runs in eight lanes (`product`), or input by input (`columns`), or on tiles, or in
-   whole numbers, which shapes decide alone. It does not depend on how many rows are multiplied at a
-   time. */
+   A sum over inputs runs in eight lanes (`product`), or input by input (`columns`), or on tiles, or
+   in whole numbers, which shapes decide alone. It does not depend on how many rows are multiplied
+   at a time. */
 
 #ifndef OPENMYTHOS_PRODUCTS
 #define OPENMYTHOS_PRODUCTS
