@@ -50,10 +50,13 @@ from openmythos.inference.thinking import Thinking
 from openmythos.model.quantised import quantise
 from openmythos.model.transformer import OpenMythos
 from openmythos.tasks.rooms import HOUSE
+from openmythos.training.machine import matmul_peak
 
 DEPTHS, SHARES = (2, 4, 8, 16), (0.4, 0.3, 0.2, 0.1)
 """Loops that requests ask for, and how many do: 5.2 on average."""
 DEEPEST = max(DEPTHS)
+
+CPU = torch.device("cpu")
 
 Figures = dict[str, Any]
 
@@ -236,6 +239,10 @@ def measure_theirs(options: argparse.Namespace) -> Figures:
         found[f"batch {batch}"] = over_theirs(
             {name: batch * new / statistics.median(s) for name, s in seconds.items()}
         )
+        least = batch * least_operations(length, new) / matmul_peak(torch.float32, CPU)
+        found[f"batch {batch}"]["ratio at the peak of fp32 products"] = (
+            statistics.median(seconds["theirs"]) / least
+        )
     load = mixed_numbers(options)
 
     def batches() -> Served:
@@ -247,6 +254,13 @@ def measure_theirs(options: argparse.Namespace) -> Figures:
     runs = repeated({**ways, "theirs": batches}, options.repeats)
     speed = {name: medians(served)["tokens_per_second"] for name, served in runs.items()}
     return {**found, "load": over_theirs(speed)}
+
+
+def least_operations(length: int, new: int) -> int:
+    """Operations of one request at 8 loops, if no token had more than one key."""
+    model = our_model("gqa")
+    head = 2 * model.head.weight.numel()
+    return (length + new) * (model.flops(1, 8) - head) + new * head
 
 
 OUR_WEIGHTS: dict[str, Callable[[OpenMythos], OpenMythos]] = {
