@@ -155,15 +155,15 @@ def entries(rows: Sequence[Row], slot: Choose, also: Also | None = None, loops: 
             second.append(-1 if other is None else row.track.table.write(other, row.position))
     counts = [row.position + 1 for row in rows]
     return Entries(
-        by_loop(write),
+        _by_loop(write),
         integers(counts),
         max(counts),
-        read=by_loop(read),
+        read=_by_loop(read),
         also=integers([second] * loops) if max(second, default=-1) >= 0 else None,
     )
 
 
-def by_loop(values: Sequence[Sequence[int]]) -> Int[Tensor, "loops rows"]:
+def _by_loop(values: Sequence[Sequence[int]]) -> Int[Tensor, "loops rows"]:
     """Turn what each row has for each loop."""
     return integers(values).t().contiguous()
 

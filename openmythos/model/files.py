@@ -201,8 +201,10 @@ def kept_weights(folder: Path) -> str | None:
         CheckpointError: the file is damaged.
     """
     path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        return None
+    return _kept(path) if path.is_file() else None
+
+
+def _kept(path: Path) -> str | None:
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get(WEIGHTS)
@@ -220,9 +222,8 @@ def decoded(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it is damaged, or of a kind that is not known here.
     """
+    weights = _kept(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            weights = (file.metadata() or {}).get(WEIGHTS)
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise _not_whole(path, error) from error

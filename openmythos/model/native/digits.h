@@ -43,16 +43,12 @@ typedef struct {
 
 /* What makes a row's numbers whole ones; sets what makes them themselves again. */
 static float to_whole(const float *x, int64_t inputs, float *factor) {
-    __m512 most = _mm512_set1_ps(1e-33f);
-    __mmask16 finite = 0xffff;
-    for (int64_t i = 0; i < inputs; i += 16) {
-        __m512 size = _mm512_abs_ps(_mm512_loadu_ps(x + i));
-        finite &= _mm512_cmp_ps_mask(size, _mm512_set1_ps(INFINITY), _CMP_LT_OQ);
-        most = _mm512_max_ps(most, size);
-    }
-    float largest = _mm512_reduce_max_ps(most);
-    *factor = finite == 0xffff ? largest / LARGEST : NAN;
-    return finite == 0xffff ? LARGEST / largest : 0;
+    float largest = largest_of(x, inputs);
+    *factor = NAN;
+    if (isnan(largest)) return 0;
+    if (largest < 1e-33f) largest = 1e-33f;
+    *factor = largest / LARGEST;
+    return LARGEST / largest;
 }
 
 static void digits_of_row(const float *x, int64_t inputs, int8_t *digits, int32_t *sums,

@@ -156,17 +156,10 @@ INLINE void halves_of_rows(int source, const float *const *x, int64_t rows, int6
 /* The power of two that makes a row's numbers whole ones of 20 bits, and its inverse: NaN where one
    is not finite. */
 static float factor_of(const float *x, int64_t inputs, float *inverse) {
-    __m512 most = _mm512_setzero_ps();
-    __mmask16 finite = 0xffff;
-    for (int64_t i = 0; i < inputs; i += SIDE) {
-        __m512 size = _mm512_abs_ps(_mm512_loadu_ps(x + i));
-        finite &= _mm512_cmp_ps_mask(size, _mm512_set1_ps(INFINITY), _CMP_LT_OQ);
-        most = _mm512_max_ps(most, size);
-    }
     int exponent = -100;
-    float largest = _mm512_reduce_max_ps(most);
+    float largest = largest_of(x, inputs);
     *inverse = 0;
-    if (finite != 0xffff) return NAN;
+    if (isnan(largest)) return NAN;
     if (largest > 0) frexpf(largest, &exponent);
     if (exponent < -100) exponent = -100;
     *inverse = ldexpf(1, 20 - exponent);

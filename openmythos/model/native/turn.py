@@ -42,7 +42,7 @@ class Turn:
     """
 
     def __init__(self, whole: Whole, rope: Rope, dtype: torch.dtype) -> None:
-        self._whole, self._rope, self._dtype = whole, rope, dtype
+        self._whole, self._dtype = whole, dtype
         self._angles = [room(whole.rows, table.shape[-1]) for table in rope]
         self._table = [table.view(-1, table.shape[-1]) for table in rope]
         self._calls = [whole.call() for _ in Places._fields]

@@ -124,6 +124,17 @@ INLINE broad broad_at(const void *x, int64_t i, int64_t kind) {
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
 }
 INLINE broad broad_fuse(broad x, broad y, broad z) { return _mm512_fmadd_ps(x, y, z); }
+/* The largest size among numbers, of which there are a multiple of 16; NaN: one is not finite. */
+static inline float largest_of(const float *x, int64_t n) {
+    __m512 most = _mm512_setzero_ps();
+    __mmask16 finite = 0xffff;
+    for (int64_t i = 0; i < n; i += BROAD) {
+        __m512 size = _mm512_abs_ps(_mm512_loadu_ps(x + i));
+        finite &= _mm512_cmp_ps_mask(size, _mm512_set1_ps(INFINITY), _CMP_LT_OQ);
+        most = _mm512_max_ps(most, size);
+    }
+    return finite == 0xffff ? _mm512_reduce_max_ps(most) : NAN;
+}
 #else
 enum { BROAD = LANES };
 typedef wide broad;
