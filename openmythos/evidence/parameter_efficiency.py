@@ -23,12 +23,21 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from openmythos.evidence import reasoning_leg
 from openmythos.evidence.cells import Cell, Result, Say, run_cells
+from openmythos.evidence.efficiency_rows import (
+    ISO_FLOP,
+    MAIN,
+    RATES,
+    RATIOS,
+    SEEDED,
+    TEXT_ROWS,
+    TUNED_AS,
+    trainings,
+)
 from openmythos.evidence.paired import Runs, common_seeds, difference, mean, rows_of
-from openmythos.evidence.plain import PLAIN, plain_sizes
 from openmythos.evidence.report import (
     Expectation,
     Section,
@@ -39,8 +48,6 @@ from openmythos.evidence.report import (
     table,
 )
 from openmythos.evidence.text_training import TextTraining, read_texts, work_of
-from openmythos.model.accounting import on_meta
-from openmythos.training.settings import DepthLaw
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,105 +55,6 @@ if TYPE_CHECKING:
 
 TITLE = "Parameter efficiency: one looped model against plain ones of up to twice its size"
 SEEDS = 3
-
-WIDTH = 192
-
-
-def looped(
-    prelude: int,
-    core: int,
-    loops: int,
-    coda: int,
-    *,
-    depth: DepthLaw = "near",
-    lanes: int = 1,
-    **more: Any,
-) -> TextTraining:
-    """Return a looped model of `prelude` + `core` x `loops` + `coda` layers."""
-    shape = {
-        "prelude_layers": prelude,
-        "core_layers": core,
-        "mean_loops": loops,
-        "coda_layers": coda,
-        "hidden_size": WIDTH,
-    }
-    return TextTraining(
-        shape={**shape, **more}, lanes=lanes, depth=depth, vocab_size=4096, steps=1840
-    )
-
-
-VARIANTS = {
-    "looped-1+2x6+1": looped(1, 2, 6, 1),
-    "looped-0+4x4+0": looped(0, 4, 4, 0),
-    "looped-1+2x4+1": looped(1, 2, 4, 1),
-    "looped-1+2x8+1": looped(1, 2, 8, 1),
-    "looped-1+3x4+0": looped(1, 3, 4, 0),
-    "looped-1+1x6+0-wide": looped(1, 1, 6, 0, hidden_size=256),
-    "looped-1+2x4+1-fixed": looped(1, 2, 4, 1, depth="fixed"),
-    "looped-1+2x4+1-lora": looped(1, 2, 4, 1, lora_rank=4, feed_forward_size=704),
-    "looped-1+2x4+1-peri": looped(1, 2, 4, 1, norm="peri"),
-    "looped-1+2x4+1-norm": looped(1, 2, 4, 1, core_output="norm"),
-    "looped-1+2x4+1-add": looped(1, 2, 4, 1, injection="add"),
-    "looped-1+2x6+1-lanes": looped(1, 2, 6, 1, lanes=2),
-    "looped-1+2x8+1-fixed": looped(1, 2, 8, 1, depth="fixed"),
-    "looped-0+4x4+0-fixed": looped(0, 4, 4, 0, depth="fixed"),
-}
-"""Looped shapes that were tried, with the same parameters within 2 % (the wide one 5 % more). What
-a core layer is worth grows with the share of layers in the core and with the loops, what it costs
-with their product. `depth="near"` keeps the loops of training within one of the mean: a wide law
-costs a language model loss. The model with LoRA has narrower feed-forwards to pay for it; lanes are
-hyper-connections at the loop's boundary, see `laned`."""
-
-MAIN = next(iter(VARIANTS))
-RATIOS = {"plain-1.0x": 1.0, "plain-1.3x": 1.3, "plain-1.69x": 1.69, "plain-2x": 2.0}
-ISO_FLOP = "plain-1.0x-iso-flop"
-SEEDED = (MAIN, "looped-0+4x4+0", "plain-1.0x", "plain-1.69x")
-"""Rows with all seeds and a learning rate of their own; the others have one seed."""
-TUNED_AS = {"plain-1.3x": "plain-1.0x", "plain-2x": "plain-1.69x", ISO_FLOP: "plain-1.0x"}
-"""Whose learning rate a row takes; where it is not named here and has none of its own, `MAIN`'s."""
-
-TEXT_ROWS = ("looped-", "plain-")
-"""How the names of rows of text begin, beside tuning and hops."""
-
-RATES = (0.5, 1.0, 2.0)
-"""What the learning rates of the default recipe are multiplied by."""
-
-QUICK: dict[str, Any] = {
-    "steps": 120,
-    "length": 128,
-    "vocab_size": 1024,
-    "measured_tokens": 8192,
-}
-QUICK_WIDTH = 96
-
-
-def trainings(*, quick: bool) -> dict[str, TextTraining]:
-    """The rows and how each is trained, but for the rate and the seed."""
-    if quick:
-        main = VARIANTS[MAIN]
-        small = dataclasses.replace(main, shape={**main.shape, "hidden_size": QUICK_WIDTH}, **QUICK)
-        return {MAIN: small} | {
-            name: plain_of(RATIOS[name], small) for name in ("plain-1.0x", "plain-1.69x")
-        }
-    main = VARIANTS[MAIN]
-    plain = {name: plain_of(ratio, main) for name, ratio in RATIOS.items()}
-    twin = plain["plain-1.0x"]
-    most = max(_flops(VARIANTS[name]) for name in SEEDED if name in VARIANTS)
-    longer = most / _flops(twin)
-    iso_flop = dataclasses.replace(twin, steps=round(longer * twin.steps))
-    return VARIANTS | plain | {ISO_FLOP: iso_flop}
-
-
-def plain_of(ratio: float, looped: TextTraining) -> TextTraining:
-    """Return a plain transformer of `ratio` times the parameters of `looped`, trained as it is."""
-    width = looped.config.hidden_size
-    layers, inner = plain_sizes(looped.config, ratio, inner=4 * width)
-    shape = {"hidden_size": width, "core_layers": layers, "feed_forward_size": inner}
-    return dataclasses.replace(looped, shape={**PLAIN, **shape})
-
-
-def _flops(training: TextTraining) -> float:
-    return training.training_flops(on_meta(training.config))
 
 
 def cells(*, quick: bool, seeds: int) -> list[Cell]:
@@ -254,7 +162,7 @@ def conclude(results: dict[str, Result]) -> Section:
     """Say what the numbers say."""
     rows = rows_of(results, TEXT_ROWS)
     name = headline(rows)
-    tables = [_costs(rows, name), _like_for_like(rows), _tuning_table(results)]
+    tables = [_costs(rows, name), _like_for_like(rows, name), _tuning_table(results)]
     tables = [made for made in tables if made] + reasoning_leg.tables(results)
     sentences = [] if name is None else _sentences(rows, name)
     expectations = [] if name is None else _expectations(rows, name)
@@ -305,15 +213,21 @@ COLUMNS = {
 }
 
 
-def _like_for_like(rows: dict[str, Runs]) -> str:
-    """Each looped row minus each plain one, and the share of the gap closed."""
+def _like_for_like(rows: dict[str, Runs], main: str | None) -> str:
+    """Each looped row minus each plain one, and the share of the gap closed.
+
+    A row of fewer seeds than the compared one stands beside what that has in the same seeds, since
+    these differ from each other as much as the shapes do.
+    """
     lines = []
     for name in sorted(rows):
         if name.startswith("looped-"):
             pairs = [difference(rows, name, other, "test") for other in COLUMNS.values()]
             said = ["" if pair is None else str(pair) for pair in pairs]
-            lines.append([name, *said, _times_own(rows, name), _closed_in_words(rows, name)])
+            closed = [_closed_in_words(rows, name), _closed_there(rows, name, main)]
+            lines.append([name, *said, _times_own(rows, name), *closed])
     head = ["looped minus plain", *COLUMNS, "operations, longer over own", "gap closed"]
+    head.append(f"{main} in the same seeds")
     return table(head, lines) if lines else ""
 
 
@@ -331,6 +245,14 @@ def _closed_in_words(rows: dict[str, Runs], name: str) -> str:
     if closed is None or math.isnan(closed[0]):
         return ""
     return f"{100 * closed[0]:.0f} %{' (one seed)' if len(closed[1]) == 1 else ''}"
+
+
+def _closed_there(rows: dict[str, Runs], name: str, main: str | None) -> str:
+    """The share that the compared row closes in another row's seeds, where they differ."""
+    if main is None or rows[name].keys() == rows[main].keys():
+        return ""
+    same = {seed: run for seed, run in rows[main].items() if seed in rows[name]}
+    return _closed_in_words({**rows, main: same}, main)
 
 
 def _tuning_table(results: dict[str, Result]) -> str:

@@ -12,18 +12,21 @@ from openmythos.evidence import hop_training, reasoning_leg, text_training
 from openmythos.evidence import parameter_efficiency as claim
 from openmythos.evidence.cells import run_cells
 from openmythos.evidence.claims import CLAIMS
-from openmythos.evidence.parameter_efficiency import (
+from openmythos.evidence.efficiency_rows import (
     ISO_FLOP,
     MAIN,
+    RATES,
     RATIOS,
     SEEDED,
     VARIANTS,
+    trainings,
+)
+from openmythos.evidence.parameter_efficiency import (
     cells,
     conclude,
     draw_figure,
     published,
     share_of_gap,
-    trainings,
 )
 from openmythos.evidence.plain import trained_parameters
 from openmythos.evidence.report import as_markdown
@@ -123,7 +126,7 @@ def test_the_compared_rows_are_tuned_alike_and_the_others_take_a_tuned_rate():
     made = {cell.name: cell for cell in cells(quick=False, seeds=3)}
     for row in (MAIN, "plain-1.0x", "plain-1.69x"):
         tuned = [name for name in made if name.startswith(f"tune/{row}/")]
-        assert len(tuned) == len(claim.RATES) >= 2
+        assert len(tuned) == len(RATES) >= 2
         assert {f"{row}/seed-{seed}" for seed in range(3)} <= set(made)
     for row in ROWS:
         tuned_as = made[f"{row}/seed-0"].settings["tuned_as"]
@@ -186,6 +189,15 @@ def test_a_gap_that_stays_open_is_said_too():
     ]  # one seed settles no interval
 
 
+def test_a_row_of_fewer_seeds_stands_beside_the_compared_one_in_the_same_seeds():
+    results = some_results({**GOOD, MAIN: 1.19})
+    results[f"{MAIN}/seed-0"]["test"] = results["plain-1.0x/seed-0"]["test"] - 0.016
+    results["looped-0+4x4+0/seed-0"] = a_run(1.19)
+    cells = {line.split(" | ")[0]: line for line in conclude(results).tables[1].splitlines()}
+    assert cells["| looped-0+4x4+0"].endswith("| 50 % (one seed) | 80 % (one seed) |")
+    assert cells[f"| {MAIN}"].endswith("| 60 % |  |")
+
+
 def test_no_gap_is_no_share():
     section = conclude(some_results({**BAD, "plain-1.69x": 1.3}))
     assert "no better than that of 1.0 times" in " ".join(section.sentences)
@@ -207,9 +219,9 @@ def test_the_compared_shape_is_chosen_on_other_documents_than_the_test_text():
 
 
 def test_a_rate_at_the_edge_is_admitted():
-    inside = statistics.fmean(claim.RATES)
+    inside = statistics.fmean(RATES)
     results = {
-        "plain-2x/seed-0": a_run(1.2, rate=max(claim.RATES)),
+        "plain-2x/seed-0": a_run(1.2, rate=max(RATES)),
         "plain-1.3x/seed-0": a_run(1.2, rate=inside),
     }
     assert any("for plain-2x: a rate beyond" in note for note in conclude(results).notes)
