@@ -26,6 +26,7 @@ RopePairing = Literal["half", "interleaved"]
 HaltingKind = Literal["none", "gate", "delta", "kl", "act"]
 CachePolicy = Literal["per_loop", "last"]
 WeightsKind = Literal["fp32", "bf16", "int8"]
+WeightsChoice = Literal[WeightsKind, "auto", "file"]
 
 MOST = 1 << 31
 """More than any size or count."""

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import tyro
 
 from openmythos.cli.loop_colours import LoopColours, colours_wanted
+from openmythos.config import WeightsChoice
 from openmythos.errors import InputError, MythosError
 from openmythos.inference.chat import with_line
 from openmythos.inference.sampling import Sampling
@@ -59,6 +60,10 @@ class Settings:
     device: str | None = None
     """Where the model runs, as torch names it: cpu, cuda, cuda:1, mps. Default: the CPU."""
 
+    weights: WeightsChoice = "file"
+    """What the weights are in memory. `file` is int8 where the file has it and native code
+    multiplies it, else fp32; `auto` is bf16 where the model is quicker so here, else fp32."""
+
     max_new_tokens: int = 64
     """Most tokens of a reply; at most half of the model's max_length."""
 
@@ -80,7 +85,7 @@ def run(settings: Settings) -> None:
     existing(settings.model)  # before torch is loaded
     from openmythos.inference.language_model import load
 
-    chat = Chat(load(settings.model, device=settings.device), settings)
+    chat = Chat(load(settings.model, settings.weights, settings.device), settings)
     asks = sys.stdin.isatty()
     if asks:
         with contextlib.suppress(ImportError):

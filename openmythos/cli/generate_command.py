@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from openmythos.cli.loop_colours import LoopColours, colours_wanted
+from openmythos.config import WeightsChoice
 from openmythos.errors import CheckpointError, InputError
 from openmythos.inference.sampling import Sampling
 from openmythos.inference.shipped import LANGUAGE_MODEL, existing, find_model
@@ -45,6 +46,10 @@ class Settings:
 
     device: str | None = None
     """Where the model runs, as torch names it: cpu, cuda, cuda:1, mps. Default: the CPU."""
+
+    weights: WeightsChoice = "file"
+    """What the weights are in memory. `file` is int8 where the file has it and native code
+    multiplies it, else fp32; `auto` is bf16 where the model is quicker so here, else fp32."""
 
     prompt: str = ""
     """Text to continue; `-` reads it from standard input, less a last line break. Default: start a
@@ -77,7 +82,7 @@ def run(settings: Settings) -> None:
     prompt = _from_stdin() if settings.prompt == "-" else settings.prompt
     from openmythos.inference.language_model import load
 
-    lm = load(settings.model, device=settings.device)
+    lm = load(settings.model, settings.weights, settings.device)
     pieces = lm.write(
         prompt, settings.max_new_tokens, settings.thinking, settings.sampling, settings.stop
     )

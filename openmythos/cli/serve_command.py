@@ -20,11 +20,11 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from openmythos.config import WeightsKind
+from openmythos.config import WeightsChoice
 from openmythos.inference.engine_settings import EngineSettings
 from openmythos.inference.server.settings import ServerSettings
 from openmythos.inference.shipped import LANGUAGE_MODEL
@@ -47,9 +47,9 @@ class Settings:
     device: str | None = None
     """Where the model runs, as torch names it: cpu, cuda, cuda:1, mps. Default: the CPU."""
 
-    weights: WeightsKind | Literal["auto"] | None = None
-    """What the weights are in memory; `auto` is bf16 where the model is quicker so here, else fp32.
-    Default: as in the file, but fp32 for int8 on a GPU."""
+    weights: WeightsChoice = "file"
+    """What the weights are in memory. `file` is int8 where the file has it and native code
+    multiplies it, else fp32; `auto` is bf16 where the model is quicker so here, else fp32."""
 
     server: Annotated[ServerSettings, tyro.conf.arg(name="")] = field(
         default_factory=ServerSettings
@@ -117,18 +117,9 @@ def _load(settings: Settings) -> Loaded:
     from openmythos.inference.engine import Engine
     from openmythos.inference.language_model import load
     from openmythos.inference.server.serving import Loaded, length_limit
-    from openmythos.inference.shipped import existing, find_model
-    from openmythos.model.files import kept_weights
-    from openmythos.model.native.build import library
-    from openmythos.training.run import model_in
+    from openmythos.inference.shipped import find_model
 
-    weights, device = settings.weights, settings.device
-    on_cpu = device is None or device.startswith("cpu")
-    if weights is None and on_cpu and library() is not None:
-        # the quickest in native code, and nothing is rounded that the file has not rounded
-        kept = kept_weights(model_in(existing(settings.model)))
-        weights = "int8" if kept == "int8" else None
-    lm = load(settings.model, weights, device)
+    lm = load(settings.model, settings.weights, settings.device)
     max_length = length_limit(settings.server.max_model_len, lm.model.config.max_length)
     layout = ChatLayout.of(find_model(settings.model), lm.tokenizer)
     engine = Engine(lm, settings.engine)

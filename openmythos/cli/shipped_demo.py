@@ -26,7 +26,7 @@ def _write(prompt: str, max_new_tokens: int) -> None:
     from openmythos.inference.language_model import load
     from openmythos.inference.shipped import LANGUAGE_MODEL
 
-    lm = load(LANGUAGE_MODEL)
+    lm = load(LANGUAGE_MODEL, "file")
     loops = lm.model.config.mean_loops
     millions = sum(p.numel() for p in lm.model.parameters()) / 1e6
     print(f"{RULE}\n{LANGUAGE_MODEL} ({millions:.1f} M parameters, {loops} loops) goes on:\n")

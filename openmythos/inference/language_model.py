@@ -10,7 +10,14 @@ from typing import Literal, get_args
 
 import torch
 
-from openmythos.config import CONFIG_FILE, CachePolicy, HaltingKind, MythosConfig, WeightsKind
+from openmythos.config import (
+    CONFIG_FILE,
+    CachePolicy,
+    HaltingKind,
+    MythosConfig,
+    WeightsChoice,
+    WeightsKind,
+)
 from openmythos.errors import CheckpointError, InputError, TokenizerError
 from openmythos.inference.generate import generate
 from openmythos.inference.precision import quicker
@@ -18,7 +25,8 @@ from openmythos.inference.sampling import Sampling
 from openmythos.inference.shipped import REASONER, existing, find_model
 from openmythos.inference.stops import HoldBack, check_stops
 from openmythos.inference.thinking import Thinking
-from openmythos.model.files import load_model
+from openmythos.model.files import kept_weights, load_model
+from openmythos.model.native.build import library
 from openmythos.model.quantised import quantise
 from openmythos.model.transformer import OpenMythos
 from openmythos.numbers import whole
@@ -249,7 +257,7 @@ class LanguageModel:
 
 def load(
     name: str | Path,
-    weights: WeightsKind | Literal["auto"] | None = None,
+    weights: WeightsChoice | None = None,
     device: str | torch.device | None = None,
 ) -> LanguageModel:
     """Load a model's folder, or a training run's: its finished model, else its last checkpoint.
@@ -258,8 +266,10 @@ def load(
         name: the folder, or that of one checkpoint of a run.
         weights: what they are in memory, whatever the file holds. `int8` takes a quarter of the
             memory, on a CPU (see `openmythos.model.quantised.quantise`); `bf16` half; `auto` is
-            `bf16` where this model reads and writes quicker so on this machine, and else `fp32`.
-            Default: as `OpenMythos.from_pretrained`.
+            `bf16` where this model reads and writes quicker so on this machine, and else `fp32`;
+            `file` keeps int8 where the file has it and native code multiplies it, which is the
+            quickest to write with. Default, and `file` for any other file: as
+            `OpenMythos.from_pretrained`.
         device: where they lie, as for `torch.device`. Default: the CPU.
 
     Raises:
@@ -267,11 +277,13 @@ def load(
         CheckpointError: there is no model, or it is damaged.
         TokenizerError: its tokenizer is missing or damaged.
     """
-    kinds = (*get_args(WeightsKind), "auto")
+    kinds = get_args(WeightsChoice)
     if weights is not None and weights not in kinds:
         raise InputError(f"weights={weights!r} must be one of {', '.join(kinds)}")
     place = _device(device, weights)
     folder = model_in(existing(name))
+    if weights == "file":
+        weights = _as_in_file(folder, place)
     if (folder / CONFIG_FILE).is_file():
         MythosConfig.load(folder)  # what is wrong there is said first
         if not (folder / TOKENIZER).is_file():
@@ -287,6 +299,13 @@ def load(
         model, tokenizer = load_from_run(folder)
     model = _with_weights(model.to(place), weights)
     return LanguageModel(model, tokenizer, trained_length(folder), gate_trained(folder))
+
+
+def _as_in_file(folder: Path, place: torch.device) -> WeightsChoice | None:
+    """Return `int8` for a file that holds it, where native code multiplies it; None: as usual."""
+    if place.type != "cpu" or library() is None:
+        return None
+    return "int8" if kept_weights(folder) == "int8" else None
 
 
 def _device(device: str | torch.device | None, weights: str | None) -> torch.device:

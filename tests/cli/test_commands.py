@@ -15,9 +15,11 @@ from openmythos import MythosConfig, OpenMythos
 from openmythos.cli import (
     chat_command,
     demo_command,
+    generate_command,
     loop_colours,
     main,
     parse,
+    serve_command,
     shipped_demo,
     train_command,
 )
@@ -27,6 +29,7 @@ from openmythos.cli.loop_colours import LoopColours
 from openmythos.cli.process import program
 from openmythos.cli.progress import Progress
 from openmythos.errors import TokenizerError
+from openmythos.inference import language_model
 from openmythos.inference.language_model import Piece
 from openmythos.inference.shipped import find_model
 from openmythos.scales import SCALES
@@ -55,6 +58,25 @@ def test_generate_prints_what_the_library_writes(run):
     assert (stopped["finish"], result["finish"]) == ("stop", "length")
 
 
+@pytest.mark.parametrize("flags", [(), ("--weights", "bf16")])
+@pytest.mark.parametrize("command", [generate_command, chat_command, serve_command])
+def test_who_writes_takes_int8_as_the_file_has_it_unless_told(run, command, flags, monkeypatch):
+    taken = []
+
+    class LoadedError(Exception):
+        pass
+
+    def load(*given):
+        taken.append(given)
+        raise LoadedError
+
+    monkeypatch.setattr(language_model, "load", load)
+    settings = parse(command, "some", [str(run), *flags])
+    with pytest.raises(LoadedError):
+        (serve_command._load if command is serve_command else command.run)(settings)
+    assert taken == [(run, flags[-1] if flags else "file", None)]
+
+
 def test_generate_takes_its_prompt_from_standard_input(run):
     flags = ["--max-new-tokens", 9, "--seed", 4]
     given = printed("generate", run, "--prompt", "-", *flags, stdin="The mice\n")
@@ -73,7 +95,7 @@ def ending(run, monkeypatch):
     """A model that ends every text at once."""
     lm = library.load(run)
     monkeypatch.setattr(lm, "write", lambda *_, **__: iter(()))
-    monkeypatch.setattr("openmythos.inference.language_model.load", lambda _, **__: lm)
+    monkeypatch.setattr("openmythos.inference.language_model.load", lambda *_: lm)
 
 
 @pytest.mark.usefixtures("ending")
@@ -212,7 +234,7 @@ def interrupted(run, monkeypatch):
             raise KeyboardInterrupt
 
     lm = library.load(run)
-    monkeypatch.setattr("openmythos.inference.language_model.load", lambda _, **__: Interrupted(lm))
+    monkeypatch.setattr("openmythos.inference.language_model.load", lambda *_: Interrupted(lm))
 
 
 @pytest.mark.usefixtures("interrupted")

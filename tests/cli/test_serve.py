@@ -17,7 +17,6 @@ from openmythos.cli import serve_command
 from openmythos.errors import ConfigError
 from openmythos.inference.server.run import listen
 from openmythos.inference.server.settings import ServerSettings
-from openmythos.model.int8 import Int8Weight
 
 
 def post(address, body, key=None):
@@ -175,13 +174,3 @@ def test_rubbish_made_from_its_own_description_breaks_nothing(run, tmp_path):
             assert it.wait(60) == 0
         finally:
             it.kill()
-
-
-@pytest.mark.parametrize("flags", [{}, {"weights": "fp32"}, {"device": "cpu"}])
-def test_an_int8_file_stays_int8_unless_told_otherwise(run, tmp_path, flags):
-    lm = library.load(run)
-    lm.model.save_pretrained(tmp_path, lm.tokenizer, "int8")
-    loaded = serve_command._load(serve_command.Settings(model=tmp_path, **flags))
-    loaded.engine.stop()
-    kept = isinstance(loaded.lm.model.embed.weight, Int8Weight)
-    assert kept == ("weights" not in flags)

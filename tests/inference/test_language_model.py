@@ -13,6 +13,7 @@ from openmythos.errors import CheckpointError, InputError, TokenizerError
 from openmythos.inference import language_model
 from openmythos.inference.generate import NewToken
 from openmythos.inference.language_model import LanguageModel
+from openmythos.model.int8 import Int8Weight
 from openmythos.training.tokenizer import Tokenizer
 
 TEXT = "the cat sat on the mat and the cat ate the rat " * 20
@@ -221,6 +222,21 @@ def test_a_device_that_is_not_there_is_refused_before_the_model_is_read(device, 
     with unchecked(), pytest.raises(InputError, match=sentence) as refused:
         openmythos.load(tmp_path / "nowhere", device=device)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+def test_int8_weights_of_a_file_stay_so_where_native_code_multiplies_them(
+    lm, kind, native, tmp_path, monkeypatch
+):
+    if not native:
+        monkeypatch.setattr(language_model, "library", lambda: None)
+    elif language_model.library() is None:
+        pytest.skip("no compiler here")
+    lm.save(tmp_path, kind)
+    weight = openmythos.load(tmp_path, "file").model.embed.weight
+    assert isinstance(weight, Int8Weight) == (native and kind == "int8")
+    assert weight.dtype == torch.float32
 
 
 def test_int8_weights_stay_on_the_cpu(lm, tmp_path):
