@@ -69,7 +69,7 @@ class Passes:
         self.null = pages * PAGE
         self.storage = [
             {
-                name: torch.zeros(*shape, *size, dtype=self.dtype, device=self.device)
+                name: torch.zeros(*shape, *size, dtype=model.cache_dtype, device=self.device)
                 for name, size in declaration(model).items()
             }
             for _ in range(self.lanes)
@@ -378,7 +378,7 @@ def outer_slots(model: OpenMythos) -> int:
 def page_bytes(model: OpenMythos) -> int:
     """Bytes of a page, over all layers."""
     numbers = sum(int(np.prod(shape)) for shape in declaration(model).values())
-    return PAGE * len(model.core.layers) * numbers * model.embed.weight.dtype.itemsize
+    return PAGE * len(model.core.layers) * numbers * model.cache_dtype.itemsize
 
 
 def layout(model: OpenMythos, loops: int, policy: str) -> Layout:

@@ -49,12 +49,12 @@ class Lane:
         view, seen = self.view, {}
         for name, x in kept.items():
             data = self.data[name]
-            x = x.to(data.dtype)
-            data.index_copy_(0, view.write, x[: len(view.write)])
+            new = x.to(data.dtype)
+            data.index_copy_(0, view.write, new[: len(view.write)])
             if view.also is not None:
                 rows, places = view.also
-                data.index_copy_(0, places, x.index_select(0, rows))
-            seen[name] = data.index_select(0, view.read).unflatten(0, view.shape)
+                data.index_copy_(0, places, new.index_select(0, rows))
+            seen[name] = data.index_select(0, view.read).unflatten(0, view.shape).to(x.dtype)
         return seen
 
     def entries(self, span: Span, slot: int) -> None:

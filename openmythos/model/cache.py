@@ -44,8 +44,9 @@ class Store:
         self.slots = slots
 
     def update(self, kept: dict[str, Tensor], span: Span, slot: int) -> dict[str, Tensor]:
-        """Write this call's entries into a slot; return the slot's visible part."""
-        return {name: self._write(self.data[name][slot], x, span) for name, x in kept.items()}
+        """Write this call's entries into a slot; return the slot's visible part, as `kept` is."""
+        seen = {name: self._write(self.data[name][slot], x, span) for name, x in kept.items()}
+        return {name: x.to(kept[name].dtype) for name, x in seen.items()}
 
     def entries(self, span: Span, slot: int) -> tuple[dict[str, Tensor], Entries] | None:
         """Return a slot's storage, and where the call's rows write and read in it."""
@@ -132,15 +133,21 @@ class Cache:
         dtype: torch.dtype,
         device: torch.device,
         owner: object,
+        weights: torch.dtype | None = None,
         grows: bool = True,
     ) -> None:
-        """`grows`: whether loops that have no slot get one, or share the last."""
+        """Allocate.
+
+        Args, beside those of `OpenMythos.new_cache`:
+            weights: dtype of the model's, for which the cache is; default: `dtype`.
+            grows: whether loops that have no slot get one, or share the last.
+        """
         empty = torch.empty(batch_size, max_length, 0, dtype=dtype, device=device)
         self.outer = [Store(declaration, 1, empty) for declaration in outer]
         self.core = [Store(declaration, loops, empty) for declaration in core]
         self.batch_size, self.max_length, self.policy = batch_size, max_length, policy
         self.dtype, self.device, self.owner = dtype, device, owner
-        self.grows = grows
+        self.weights, self.grows = dtype if weights is None else weights, grows
         self.lengths = [0] * batch_size
 
     @property

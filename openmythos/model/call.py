@@ -181,6 +181,20 @@ def check_window(
         )
 
 
+def floating(dtype: torch.dtype | str) -> torch.dtype:
+    """Return torch's dtype, which may be given by its name there, for numbers in memory.
+
+    Raises:
+        InputError: there is no such dtype, or it is none of the floating ones.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    fits = isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1
+    if not fits:
+        raise InputError(f"{dtype=} must be torch.float32, float64, bfloat16 or float16")
+    assert isinstance(found, torch.dtype)
+    return found
+
+
 def check_cache_sizes(
     config: MythosConfig, batch_size: int, max_length: int, loops: int, policy: str
 ) -> None:
@@ -204,9 +218,9 @@ def _check_cache(model: OpenMythos, cache: Cache, batch: int) -> None:
     if cache.batch_size != batch:
         raise CacheError(f"cache has batch_size={cache.batch_size}, token_ids has {batch} rows")
     weight = model.embed.weight
-    if cache.dtype != weight.dtype or cache.device != weight.device:
+    if cache.weights != weight.dtype or cache.device != weight.device:
         raise CacheError(
-            f"cache is {cache.dtype} on {cache.device}, the model is {weight.dtype} on "
+            f"cache is for {cache.weights} on {cache.device}, the model is {weight.dtype} on "
             f"{weight.device}: make the cache after moving the model"
         )
 

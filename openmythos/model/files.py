@@ -22,6 +22,7 @@ from torch import Tensor
 from openmythos.config import CONFIG_FILE, MythosConfig, WeightsKind
 from openmythos.errors import CheckpointError, InputError
 from openmythos.files import write_atomically, written_together
+from openmythos.model.call import floating
 from openmythos.model.int8 import Int8Weight, input_axis, pack
 from openmythos.model.quantised import matrices, quantise, stays_wide_in_memory
 from openmythos.model.tied import EMBED, HEAD
@@ -142,7 +143,7 @@ def load_model(
         CheckpointError: a file is missing, damaged, or does not fit the config.
         InputError: `dtype` is none of the floating ones, or given with `int8`.
     """
-    dtype = None if dtype is None else _floating(dtype)
+    dtype = None if dtype is None else floating(dtype)
     if dtype is not None and int8:
         raise InputError(f"{dtype=} must be left out with int8 weights: the rest stays fp32")
     if not folder.is_dir():
@@ -182,16 +183,6 @@ def _check_no_run(folder: Path) -> None:
     raise CheckpointError(
         f"{folder} must be a model's folder, and is a training run's: give {where}"
     )
-
-
-def _floating(dtype: torch.dtype | str) -> torch.dtype:
-    """Return torch's dtype, which may be given by its name there, for weights in memory."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    fits = isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1
-    if not fits:
-        raise InputError(f"{dtype=} must be torch.float32, float64, bfloat16 or float16")
-    assert isinstance(found, torch.dtype)
-    return found
 
 
 def kept_weights(folder: Path) -> str | None:

@@ -23,11 +23,13 @@ from openmythos.model.call import (
     check_model,
     check_states,
     check_window,
+    floating,
     states_wanted,
 )
 from openmythos.model.core import Core
 from openmythos.model.halting import Rule, make_rule
 from openmythos.model.initialise import initialise
+from openmythos.model.int8 import Int8Weight
 from openmythos.model.layer import Layer
 from openmythos.model.native.linear import FewRowsLinear
 from openmythos.model.native.run import run_after, run_before, run_readout
@@ -304,6 +306,12 @@ class OpenMythos(nn.Module):
         """
         return make_rule(halting, threshold, self.core.learned_exits(), self.readout)
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """What keys and values are kept in: the weights' dtype, and bf16 beside int8 weights."""
+        weight = self.embed.weight
+        return torch.bfloat16 if isinstance(weight, Int8Weight) else weight.dtype
+
     def new_cache(
         self,
         batch_size: int = 1,
@@ -311,8 +319,9 @@ class OpenMythos(nn.Module):
         *,
         loops: int | None = None,
         policy: CachePolicy = "per_loop",
+        dtype: torch.dtype | str | None = None,
     ) -> Cache:
-        """Make an empty cache for this model's dtype and device.
+        """Make an empty cache for this model, on its device.
 
         Args:
             batch_size: sequences.
@@ -320,13 +329,15 @@ class OpenMythos(nn.Module):
             loops: slots to start with, more are added when a call runs more loops; default:
                 `config.mean_loops`.
             policy: `per_loop` or `last`; see `Cache`.
+            dtype: what keys and values are kept in, a floating one; default: `cache_dtype`.
 
         Raises:
-            InputError: a size is below 1, or the policy is unknown.
+            InputError: a size is below 1, the policy is unknown, or the dtype is no floating one.
         """
         length = self.config.max_length if max_length is None else max_length
         slots = self.config.mean_loops if loops is None else loops
         check_cache_sizes(self.config, batch_size, length, slots, policy)
+        kept = self.cache_dtype if dtype is None else floating(dtype)
         try:
             return Cache(
                 [layer.attention.kept for layer in [*self.prelude, *self.coda]],
@@ -335,9 +346,10 @@ class OpenMythos(nn.Module):
                 max_length=length,
                 loops=slots,
                 policy=policy,
-                dtype=self.embed.weight.dtype,
+                dtype=kept,
                 device=self.embed.weight.device,
                 owner=self.identity,
+                weights=self.embed.weight.dtype,
             )
         except (RuntimeError, MemoryError) as error:
             raise InputError(

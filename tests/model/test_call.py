@@ -225,7 +225,7 @@ BAD_CACHES = {
     "too short": (lambda m: m.new_cache(2, 3), "the cache holds max_length=3 tokens and has 0: 4"),
     "made before a cast": (
         lambda m: (m.new_cache(2, 8), m.double())[0],
-        "cache is torch.float32 on cpu, the model is torch.float64",
+        "cache is for torch.float32 on cpu, the model is torch.float64",
     ),
 }
 

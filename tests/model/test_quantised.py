@@ -268,7 +268,7 @@ def test_a_cache_gives_the_uncached_logits_and_exits(exact, attention, rule):
     how, ids = {"halting": rule, "threshold": threshold}, some_ids(2, 6)
     with torch.no_grad():
         out = in_float64(model)(ids, 5, **how)
-        cache = model.new_cache(batch_size=2, max_length=6)
+        cache = model.new_cache(batch_size=2, max_length=6, dtype=torch.float32)
         logits, loops = in_parts(model, ids, (3, 1, 2), 5, cache, **how)
     assert torch.equal(loops, out.loops)
     assert_close(logits.double(), out.logits, rtol=1e-4, atol=1e-4)

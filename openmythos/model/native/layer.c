@@ -33,7 +33,7 @@ typedef struct {
 } Stack;
 
 typedef struct {
-    int64_t kind;  /* of what is kept, and of all weights but int8 matrices: FP32 or BF16 */
+    int64_t kind;  /* of all weights but int8 matrices: FP32 or BF16 */
     int64_t hidden, heads, kv_heads, head_dim;
     int64_t latent, nope, rope, value;  /* of latent attention; latent 0: grouped queries */
     int64_t interleaved, sandwich, swiglu, size;
@@ -64,7 +64,7 @@ typedef struct {
     const int64_t *given;         /* (rows, chosen) experts to take; null: the router chooses */
     int64_t *choice;              /* (rows, chosen) experts taken */
     float *work;                  /* as much as `work_size` says */
-    int64_t most_keys;
+    int64_t most_keys, kind;      /* kind: of what is kept, FP32 or BF16 */
 } Call;
 
 enum { NEVER, GATE, CHANGE };
@@ -307,10 +307,11 @@ static void attend_in_bands(const Call *call, Thread t, Shared shared, int64_t g
     wait_for_all(t);
 }
 
+/* `kind` is that of what is kept, apart from the weights' own. */
 INLINE float *grouped_attention(const Layer *l, int64_t kind, const Call *call, Thread t,
                                 const float *x, float *work, float *own_work) {
     int64_t d = l->head_dim, heads = l->heads, turned = heads + l->kv_heads, from, to;
-    int64_t width = l->qkv.outputs, kept = l->kv_heads * d;
+    int64_t width = l->qkv.outputs, kept = l->kv_heads * d, own_kind = l->kind;
     float *qkv = work, *y = work + call->rows * width;
     map(&l->qkv, call, t, x, qkv);
     share(t, call->rows, 1, &from, &to);
@@ -320,8 +321,9 @@ INLINE float *grouped_attention(const Layer *l, int64_t kind, const Call *call, 
         for (int64_t head = 0; head < turned; head++) {
             float *q = own + head * d;
             if (l->qk_bias)
-                for (int64_t i = 0; i < d; i++) q[i] += one_at(l->qk_bias, head * d + i, kind);
-            if (l->qk_scale) normalise(q, at(l->qk_scale, head * d, kind), kind, l->eps, d, q);
+                for (int64_t i = 0; i < d; i++) q[i] += one_at(l->qk_bias, head * d + i, own_kind);
+            if (l->qk_scale)
+                normalise(q, at(l->qk_scale, head * d, own_kind), own_kind, l->eps, d, q);
             rotate(q, cos, sin, d, l->interleaved);
         }
         keep(call, row, call->keys, kind, kept, own + heads * d);
@@ -340,7 +342,7 @@ INLINE float *latent_attention(const Layer *l, int64_t kind, const Call *call, T
                                const float *x, float *work, float *own_work) {
     int64_t rows = call->rows, width = l->nope + l->rope, kept = l->latent + l->rope, from, to;
     int64_t of_row = l->heads * width, mapped_row = l->heads * kept;
-    int64_t seen_row = l->heads * l->latent;
+    int64_t seen_row = l->heads * l->latent, own_kind = l->kind;
     float *latent = work, *query = latent + rows * kept, *mapped = query + rows * of_row;
     float *seen = mapped + rows * mapped_row, *y = seen + rows * seen_row;
     float *narrow = y + rows * l->heads * l->value;
@@ -350,7 +352,7 @@ INLINE float *latent_attention(const Layer *l, int64_t kind, const Call *call, T
         share(t, rows, 1, &from, &to);
         for (int64_t row = from; row < to; row++) {
             float *own = narrow + row * l->q_down.outputs;
-            normalise(own, l->q_norm, kind, l->eps, l->q_down.outputs, own);
+            normalise(own, l->q_norm, own_kind, l->eps, l->q_down.outputs, own);
         }
         wait_for_all(t);
         x = narrow;
@@ -361,24 +363,24 @@ INLINE float *latent_attention(const Layer *l, int64_t kind, const Call *call, T
         const float *cos = angles(call, call->cos, row, l->rope);
         const float *sin = angles(call, call->sin, row, l->rope);
         float *own = latent + row * kept, *key = own + l->latent;
-        if (l->k_scale) normalise(key, l->k_scale, kind, l->eps, l->rope, key);
+        if (l->k_scale) normalise(key, l->k_scale, own_kind, l->eps, l->rope, key);
         rotate(key, cos, sin, l->rope, l->interleaved);
-        normalise(own, l->kv_norm, kind, l->eps, l->latent, own);
+        normalise(own, l->kv_norm, own_kind, l->eps, l->latent, own);
         keep(call, row, call->keys, kind, kept, own);
         for (int64_t head = 0; head < l->heads; head++) {
             float *q = query + (row * l->heads + head) * width;
             if (l->q_scale)
-                normalise(q, at(l->q_scale, head * width, kind), kind, l->eps, width, q);
+                normalise(q, at(l->q_scale, head * width, own_kind), own_kind, l->eps, width, q);
             rotate(q + l->nope, cos, sin, l->rope, l->interleaved);
         }
     }
     wait_for_all(t);
     share(t, l->heads, 1, &from, &to);
     for (int64_t head = from; head < to; head++) {
-        const void *to_key = at(l->kv_up, head * (l->nope + l->value) * l->latent, kind);
+        const void *to_key = at(l->kv_up, head * (l->nope + l->value) * l->latent, own_kind);
         const float *q = query + head * width;
         float *own = mapped + head * kept;
-        columns(q, rows, of_row, to_key, kind, l->nope, l->latent, own, mapped_row);
+        columns(q, rows, of_row, to_key, own_kind, l->nope, l->latent, own, mapped_row);
         for (int64_t row = 0; row < rows; row++)
             memcpy(own + row * mapped_row + l->latent, q + row * of_row + l->nope,
                    l->rope * sizeof(float));
@@ -390,7 +392,8 @@ INLINE float *latent_attention(const Layer *l, int64_t kind, const Call *call, T
                     (Queries){seen, seen_row, l->latent}, own_work);
     for (int64_t head = from; head < to; head++) {
         int64_t first = head * (l->nope + l->value) + l->nope;
-        Matrix to_value = {at(l->kv_up, first * l->latent, kind), 0, kind, l->value, l->latent};
+        const void *of_head = at(l->kv_up, first * l->latent, own_kind);
+        Matrix to_value = {of_head, 0, own_kind, l->value, l->latent};
         product(&to_value, seen + head * l->latent, rows, seen_row, 0, l->value,
                 y + head * l->value, l->heads * l->value);
     }
@@ -400,7 +403,7 @@ INLINE float *latent_attention(const Layer *l, int64_t kind, const Call *call, T
 
 static float *attention(const Layer *l, const Call *call, Thread t, const float *x, float *work,
                         float *own_work) {
-    if (l->kind == BF16)  /* each with loads of its own */
+    if (call->kind == BF16)  /* each with loads of its own */
         return l->latent ? latent_attention(l, BF16, call, t, x, work, own_work)
                          : grouped_attention(l, BF16, call, t, x, work, own_work);
     return l->latent ? latent_attention(l, FP32, call, t, x, work, own_work)
@@ -617,8 +620,8 @@ static void run_loops(const Core *core, Call call, Thread t) {
         }
         for (int64_t layer = 0; layer < core->layers; layer++) {
             l = core->layer[layer];
-            call.keys = (void *)at(core->keys[layer], slot * core->keys_step, l->kind);
-            call.values = (void *)at(core->values[layer], slot * core->values_step, l->kind);
+            call.keys = (void *)at(core->keys[layer], slot * core->keys_step, call.kind);
+            call.values = (void *)at(core->values[layer], slot * core->values_step, call.kind);
             run(l, &call, t);
             if (call.choice) call.choice += call.rows * l->chosen;
         }

@@ -171,9 +171,7 @@ def paged(model: OpenMythos, pages: Sequence[dict[str, Tensor]]) -> Paged | None
     outside, structures = parts
     maps = [getattr(model.core.injection, "weight", None)]
     maps += [None if model.core.norm is None else model.core.norm.weight]
-    if not all(plain(part) for part in maps) or not all(
-        keeps(part, pages[0]) for part in structures
-    ):
+    if not all(plain(part) for part in maps) or not keeps(pages[0]):
         return None
     return Paged(model, pages, outside, structures)
 

@@ -27,6 +27,7 @@ from openmythos.model.native.describe import (
 )
 from openmythos.model.native.exits import Exits
 from openmythos.model.native.linear import (
+    FLOATS,
     at,
     multiply,
     plain,
@@ -68,6 +69,7 @@ class Layers:
         ]
         self.layer, self.keys, self.values = map(ctypes.addressof, self._arrays)
         self._steps = [part.stride(0) for part in kept[0]] if kept else []
+        self.kind = KINDS[kept[0][0].dtype] if kept else 0  # of what is kept
 
     def call(self, h: Tensor, rope: Rope, entries: Entries) -> CallStructure:
         """Return the rows `h` of a call, which the native code changes in place."""
@@ -91,6 +93,7 @@ class Layers:
             counts=entries.counts.data_ptr(),
             work=scratch(max(sizes, default=h.numel())).data_ptr(),
             most_keys=entries.most,
+            kind=self.kind,
         )
         call.alive = (cos, sin)  # Python's own attribute: kept as long as the call
         return call
@@ -141,7 +144,7 @@ def run_layer(
     if structure is None or found is None:
         return None
     data, entries = found
-    if not keeps(structure, data) or h.shape[-1] != structure.hidden:
+    if not keeps(data) or h.shape[-1] != structure.hidden:
         return None
     new, kept = _fresh(h), list(data.values())
     choice = choices(structure, *h.shape[:-1])
@@ -188,7 +191,7 @@ def run_loops(
     if len(structures) < len(found) or not plain(norm) or not alike(structures):
         return None
     data = [store.data for store in cache.core]
-    if not keeps(structures[0], data[0]) or h.shape[-1] != structures[0].hidden:
+    if not keeps(data[0]) or h.shape[-1] != structures[0].hidden:
         return None
     new, layers = _fresh(h), Layers(structures, data)
     choice = choices(structures[0], loops, len(structures), *h.shape[:-1])
@@ -252,7 +255,7 @@ def _run_outer(
     for layer, place in zip(layers, places, strict=True):
         structure = layer_here(layer, place.span)
         found = None if place.store is None else place.store.entries(place.span, place.slot)
-        if structure is None or found is None or not keeps(structure, found[0]):
+        if structure is None or found is None or not keeps(found[0]):
             return False
         if entries is not None and found[1] is not entries:
             return False
@@ -282,9 +285,9 @@ def run_readout(
     return multiply(y, found.readout).to(model.head.weight.dtype)
 
 
-def keeps(structure: LayerStructure, store: dict[str, Tensor]) -> bool:
-    """Whether entries of a cache are the kind of numbers that a layer keeps."""
-    return KINDS.get(next(iter(store.values())).dtype) == structure.kind
+def keeps(store: dict[str, Tensor]) -> bool:
+    """Whether entries of a cache are numbers that the native code reads and writes."""
+    return next(iter(store.values())).dtype in FLOATS
 
 
 def _fresh(h: Tensor) -> Tensor:

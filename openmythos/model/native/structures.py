@@ -59,7 +59,7 @@ class CallStructure(ctypes.Structure):
         *_fields(_number, "loop"),
         *_fields(_pointer, "loops keys values write also read first counts"),
         *_fields(_pointer, "given choice work"),
-        *_fields(_number, "most_keys"),
+        *_fields(_number, "most_keys kind"),
     ]
 
 

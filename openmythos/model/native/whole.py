@@ -25,6 +25,7 @@ from openmythos.model.native.describe import (
     watch_of,
 )
 from openmythos.model.native.linear import (
+    FLOATS,
     at,
     matrix_structure,
     plain,
@@ -115,7 +116,7 @@ class Whole:
 
     def call(self) -> CallStructure:
         """Return a call of these rows, to which their places are added."""
-        return CallStructure(rows=self.rows, h=self.h.data_ptr())
+        return CallStructure(rows=self.rows, h=self.h.data_ptr(), kind=self._layers[1].kind)
 
     def work(self, most_keys: int) -> int:
         """Return where there is memory for calls that see up to so many entries.
@@ -228,7 +229,7 @@ def _made(model: OpenMythos, cache: Cache, sequence: int) -> Plan | None:
     if parts is None or not joins(model):
         return None
     outside, structures = parts
-    if {KINDS.get(cache.dtype)} != {part.kind for part in structures}:
+    if cache.dtype not in FLOATS:
         return None
     return Plan(model, cache, sequence, outside, structures, drive_of(model))
 
