@@ -83,9 +83,9 @@ class HarnessModel(LM):  # type: ignore[misc]  # the harness is not there when t
         if pretrained is None:
             raise InputError("model_args must have pretrained=FOLDER, of a model or of a run")
         self.pretrained = str(pretrained)
-        self.lm = load(self.pretrained)
-        if device is not None:
-            self.lm.model.to(_device(device))
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            device = None  # the harness names CUDA unasked
+        self.lm = load(self.pretrained, device=device)
         self._device = self.lm.model.embed.weight.device
         self.thinking = Thinking(loops=loops, halting=halting, threshold=threshold)
         end = self.lm.tokenizer.end_id
@@ -223,13 +223,3 @@ class Wish:
         stops = (until,) if isinstance(until, str) else tuple(until)
         sampling = Sampling(temperature=0.0 if sampled is False else temperature, **filters)
         return cls(tuple(filter(None, stops)), new_tokens, sampling)
-
-
-def _device(name: str) -> torch.device:
-    """The device of this name; the CPU where there is no CUDA, which the harness names unasked."""
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        return torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device={name!r} must be one that torch has here: {error}") from None

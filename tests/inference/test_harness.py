@@ -172,7 +172,7 @@ def test_a_context_leaves_room_to_write_and_the_cut_is_told(make, folder, caplog
         ({"halting": "sleep"}, "halting='sleep' must be one of none, gate"),
         ({"halting": "gate", "threshold": 2.0}, "threshold=2.0 must be above 0"),
         ({"threshold": 0.5}, "threshold=0.5 must be left out"),
-        ({"device": "abacus"}, "device='abacus' must be one that torch has here"),
+        ({"device": "abacus"}, "device='abacus' must be one that torch finds here"),
         ({"dtype": "float32"}, "model_args has dtype=float32, must have only pretrained, loops"),
     ],
 )

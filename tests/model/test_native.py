@@ -234,6 +234,136 @@ def plans(monkeypatch):
 
 
 @SHAPES
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+def test_a_whole_model_in_one_call_gives_the_bits_of_its_parts(kind, weights, plans, monkeypatch):
+    change = {"fp32": torch.nn.Module.float, "bf16": torch.nn.Module.bfloat16, "int8": quantise}
+    model = change[weights](wide(mean_loops=2, **kind))
+    together, outs = written(model, 3)
+    assert len({id(plan) for plan in plans}) == 3  # 4, 1 and 2 tokens
+    assert all(plans)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "threads_for", lambda products: 3)
+        patch.setattr(whole, "threads_for", lambda products: 3)
+        assert written(model, 3)[0].equal(together)
+    plans.insert(0, "off")
+    apart, others = written(model, 3)
+    assert together.equal(apart)
+    for out, other in zip(outs, others, strict=True):
+        assert out.loops.equal(other.loops)
+        assert out.logits.dtype == other.logits.dtype
+        if model.config.experts:
+            assert out.loads.equal(other.loads)
+
+
+@torch.no_grad()
+def test_a_plan_is_made_anew_when_model_or_cache_change(plans, by_torch):
+    model, ids = wide(mean_loops=2), some_ids(2, 9)
+
+    def scores():
+        cache, found = model.new_cache(batch_size=2, max_length=9), []
+        for at in range(9):
+            if at == 3:
+                model.core.layers[0].attention.out = changed[0]
+            if at == 4:
+                model.core.injection.decay.step.data = changed[1].clone()
+            if at == 6:
+                cache.rollback(2)
+            loops = 2 if at < 5 else 4
+            found.append(model(ids[:, at : at + 1], loops, cache=cache).logits)
+        copied = copy.deepcopy(cache)
+        found.append(model(ids[:, :1], 4, cache=copied).logits)
+        found.append(model(ids[:, :1], 4, cache=cache).logits)
+        model.core.layers[0].attention.out, model.core.injection.decay.step.data = before
+        return torch.cat(found, 1)
+
+    other = wide(mean_loops=2)
+    other.core.layers[0].attention.out.weight.mul_(-1)
+    changed = other.core.layers[0].attention.out, torch.full((32,), 1.5)
+    before = model.core.layers[0].attention.out, model.core.injection.decay.step.data
+    native = scores()
+    assert all(plans)
+    assert len({id(plan) for plan in plans}) == 5
+    assert_close(native, by_torch(scores), rtol=1e-4, atol=2e-5)
+    assert native[:, -1].equal(native[:, -2])
+
+
+def test_a_hook_anywhere_has_no_plan(plans):
+    model = wide(mean_loops=2)
+    for module in (model.core, model.core.injection, model.head, model.embed, model.prelude[0]):
+        calls = []
+        handle = module.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        written(model, 3)
+        assert calls
+        assert not any(plans)
+        handle.remove()
+    written(model, 3)
+    assert plans[-1] is not None
+
+
+@SHAPES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_bits_depend_on_no_other_row(kind, dtype, monkeypatch):
+    model, ids = wide(**kind).to(dtype), some_ids(40, 3)
+
+    @torch.inference_mode()
+    def together(rows):
+        cache = model.new_cache(batch_size=len(rows), max_length=3)
+        return torch.stack([model(rows[:, n : n + 1], 3, cache=cache).logits for n in range(3)])
+
+    whole = together(ids)
+    for some in (slice(0, 1), slice(5, 7), slice(9, 12), slice(0, 9), slice(20, 40)):
+        assert together(ids[some]).equal(whole[:, some])
+    monkeypatch.setattr(run, "threads_for", lambda products: 3)
+    assert together(ids).equal(whole)
+
+
+@SHAPES
+def test_bf16_is_no_further_from_fp32_than_torchs(kind, by_torch):
+    """Of the same weights, and the same experts, which a rounding may change."""
+    narrow = wide(**kind).bfloat16()
+    assert structure_of(narrow.core.layers[0]) is not None
+    chunks, known = some_ids(3, 8).split((4, 1, 1, 2), dim=1), [None] * 4
+
+    @torch.inference_mode()
+    def outs(model):
+        cache, experts = model.new_cache(batch_size=3, max_length=8), bool(model.config.experts)
+        return [
+            model(chunk, 4, cache=cache, routing=routing, return_routing=experts)
+            for chunk, routing in zip(chunks, known, strict=True)
+        ]
+
+    def error(found):
+        pairs = zip(found, exact, strict=True)
+        return max(float((out.logits.float() - other.logits).abs().max()) for out, other in pairs)
+
+    exact = outs(wide(**kind).bfloat16().float())
+    known = [out.routing for out in exact]
+    assert error(outs(narrow)) <= 1.2 * error(by_torch(lambda: outs(narrow)))
+
+
+@pytest.fixture
+def exact_rows():
+    """Where int8 is multiplied as bytes, a row has 16 bits: without that it has all of fp32's."""
+    build.library().use_digits(0)
+    yield
+    build.library().use_digits(1)
+
+
+@SHAPES
+def test_int8_is_read_as_the_matrix_it_stands_for(kind, exact_rows):
+    model = quantise(wide(**kind))
+    few, _ = written(model, 3, parts=(2, 1, 1), kept="float32")
+    for name, parameter in list(model.named_parameters()):
+        if isinstance(parameter, Int8Weight):
+            owner, _, own = name.rpartition(".")
+            dense = torch.nn.Parameter(parameter.dense(), requires_grad=False)
+            setattr(model.get_submodule(owner), own, dense)
+    model.head.weight = model.embed.weight
+    same, _ = written(model, 3, parts=(2, 1, 1))
+    assert_close(few, same, rtol=1e-4, atol=2e-5)
+
+
+@SHAPES
 @pytest.mark.parametrize("quantised", [False, True])
 def test_keys_may_be_kept_in_bf16_beside_wider_weights(kind, quantised, by_torch):
     model = quantise(wide(**kind)) if quantised else wide(**kind)
