@@ -26,7 +26,7 @@ from openmythos.inference.shipped import REASONER, existing, find_model
 from openmythos.inference.stops import HoldBack, check_stops
 from openmythos.inference.thinking import Thinking
 from openmythos.model.files import kept_weights, load_model
-from openmythos.model.native.build import library
+from openmythos.model.native.whole import is_native
 from openmythos.model.quantised import quantise
 from openmythos.model.transformer import OpenMythos
 from openmythos.numbers import whole
@@ -282,13 +282,11 @@ def load(
         raise InputError(f"weights={weights!r} must be one of {', '.join(kinds)}")
     place = _device(device, weights)
     folder = model_in(existing(name))
-    if weights == "file":
-        weights = _as_in_file(folder, place)
     if (folder / CONFIG_FILE).is_file():
         MythosConfig.load(folder)  # what is wrong there is said first
         if not (folder / TOKENIZER).is_file():
             raise TokenizerError(_without_tokenizer(name, folder))
-        model = load_model(OpenMythos, folder, int8=weights == "int8")
+        model, weights = _loaded(folder, place, weights)
         tokenizer = Tokenizer.load(folder)
     else:
         if not (is_checkpoint(folder) or (folder / SETTINGS).is_file()):
@@ -301,11 +299,17 @@ def load(
     return LanguageModel(model, tokenizer, trained_length(folder), gate_trained(folder))
 
 
-def _as_in_file(folder: Path, place: torch.device) -> WeightsChoice | None:
-    """Return `int8` for a file that holds it, where native code multiplies it; None: as usual."""
-    if place.type != "cpu" or library() is None:
-        return None
-    return "int8" if kept_weights(folder) == "int8" else None
+def _loaded(
+    folder: Path, place: torch.device, weights: WeightsChoice | None
+) -> tuple[OpenMythos, WeightsChoice | None]:
+    """Return a folder's model, and its weights where `file` was asked for; None: as usual."""
+    if weights == "file":
+        if place.type == "cpu" and kept_weights(folder) == "int8":
+            model = load_model(OpenMythos, folder, int8=True)
+            if is_native(model):
+                return model, "int8"
+        weights = None
+    return load_model(OpenMythos, folder, int8=weights == "int8"), weights
 
 
 def _device(device: str | torch.device | None, weights: str | None) -> torch.device:

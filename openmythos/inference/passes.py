@@ -63,20 +63,20 @@ class Passes:
     def __init__(self, model: OpenMythos, pages: int, *, deterministic: bool) -> None:
         self.model, self.config = model, model.config
         weight = model.embed.weight
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device, self.dtype, self.kept = weight.device, weight.dtype, model.cache_dtype
         self.lanes = len(model.core.layers)
         shape = ((pages + 1) * PAGE,)  # the last page stays zero: what lies beyond a row's length
         self.null = pages * PAGE
         self.storage = [
             {
-                name: torch.zeros(*shape, *size, dtype=model.cache_dtype, device=self.device)
+                name: torch.zeros(*shape, *size, dtype=self.kept, device=self.device)
                 for name, size in declaration(model).items()
             }
             for _ in range(self.lanes)
         ]
         self.paged = paged(model, self.storage)
         self.weights = Weights(model, native=self.native)
-        self._lost = False  # does the native code no longer take the model?
+        self._lost = False  # does the native code no longer take the model, or was it cast?
         self.alone = deterministic and not self.native
         """Whether rows go through torch, and must not depend on each other."""
         self.views = Views(self.null, self.device, alone=self.alone)
@@ -108,7 +108,9 @@ class Passes:
         True: its weights may be others than before, and pages hold what those before have read. See
         `Weights` for what is seen; after other changes, a new engine must be made.
         """
-        self._lost = False
+        self._lost = self.model.cache_dtype != self.kept
+        if self._lost:  # pages would hold other numbers than a new engine's
+            return False
         if self.paged is not None and not self.paged.stands():
             again = paged(self.model, self.storage)
             self._lost = again is None
@@ -124,9 +126,10 @@ class Passes:
         """Check what `changed` has found.
 
         Raises:
-            RuntimeError: the native code took all of the model and does not any more.
+            RuntimeError: the native code took all of the model and does not any more, or the model
+                was cast.
         """
-        if self.native and (self._lost or not may_run()):
+        if self._lost or (self.native and not may_run()):
             raise RuntimeError(CHANGED)
 
     def _sit(self, rows: Sequence[Row]) -> None:

@@ -117,8 +117,8 @@ class Cache:
     loop is kept, which is `loops` times smaller and another model than the one trained.
 
     Loops may change between calls: the result equals one uncached call with loops given per
-    token. Slots grow when a call runs more loops than any before, with a halting rule when a loop
-    is reached that has none.
+    token, but for rounding where `dtype` is narrower than the states. Slots grow when a call runs
+    more loops than any before, with a halting rule when a loop is reached that has none.
     """
 
     def __init__(

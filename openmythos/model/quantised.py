@@ -39,8 +39,9 @@ def quantise(model: OpenMythos) -> OpenMythos:
     The native code multiplies the int8 numbers by activations in fp32, or in 16 bits and more of a
     row's largest. Without it, a call with few rows multiplies them by activations rounded to bf16,
     and with more rows, and for the head, the fp32 matrix is made, used and forgotten. The state,
-    norms, attention and the routers' choice stay fp32. Casting or moving the model widens its
-    weights again. MLA's `kv_up` stays fp32, because the absorbed form takes it apart.
+    norms, attention and the routers' choice stay fp32; caches keep bf16. Casting or moving the
+    model widens its weights again. MLA's `kv_up` stays fp32, because the absorbed form takes it
+    apart.
 
     Raises:
         InputError: the model is not fp32 on the CPU.

@@ -59,6 +59,12 @@ def model_of(name="gqa, experts", **changes):
     return LanguageModel(tiny(**{**fields, **MODELS[name], **changes}), TOKENIZER)
 
 
+def with_weights(lm, weights):
+    if weights != "fp32":
+        quantise(lm.model) if weights == "int8" else lm.model.bfloat16()
+    return lm
+
+
 @pytest.fixture(autouse=True)
 def _check_shapes_in_one_test(request):
     # The checks take more than half of the time, and one test goes through every kind of pass.
@@ -153,6 +159,17 @@ def test_a_request_writes_what_generate_writes(name, thinking):
         assert [(token_id, loops) for _, token_id, loops, _ in tokens] == expected
 
 
+@pytest.mark.parametrize("thinking", ["none", "gate", "last"])
+@pytest.mark.parametrize("name", ["gqa, experts", "mla, experts"])
+def test_int8_weights_write_what_generate_writes_with_keys_in_bf16(name, thinking):
+    lm = with_weights(model_of(name), "int8")
+    one = request(18, thinking=THINKING[thinking], max_new_tokens=6)
+    tokens = written(alone(lm, one), exact=False)
+    assert [(token_id, loops) for _, token_id, loops, _ in tokens] == reference(lm.model, one)
+    kept = {entries.dtype for pages in ticker_of(lm).passes.storage for entries in pages.values()}
+    assert kept == {torch.bfloat16}
+
+
 SEVERAL_SLOTS = {"prelude_layers": 3, "coda_layers": 2, "core_output": "norm"}
 
 
@@ -198,18 +215,18 @@ def mixture():
 
 
 @pytest.mark.parametrize(
-    ("name", "threads", "dtype"),
+    ("name", "threads", "weights"),
     [
-        ("gqa, experts", 1, torch.float32),
-        ("mla, experts", 2, torch.float32),
-        ("gqa, experts", 1, torch.bfloat16),
+        ("gqa, experts", 1, "fp32"),
+        ("mla, experts", 2, "fp32"),
+        ("gqa, experts", 1, "bf16"),
+        ("mla, experts", 1, "int8"),
     ],
 )
-def test_company_order_and_chunks_change_no_bit(name, threads, dtype):
+def test_company_order_and_chunks_change_no_bit(name, threads, weights):
     torch.set_num_threads(threads)
     try:
-        lm, requests = model_of(name), mixture()
-        lm.model.to(dtype)
+        lm, requests = with_weights(model_of(name), weights), mixture()
         expected = [written(alone(lm, one)) for one in requests]
         for settings in ({"chunk": 3}, {"chunk": 16, "budget": 7, "prefix_sharing": False}):
             together = run(ticker_of(lm, **settings), requests)
@@ -230,9 +247,7 @@ def test_company_order_and_chunks_change_no_bit(name, threads, dtype):
 )
 def test_joined_calls_change_no_bit(name, thinking, weights, monkeypatch):
     """Prelude, loops and coda in one native call, in two, and each by itself."""
-    lm = model_of(name)
-    if weights != "fp32":
-        quantise(lm.model) if weights == "int8" else lm.model.bfloat16()
+    lm = with_weights(model_of(name), weights)
     joins = Passes._joins
     ways = {
         "none": lambda *_, **__: False,
@@ -763,6 +778,19 @@ def test_a_model_with_a_new_hook_is_an_error_until_it_is_gone(name):
         ticker.fail("it was changed")
     hook.remove()
     assert written(run(ticker, [request()])[0]) == expected
+
+
+@pytest.mark.parametrize("change", [torch.nn.Module.bfloat16, quantise])
+def test_a_model_that_was_cast_asks_for_a_new_engine(change):
+    lm = model_of()
+    ticker = ticker_of(lm)
+    run(ticker, [request()])
+    change(lm.model)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="make a new engine"):
+            run(ticker, [request()])
+        ticker.fail("it was changed")
+    assert written(run(ticker_of(lm), [request()])[0])
 
 
 def test_weights_that_move_write_the_same_and_new_ones_are_read():

@@ -14,6 +14,8 @@ from openmythos.inference import language_model
 from openmythos.inference.generate import NewToken
 from openmythos.inference.language_model import LanguageModel
 from openmythos.model.int8 import Int8Weight
+from openmythos.model.native import whole
+from openmythos.model.native.build import library
 from openmythos.training.tokenizer import Tokenizer
 
 TEXT = "the cat sat on the mat and the cat ate the rat " * 20
@@ -230,13 +232,25 @@ def test_int8_weights_of_a_file_stay_so_where_native_code_multiplies_them(
     lm, kind, native, tmp_path, monkeypatch
 ):
     if not native:
-        monkeypatch.setattr(language_model, "library", lambda: None)
-    elif language_model.library() is None:
+        monkeypatch.setattr(whole, "library", lambda: None)
+    elif library() is None:
         pytest.skip("no compiler here")
-    lm.save(tmp_path, kind)
+    model = tiny(vocab_size=lm.tokenizer.vocab_size, hidden_size=32, head_dim=8)
+    LanguageModel(model, lm.tokenizer).save(tmp_path, kind)
     weight = openmythos.load(tmp_path, "file").model.embed.weight
     assert isinstance(weight, Int8Weight) == (native and kind == "int8")
     assert weight.dtype == torch.float32
+
+
+def test_int8_weights_of_a_file_are_widened_where_the_native_code_does_not_know_the_model(tmp_path):
+    tokenizer = Tokenizer.train([TEXT], vocab_size=280)
+    odd = tiny(vocab_size=tokenizer.vocab_size, hidden_size=20, num_heads=2, head_dim=10)
+    LanguageModel(odd, tokenizer).save(tmp_path, "int8")
+    assert not isinstance(openmythos.load(tmp_path, "file").model.embed.weight, Int8Weight)
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json must be JSON"):
+        openmythos.load(tmp_path, "file")
 
 
 def test_int8_weights_stay_on_the_cpu(lm, tmp_path):
