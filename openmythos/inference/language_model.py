@@ -26,7 +26,7 @@ from openmythos.inference.shipped import REASONER, existing, find_model
 from openmythos.inference.stops import HoldBack, check_stops
 from openmythos.inference.thinking import Thinking
 from openmythos.model.files import kept_weights, load_model
-from openmythos.model.native.whole import is_native
+from openmythos.model.native.describe import parts_of
 from openmythos.model.quantised import quantise
 from openmythos.model.transformer import OpenMythos
 from openmythos.numbers import whole
@@ -306,7 +306,7 @@ def _loaded(
     if weights == "file":
         if place.type == "cpu" and kept_weights(folder) == "int8":
             model = load_model(OpenMythos, folder, int8=True)
-            if is_native(model):
+            if parts_of(model) is not None:
                 return model, "int8"
         weights = None
     return load_model(OpenMythos, folder, int8=weights == "int8"), weights

@@ -14,7 +14,7 @@ from openmythos.inference import language_model
 from openmythos.inference.generate import NewToken
 from openmythos.inference.language_model import LanguageModel
 from openmythos.model.int8 import Int8Weight
-from openmythos.model.native import whole
+from openmythos.model.native import describe
 from openmythos.model.native.build import library
 from openmythos.training.tokenizer import Tokenizer
 
@@ -232,7 +232,7 @@ def test_int8_weights_of_a_file_stay_so_where_native_code_multiplies_them(
     lm, kind, native, tmp_path, monkeypatch
 ):
     if not native:
-        monkeypatch.setattr(whole, "library", lambda: None)
+        monkeypatch.setattr(describe, "library", lambda: None)
     elif library() is None:
         pytest.skip("no compiler here")
     model = tiny(vocab_size=lm.tokenizer.vocab_size, hidden_size=32, head_dim=8)

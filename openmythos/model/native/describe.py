@@ -21,6 +21,7 @@ from openmythos.model.experts import Experts, Router
 from openmythos.model.feed_forward import FeedForward, relu2, swiglu
 from openmythos.model.injection import INJECTION
 from openmythos.model.int8 import Int8Weight
+from openmythos.model.native.build import library
 from openmythos.model.native.linear import FewRowsLinear
 from openmythos.model.native.mirrored import code_of, is_named
 from openmythos.model.native.structures import (
@@ -98,7 +99,7 @@ def outside_of(model: OpenMythos) -> Outside | None:
 def parts_of(model: OpenMythos) -> tuple[Outside, list[LayerStructure]] | None:
     """Return a whole model, its layers in their order; None where not all of it can be taken."""
     layers: list[Layer] = [*model.prelude, *model.core.layers, *model.coda]
-    if altered(layers) or not own_core(model.core) or not own_model(model):
+    if library() is None or altered(layers) or not own_core(model.core) or not own_model(model):
         return None
     outside, found = outside_of(model), [structure_of(layer) for layer in layers]
     structures = [part for part in found if part is not None]

@@ -165,7 +165,7 @@ def paged(model: OpenMythos, pages: Sequence[dict[str, Tensor]]) -> Paged | None
     outer ones: of these, number n has the pages of layer n mod `core_layers`, in slot
     n // `core_layers`.
     """
-    parts = None if library() is None else parts_of(model)
+    parts = parts_of(model)
     if parts is None:
         return None
     outside, structures = parts

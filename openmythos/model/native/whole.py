@@ -234,11 +234,6 @@ def _made(model: OpenMythos, cache: Cache, sequence: int) -> Plan | None:
     return Plan(model, cache, sequence, outside, structures, drive_of(model))
 
 
-def is_native(model: OpenMythos) -> bool:
-    """Whether the native code takes a whole model, wherever its entries are kept."""
-    return library() is not None and parts_of(model) is not None
-
-
 def joins(model: OpenMythos) -> bool:
     """Whether the native code takes what stands between a model's layers, too."""
     norm = None if model.core.norm is None else model.core.norm.weight
