@@ -17,6 +17,7 @@ from torch import Tensor
 
 from openmythos.config import MythosConfig
 from openmythos.errors import InputError
+from openmythos.inference.precision import weights_of
 from openmythos.model.accounting import training_flops
 from openmythos.model.transformer import OpenMythos, cross_entropy
 from openmythos.training.machine import Machine, matmul_peak, measure, seconds_of
@@ -42,7 +43,8 @@ class Speed:
     threads: int
     tokens_per_second: float
     share_of_peak: float
-    """Of the matrix products' peak with as many threads; forward and backward count."""
+    """Of the matrix products' peak with as many threads, in bf16 where the weights are, else in
+    fp32, which int8 weights may exceed; forward and backward count."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ class Bench:
     """Precision of the training, and why."""
     peaks: dict[str, float]
     """Floating-point operations per second of a matrix product, by precision: the best."""
+    weights: str
+    """What the weights are in prefill and decode: `fp32`, `bf16` or `int8`. Those of a training
+    are fp32."""
     speeds: list[Speed]
 
 
@@ -82,7 +87,7 @@ def bench(
     """Measure.
 
     Args:
-        model: in evaluation mode, on the device to measure.
+        model: in evaluation mode, on the device to measure, with the weights to measure.
         loops: depths of prefill and decode; training runs at the mean.
         batches: sequences of prefill and decode.
         length: tokens of a prompt, at most half of the model's max_length; default: 128, or that
@@ -113,12 +118,15 @@ def bench(
             report(done + 1)
     finally:
         torch.set_num_threads(before)
+    weights = weights_of(model)
+    read = "bf16" if weights == "bf16" else "fp32"
+    precisions = {"training": machine.precision, "prefill": read, "decode": read}
     speeds = [
-        _best(task, {count: seconds[number, count] for count in counts}, peaks, machine)
+        _best(task, {count: seconds[number, count] for count in counts}, peaks, precisions)
         for number, task in enumerate(tasks)
     ]
     best = {kind: max(v for (k, _), v in peaks.items() if k == kind) for kind, _ in peaks}
-    return Bench(machine, best, speeds)
+    return Bench(machine, best, weights, speeds)
 
 
 def _prompt_length(asked: int | None, max_length: int) -> int:
@@ -157,12 +165,11 @@ def _best(
     task: Task,
     seconds: dict[int, list[float]],
     peaks: dict[tuple[str, int], float],
-    machine: Machine,
+    precisions: dict[str, str],
 ) -> Speed:
     """The number of threads whose median is shortest; the fewest of equals."""
     threads = min(seconds, key=lambda count: (statistics.median(seconds[count]), count))
     median = statistics.median(seconds[threads])
-    precision = machine.precision if task.task == "training" else "fp32"
     return Speed(
         task=task.task,
         batch=task.batch,
@@ -170,7 +177,7 @@ def _best(
         loops=task.loops,
         threads=threads,
         tokens_per_second=task.tokens / median,
-        share_of_peak=task.flops / median / peaks[precision, threads],
+        share_of_peak=task.flops / median / peaks[precisions[task.task], threads],
     )
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from openmythos.cli.named import model_folder
+from openmythos.config import WeightsChoice
 from openmythos.errors import InputError
 from openmythos.scales import SCALES
 from openmythos.training.threads import check_threads
@@ -37,6 +38,14 @@ class Settings:
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = "nano"
     """A preset, a model that comes with the package, or the folder of a model or training run."""
+
+    device: str | None = None
+    """Where it runs, as torch names it: cpu, cuda, cuda:1, mps. Default: a GPU where there is
+    one."""
+
+    weights: WeightsChoice = "file"
+    """What the weights are where prompts are read and tokens written, as in `openmythos generate`;
+    a preset's are fp32 then. Training is measured with fp32 weights."""
 
     loops: tuple[int, ...] = (1, 4, 16)
     """Depths of prefill and decode; training runs at the mean loops."""
@@ -71,7 +80,7 @@ def run(settings: Settings) -> None:
         check_threads(count)
     from openmythos.speed import bench
 
-    model = _model(settings.model)
+    model = _model(settings)
 
     def report(done: int) -> None:
         if sys.stderr.isatty():
@@ -94,9 +103,12 @@ def run(settings: Settings) -> None:
         print(_table(settings.model, result))
 
 
-def _model(name: str) -> OpenMythos:
+def _model(settings: Settings) -> OpenMythos:
+    from openmythos.inference.precision import find_device, with_weights
     from openmythos.training.machine import default_device
 
+    name, weights = settings.model, settings.weights
+    place = find_device(settings.device or default_device(), weights)
     if name in SCALES:
         from openmythos.config import MythosConfig
         from openmythos.model.transformer import OpenMythos
@@ -104,10 +116,10 @@ def _model(name: str) -> OpenMythos:
 
         config = MythosConfig.preset(name)
         check_fits(config)
-        return OpenMythos(config).eval().to(default_device())
+        return with_weights(OpenMythos(config).eval().to(place), weights)
     from openmythos.inference.language_model import load
 
-    return load(model_folder(name)).model.to(default_device())
+    return load(model_folder(name), weights, place).model
 
 
 def _table(name: str, result: Bench) -> str:
@@ -115,6 +127,7 @@ def _table(name: str, result: Bench) -> str:
     lines = [
         f"matrix products: {peaks}",
         f"training in {result.machine.precision}: {result.machine.reason}",
+        f"prefill and decode with {result.weights} weights",
         "",
         f"{name:<26}{'loops':>6}{'tokens/s':>12}{'of peak':>9}{'threads':>9}",
     ]

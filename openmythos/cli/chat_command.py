@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import tyro
 
+from openmythos.cli.loading import Loading
 from openmythos.cli.loop_colours import LoopColours, colours_wanted
-from openmythos.config import WeightsChoice
 from openmythos.errors import InputError, MythosError
 from openmythos.inference.chat import with_line
 from openmythos.inference.sampling import Sampling
@@ -57,12 +57,8 @@ class Settings:
     )
     """Folder of a model or of a training run, or the name of a model in the package."""
 
-    device: str | None = None
-    """Where the model runs, as torch names it: cpu, cuda, cuda:1, mps. Default: the CPU."""
-
-    weights: WeightsChoice = "file"
-    """What the weights are in memory. `file` is int8 where the file has it and native code
-    multiplies it, else fp32; `auto` is bf16 where the model is quicker so here, else fp32."""
+    loading: Annotated[Loading, tyro.conf.arg(name="")] = field(default_factory=Loading)
+    """Where the model runs, and what its weights are there."""
 
     max_new_tokens: int = 64
     """Most tokens of a reply; at most half of the model's max_length."""
@@ -83,9 +79,7 @@ class Settings:
 def run(settings: Settings) -> None:
     """Read lines and answer them until the input ends."""
     existing(settings.model)  # before torch is loaded
-    from openmythos.inference.language_model import load
-
-    chat = Chat(load(settings.model, settings.weights, settings.device), settings)
+    chat = Chat(settings.loading.load(settings.model), settings)
     asks = sys.stdin.isatty()
     if asks:
         with contextlib.suppress(ImportError):

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from openmythos.cli.loading import Loading
 from openmythos.cli.loop_colours import LoopColours, colours_wanted
-from openmythos.config import WeightsChoice
 from openmythos.errors import CheckpointError, InputError
 from openmythos.inference.sampling import Sampling
 from openmythos.inference.shipped import LANGUAGE_MODEL, existing, find_model
@@ -44,12 +44,8 @@ class Settings:
     )
     """Folder of a model or of a training run, or the name of a model in the package."""
 
-    device: str | None = None
-    """Where the model runs, as torch names it: cpu, cuda, cuda:1, mps. Default: the CPU."""
-
-    weights: WeightsChoice = "file"
-    """What the weights are in memory. `file` is int8 where the file has it and native code
-    multiplies it, else fp32; `auto` is bf16 where the model is quicker so here, else fp32."""
+    loading: Annotated[Loading, tyro.conf.arg(name="")] = field(default_factory=Loading)
+    """Where the model runs, and what its weights are there."""
 
     prompt: str = ""
     """Text to continue; `-` reads it from standard input, less a last line break. Default: start a
@@ -80,9 +76,7 @@ def run(settings: Settings) -> None:
         raise InputError("show_loops must be left out with --json, which has every token's loops")
     _check_there(settings)
     prompt = _from_stdin() if settings.prompt == "-" else settings.prompt
-    from openmythos.inference.language_model import load
-
-    lm = load(settings.model, settings.weights, settings.device)
+    lm = settings.loading.load(settings.model)
     pieces = lm.write(
         prompt, settings.max_new_tokens, settings.thinking, settings.sampling, settings.stop
     )

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from openmythos.config import WeightsChoice
+from openmythos.cli.loading import Loading
 from openmythos.inference.engine_settings import EngineSettings
 from openmythos.inference.server.settings import ServerSettings
 from openmythos.inference.shipped import LANGUAGE_MODEL
@@ -44,12 +44,8 @@ class Settings:
     )
     """Folder of a model or of a training run, or the name of a model in the package."""
 
-    device: str | None = None
-    """Where the model runs, as torch names it: cpu, cuda, cuda:1, mps. Default: the CPU."""
-
-    weights: WeightsChoice = "file"
-    """What the weights are in memory. `file` is int8 where the file has it and native code
-    multiplies it, else fp32; `auto` is bf16 where the model is quicker so here, else fp32."""
+    loading: Annotated[Loading, tyro.conf.arg(name="")] = field(default_factory=Loading)
+    """Where the model runs, and what its weights are there."""
 
     server: Annotated[ServerSettings, tyro.conf.arg(name="")] = field(
         default_factory=ServerSettings
@@ -115,11 +111,10 @@ def _load(settings: Settings) -> Loaded:
     """Make the model ready; runs while the server already answers that it is not."""
     from openmythos.inference.chat import ChatLayout
     from openmythos.inference.engine import Engine
-    from openmythos.inference.language_model import load
     from openmythos.inference.server.serving import Loaded, length_limit
     from openmythos.inference.shipped import find_model
 
-    lm = load(settings.model, settings.weights, settings.device)
+    lm = settings.loading.load(settings.model)
     max_length = length_limit(settings.server.max_model_len, lm.model.config.max_length)
     layout = ChatLayout.of(find_model(settings.model), lm.tokenizer)
     engine = Engine(lm, settings.engine)

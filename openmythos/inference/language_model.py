@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
@@ -20,14 +20,18 @@ from openmythos.config import (
 )
 from openmythos.errors import CheckpointError, InputError, TokenizerError
 from openmythos.inference.generate import generate
-from openmythos.inference.precision import quicker
+from openmythos.inference.precision import (
+    check_weights,
+    find_device,
+    weights_of,
+    with_weights,
+)
 from openmythos.inference.sampling import Sampling
 from openmythos.inference.shipped import REASONER, existing, find_model
 from openmythos.inference.stops import HoldBack, check_stops
 from openmythos.inference.thinking import Thinking
 from openmythos.model.files import kept_weights, load_model
 from openmythos.model.native.describe import parts_of
-from openmythos.model.quantised import quantise
 from openmythos.model.transformer import OpenMythos
 from openmythos.numbers import whole
 from openmythos.training.checkpoint import is_checkpoint
@@ -44,7 +48,6 @@ from openmythos.training.tokenizer import Tokenizer
 
 Ending = Literal["end", "stop", "length"]
 """Why a text ended: at the end of its document, at a stop string, or where no more were to come."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,11 @@ class LanguageModel:
     def __repr__(self) -> str:
         """Say how large it is, and what its weights are."""
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
-        weight, config = self.model.embed.weight, self.model.config
+        config = self.model.config
         return (
             f"LanguageModel({millions:.2f} M parameters, vocab_size={self.tokenizer.vocab_size}, "
             f"max_length={config.max_length}, mean_loops={config.mean_loops}, "
-            f"{str(weight.dtype).removeprefix('torch.')} on {weight.device})"
+            f"{weights_of(self.model)} on {self.model.embed.weight.device})"
         )
 
     def save(self, folder: str | Path, weights: WeightsKind | None = None) -> None:
@@ -277,10 +280,8 @@ def load(
         CheckpointError: there is no model, or it is damaged.
         TokenizerError: its tokenizer is missing or damaged.
     """
-    kinds = get_args(WeightsChoice)
-    if weights is not None and weights not in kinds:
-        raise InputError(f"weights={weights!r} must be one of {', '.join(kinds)}")
-    place = _device(device, weights)
+    check_weights(weights)
+    place = find_device(device, weights)
     folder = model_in(existing(name))
     if (folder / CONFIG_FILE).is_file():
         MythosConfig.load(folder)  # what is wrong there is said first
@@ -295,7 +296,7 @@ def load(
                 f"{CONFIG_FILE}, as a model does: choose another folder"
             )
         model, tokenizer = load_from_run(folder)
-    model = _with_weights(model.to(place), weights)
+    model = with_weights(model.to(place), weights)
     return LanguageModel(model, tokenizer, trained_length(folder), gate_trained(folder))
 
 
@@ -312,21 +313,6 @@ def _loaded(
     return load_model(OpenMythos, folder, int8=weights == "int8"), weights
 
 
-def _device(device: str | torch.device | None, weights: str | None) -> torch.device:
-    """Return torch's device, after a look whether it is one here."""
-    try:
-        place = torch.device("cpu" if device is None else device)
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise InputError(
-            f"device={device!r} must be one that torch finds here, as 'cpu' is, but: {reason}"
-        ) from None
-    if weights == "int8" and place.type != "cpu":
-        raise InputError(f"device={device!r} must be 'cpu' with weights='int8'")
-    return place
-
-
 def _without_tokenizer(name: str | Path, folder: Path) -> str:
     if folder == find_model(REASONER):
         return (
@@ -337,11 +323,3 @@ def _without_tokenizer(name: str | Path, folder: Path) -> str:
         f"model={str(name)!r} must have a {TOKENIZER} beside its weights: save it by "
         "LanguageModel.save, or give save_pretrained its tokenizer"
     )
-
-
-def _with_weights(model: OpenMythos, weights: str | None) -> OpenMythos:
-    if weights == "auto":
-        return quicker(model)
-    if weights == "int8":
-        return quantise(model.float())
-    return model if weights is None else model.to(DTYPES[weights])

@@ -53,7 +53,13 @@ SENTENCES = [
     ("eval --task sciq --device cpu", "device must be left out without a MODEL: floors are of"),
     *(
         (f"{command} --device cuda:99", "device='cuda:99' must be one that torch finds here")
-        for command in ("generate RUN", "chat RUN", "eval RUN --text TEXT", "serve RUN --port 0")
+        for command in (
+            "generate RUN",
+            "chat RUN",
+            "eval RUN --text TEXT",
+            "serve RUN --port 0",
+            "bench",
+        )
     ),
     ("eval RUN --text TEXT --given TEXT --no-ppmd", "must be left out with --no-ppmd: only"),
     ("info 2t", "model='2t' must be one of nano, tiny, small"),
@@ -71,6 +77,7 @@ SENTENCES = [
     ("info --loops 4", "loops must be left out of the comparison"),
     ("plot nowhere", "run=nowhere must hold metrics.jsonl"),
     ("bench nowhere", "model='nowhere' must be one of nano, tiny, small"),
+    ("bench nano --weights int4", "weights='int4' must be one of fp32, bf16, int8, auto, file"),
     ("bench nano --repeats 0", "repeats=0 must be 1 or more"),
     ("bench nano --length 99999", "length=99999 must be at most 256, half of the model's"),
     ("bench 1t", "GB in fp32, must fit into this machine's memory of"),

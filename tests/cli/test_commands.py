@@ -11,7 +11,7 @@ import torch
 from command_line import RHYME, SHAPE, TRAINING, answer, openmythos, printed
 
 import openmythos as library
-from openmythos import MythosConfig, OpenMythos
+from openmythos import MythosConfig, OpenMythos, speed
 from openmythos.cli import (
     chat_command,
     demo_command,
@@ -31,11 +31,14 @@ from openmythos.cli.progress import Progress
 from openmythos.errors import TokenizerError
 from openmythos.inference import language_model
 from openmythos.inference.language_model import Piece
+from openmythos.inference.precision import weights_of
 from openmythos.inference.shipped import find_model
+from openmythos.model.native import build
 from openmythos.scales import SCALES
 from openmythos.training import corpus
 from openmythos.training.corpus import read_documents
 from openmythos.training.evaluate import Reading, evaluate, evaluate_halting, tokenised
+from openmythos.training.machine import Machine
 from openmythos.training.metrics import metrics
 from openmythos.training.run import OfMachine
 from openmythos.training.settings import TrainConfig
@@ -518,6 +521,21 @@ def test_bench_names_every_task(run):
     assert all(speed["tokens_per_second"] > 0 for speed in result["speeds"])
     page = printed("bench", run, *flags)
     assert "decode, 3 after 8" in page
+
+
+@pytest.mark.parametrize("model", ["run", "nano", "openmythos-lm"])
+@pytest.mark.parametrize("weights", ["file", "bf16", "int8"])
+def test_bench_measures_the_weights_that_were_asked_for(model, weights, run, monkeypatch):
+    found = []
+
+    def measured(model, **_):
+        found.append(weights_of(model))
+        return speed.Bench(Machine("fp32", "asked for", 1e9), {}, found[-1], [])
+
+    monkeypatch.setattr(speed, "bench", measured)
+    result = answer("bench", run if model == "run" else model, "--weights", weights)
+    kept = "int8" if model == "openmythos-lm" and build.library() is not None else "fp32"
+    assert [result["weights"]] == found == [kept if weights == "file" else weights]
 
 
 @pytest.fixture

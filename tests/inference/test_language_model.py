@@ -102,8 +102,14 @@ def test_a_model_says_what_it_is(lm):
     count = sum(p.numel() for p in lm.model.parameters())
     assert repr(lm) == (
         f"LanguageModel({count / 1e6:.2f} M parameters, vocab_size={lm.tokenizer.vocab_size}, "
-        f"max_length=64, mean_loops={lm.model.config.mean_loops}, float32 on cpu)"
+        f"max_length=64, mean_loops={lm.model.config.mean_loops}, fp32 on cpu)"
     )
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+def test_a_model_says_what_its_weights_are(lm, kind, tmp_path):
+    lm.save(tmp_path)
+    assert f", {kind} on cpu)" in repr(openmythos.load(tmp_path, kind))
 
 
 def test_a_document_ends_at_its_end_mark(lm, monkeypatch):
@@ -258,6 +264,12 @@ def test_int8_weights_stay_on_the_cpu(lm, tmp_path):
     with pytest.raises(InputError, match="device='meta' must be 'cpu' with weights='int8'"):
         openmythos.load(tmp_path, weights="int8", device="meta")
     assert openmythos.load(tmp_path, weights="int8", device="cpu").generate("the", seed=1)
+
+
+def test_a_device_that_only_has_shapes_is_refused(lm, tmp_path):
+    lm.save(tmp_path)
+    with pytest.raises(InputError, match="device='meta' must be one that computes, as 'cpu' does"):
+        openmythos.load(tmp_path, device="meta")
 
 
 def test_a_runs_folder_is_no_models_and_says_where_its_model_is(lm, tmp_path):
