@@ -168,6 +168,8 @@ def test_an_excerpt_stands_in_its_file(block):
 
 
 @pytest.mark.parametrize("page", dict.fromkeys(block.page for block in RUN), ids=lambda p: p.name)
+@pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning")  # a Trainer's, without a GPU
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT's
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, prepared, monkeypatch):
     monkeypatch.chdir(prepared)
     names = {}

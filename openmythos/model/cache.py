@@ -20,7 +20,7 @@ from torch import Tensor
 from openmythos.config import CachePolicy
 from openmythos.errors import CacheError
 from openmythos.model.span import Entries, Span
-from openmythos.numbers import whole
+from openmythos.numbers import at_least, whole
 
 Declaration = dict[str, tuple[int, ...]]
 """What one attention keeps per token: names and shapes."""
@@ -88,6 +88,17 @@ class Store:
             with _for_any_call():
                 self.data[name] = torch.cat([data, more])
         self.slots = slots
+
+    def longer(self, max_length: int) -> Store:
+        """Return a store of the same entries with room for more tokens."""
+        grown = copy.copy(self)
+        with _for_any_call():
+            grown.data = {}
+            for name, data in self.data.items():
+                room = data.new_zeros((*data.shape[:2], max_length, *data.shape[3:]))
+                room[:, :, : data.shape[2]] = data
+                grown.data[name] = room
+        return grown
 
     def select(self, rows: Int[Tensor, " rows"]) -> Store:
         """Return a store of these sequences."""
@@ -197,6 +208,26 @@ class Cache:
         chosen.lengths = [self.lengths[number] for number in numbers]
         chosen.batch_size = len(numbers)
         return chosen
+
+    def longer(self, max_length: int) -> Cache:
+        """Return a cache of the same entries with room for more tokens; this one stays as it is.
+
+        Args:
+            max_length: tokens that each sequence may have in it.
+
+        Raises:
+            CacheError: they are fewer than this one has room for.
+        """
+        if not at_least(max_length, self.max_length):
+            raise CacheError(
+                f"max_length={max_length!r} must be an integer of {self.max_length} or more, which "
+                "the cache has room for already"
+            )
+        grown = copy.copy(self)
+        grown.outer = [store.longer(max_length) for store in self.outer]
+        grown.core = [store.longer(max_length) for store in self.core]
+        grown.max_length, grown.lengths = int(max_length), list(self.lengths)
+        return grown
 
     def rollback(self, count: int | Sequence[int] | Int[Tensor, " batch"]) -> None:
         """Forget the last `count` tokens of every sequence (or one count for each).

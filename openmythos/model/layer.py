@@ -28,7 +28,8 @@ class Layer(nn.Module):
         self.placement = config.norm
         self.attention = ATTENTION[config.attention](config, rank)
         self.feed_forward: FeedForward | Experts
-        if in_core and config.experts:
+        self.routed = in_core and config.experts > 0
+        if self.routed:
             self.feed_forward = Experts(config)
         else:
             size, loops = config.feed_forward_size or 0, config.lora_loops or 1
@@ -62,7 +63,7 @@ class Layer(nn.Module):
         y = self.attention(self.attention_norm(h), rope, loop, place)
         h = self._residual(h, y, self.attention_out_norm)
         x, chosen = self.feed_forward_norm(h), None
-        if isinstance(self.feed_forward, Experts):
+        if self.routed:  # whatever an adapter of another library has put around the experts
             alone = None if place.span.alone is None else len(place.span.alone)
             y, chosen = self.feed_forward(x, loop, given, alone)
         else:

@@ -42,6 +42,7 @@ class Tokenizer:
         self._bytes = _bytes_of_tokens(inner)
         self.vocab_size = len(self._bytes)
         self.end_id = _end_id(inner)
+        self.end_mark = str(inner.id_to_token(self.end_id))
         self.fingerprint = _fingerprint(inner)
         self._check_nothing_is_lost()
 

@@ -250,6 +250,24 @@ def test_rows_that_a_cache_has_not_are_refused(attention, rows, sentence):
         small(attention).new_cache(batch_size=2, max_length=8).select(rows)
 
 
+@pytest.mark.parametrize("policy", get_args(CachePolicy))
+def test_a_longer_cache_goes_on_as_one_that_was_long_from_the_start(attention, policy):
+    model, token_ids = small(attention), some_ids(2, 9)
+    mask = torch.arange(4) < torch.tensor([[4], [2]])
+    short, long = (model.new_cache(2, length, policy=policy) for length in (4, 10))
+    for cache in (short, long):
+        model(token_ids[:, :4], some_loops(2, 4), mask=mask, cache=cache)
+    grown = short.longer(10)
+    assert (grown.max_length, grown.nbytes) == (10, long.nbytes)
+    for token in token_ids[:, 4:].split(1, dim=1):
+        expected = model(token, 3, cache=long).logits
+        assert_close(model(token, 3, cache=grown).logits, expected, **EXACT)
+    assert (short.max_length, short.lengths, grown.lengths) == (4, [4, 2], [9, 7])
+    for length in (3, 4.5, True):
+        with pytest.raises(CacheError, match=f"max_length={length} must be an integer of 4 or"):
+            short.longer(length)
+
+
 @pytest.mark.parametrize("rule", ["delta", "kl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # of which one runs natively
 def test_a_rule_takes_slots_for_the_loops_it_takes_and_not_for_its_budget(attention, rule, dtype):
@@ -274,8 +292,9 @@ def test_a_cache_may_be_made_in_inference_mode_and_used_outside(attention):
         cache = model.new_cache(batch_size=2, max_length=8, policy="last")
         model(token_ids[:, :2], 7, cache=cache)  # it grows
         chosen, copied = cache.select([1, 0]), copy.deepcopy(cache)
+        longer = cache.longer(9)
     with torch.no_grad():
-        for one in (cache, chosen, copied):
+        for one in (cache, chosen, copied, longer):
             model(token_ids[:, 2:], 7, cache=one, **how)
     with torch.inference_mode():
         model(token_ids[:, :1], 7, cache=cache, **how)  # only the last slot stays

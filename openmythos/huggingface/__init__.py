@@ -1,0 +1,31 @@
+"""Our models in Hugging Face's transformers: `import openmythos.huggingface`, and its classes know them.
+
+`AutoConfig`, `AutoTokenizer` and `AutoModelForCausalLM` then read a model's folder, as do
+`pipeline`, `Trainer` and PEFT, which all take what those return. Needs the extra `hf`.
+"""  # noqa: E501
+
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "transformers must be installed: pip install 'transformers>=5.24,<6'"
+    ) from error
+
+from openmythos.huggingface.cache import OpenMythosCache
+from openmythos.huggingface.config import OpenMythosConfig
+from openmythos.huggingface.model import OpenMythosForCausalLM, OpenMythosOutput
+from openmythos.huggingface.tokenizer import OpenMythosTokenizer
+from openmythos.huggingface.training import BalanceRouters
+
+AutoConfig.register(OpenMythosConfig.model_type, OpenMythosConfig)
+AutoTokenizer.register(OpenMythosConfig, fast_tokenizer_class=OpenMythosTokenizer)
+AutoModelForCausalLM.register(OpenMythosConfig, OpenMythosForCausalLM)
+
+__all__ = [
+    "BalanceRouters",
+    "OpenMythosCache",
+    "OpenMythosConfig",
+    "OpenMythosForCausalLM",
+    "OpenMythosOutput",
+    "OpenMythosTokenizer",
+]
