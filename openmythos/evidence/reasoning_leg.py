@@ -105,15 +105,15 @@ def sentences(results: dict[str, Result]) -> list[str]:
     looped = rows.pop(NAME, None)
     if looped is None or not rows:
         return []
-    others = " and ".join(
-        f"a plain one of {run['parameters'] / looped['parameters']:.2f} times its parameters, "
+    others = "; ".join(
+        f"a plain one of {run['parameters'] / looped['parameters']:.3g} times its parameters, "
         f"trained with {run['flops'] / looped['flops']:.2f} times its operations, "
         f"{run['fresh']:.3f}" + (", which is chance" if run["fresh"] < 2 / TASK.entities else "")
         for run in rows.values()
     )
     sentence = (
         f"On chains of {TRAINED_HOPS} hops a looped model of {looped['parameters'] / 1e6:.2f} M "
-        f"parameters answers {looped['fresh']:.3f} right, {others} (one seed)."
+        f"parameters answers {looped['fresh']:.3f} right; {others} (one seed)."
     )
     return [sentence]
 

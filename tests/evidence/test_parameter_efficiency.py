@@ -230,7 +230,7 @@ def test_a_rate_at_the_edge_is_admitted():
 def test_hops_are_compared_at_the_rate_that_validation_chains_prefer():
     section = conclude(HOPS)
     assert (
-        "answers 0.990 right, a plain one of 1.00 times its parameters, trained with 1.00 times "
+        "answers 0.990 right; a plain one of 1 times its parameters, trained with 1.00 times "
         "its operations, 0.300 (one seed)." in section.sentences[0]
     )
     assert [(e.wanted, e.met) for e in section.expectations] == [("≥ 0.300", True)]
