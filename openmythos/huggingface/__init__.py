@@ -6,11 +6,13 @@
 
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "transformers must be installed: pip install 'transformers>=5.24,<6'"
     ) from error
 
+from openmythos.huggingface.adapters import adapter_targets
 from openmythos.huggingface.cache import OpenMythosCache
 from openmythos.huggingface.config import OpenMythosConfig
 from openmythos.huggingface.model import OpenMythosForCausalLM, OpenMythosOutput
@@ -21,6 +23,9 @@ AutoConfig.register(OpenMythosConfig.model_type, OpenMythosConfig)
 AutoTokenizer.register(OpenMythosConfig, fast_tokenizer_class=OpenMythosTokenizer)
 AutoModelForCausalLM.register(OpenMythosConfig, OpenMythosForCausalLM)
 
+# By this table a Trainer knows that labels are shifted by one.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[OpenMythosConfig.model_type] = OpenMythosForCausalLM.__name__
+
 __all__ = [
     "BalanceRouters",
     "OpenMythosCache",
@@ -28,4 +33,5 @@ __all__ = [
     "OpenMythosForCausalLM",
     "OpenMythosOutput",
     "OpenMythosTokenizer",
+    "adapter_targets",
 ]

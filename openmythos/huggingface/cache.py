@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import Cache
 
@@ -12,7 +12,7 @@ from openmythos.model.cache import Cache as MythosCache
 from openmythos.model.transformer import OpenMythos
 
 LEAST = 64
-"""Tokens of a cache that nobody said a length for."""
+"""Tokens that a cache has room for at first."""
 
 
 class OpenMythosCache(Cache):  # type: ignore[misc]  # transformers has no types here
@@ -28,6 +28,8 @@ class OpenMythosCache(Cache):  # type: ignore[misc]  # transformers has no types
         super().__init__(layers=[])
         self.kept: MythosCache | None = None
         self.columns = 0
+        self.real: Bool[Tensor, "batch columns"] | None = None
+        """Which columns hold tokens, once one held padding."""
 
     def ready(self, model: OpenMythos, batch_size: int, sequence: int) -> MythosCache:
         """Return ours, with room for `sequence` more tokens.
@@ -39,14 +41,72 @@ class OpenMythosCache(Cache):  # type: ignore[misc]  # transformers has no types
         needed = sequence if self.kept is None else self.kept.length + sequence
         if needed > limit:
             raise InputError(
-                f"max_length={limit} must hold the prompt and all new tokens, and these are "
-                f"{needed}: shorten the prompt, or ask for fewer new tokens"
+                f"max_length={limit} must hold the prompt and all new tokens, with those that are "
+                f"tried at once, and these are {needed}: shorten the prompt, or ask for fewer"
             )
         if self.kept is None:
             self.kept = model.new_cache(batch_size, min(max(needed, LEAST), limit))
         elif needed > self.kept.max_length:
             self.kept = self.kept.longer(min(2 * needed, limit))
         return self.kept
+
+    def advance(
+        self, input_ids: Int[Tensor, "batch sequence"], mask: Bool[Tensor, "batch sequence"] | None
+    ) -> None:
+        """Count a call's columns as read; None: no padding was among them."""
+        batch, sequence = input_ids.shape
+        if mask is not None or self.real is not None:
+            before = self.real
+            if before is None:
+                before = input_ids.new_ones((batch, self.columns), dtype=torch.bool)
+            new = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+            self.real = torch.cat([before, new], 1)
+        self.columns += sequence
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` columns.
+
+        Raises:
+            InputError: the number is above 0, or there are not so many.
+        """
+        gone = -tokens_to_remove
+        if not 0 <= gone <= self.columns:
+            raise InputError(
+                f"tokens_to_remove={tokens_to_remove} must be from {-self.columns} to 0: minus the "
+                "columns to forget"
+            )
+        if self.kept is None or gone == 0:
+            return
+        self.columns -= gone
+        if self.real is None:
+            self.kept.rollback(gone)
+        else:
+            self.kept.rollback(self.real[:, self.columns :].sum(1))
+            self.real = self.real[:, : self.columns]
+
+    def batch_select_indices(self, indices: Int[Tensor, " rows"]) -> None:
+        """Keep these sequences, in this order."""
+        if self.kept is not None:
+            self.kept = self.kept.select(indices)
+        if self.real is not None:
+            self.real = self.real.index_select(0, indices.to(self.real.device))
+
+    def reorder_cache(self, beam_idx: Int[Tensor, " rows"]) -> None:
+        """Keep these sequences, in this order."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Have each sequence so many times."""
+        if self.kept is not None:
+            rows = torch.arange(self.kept.batch_size)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.kept, self.columns, self.real = None, 0, None
+
+    def activate_past_recording(self) -> None:
+        """Do nothing: whatever was read can be cropped."""
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns that were read."""
@@ -57,35 +117,6 @@ class OpenMythosCache(Cache):  # type: ignore[misc]  # transformers has no types
         """Return -1: it grows."""
         del layer_idx
         return -1
-
-    def reorder_cache(self, beam_idx: Int[Tensor, " rows"]) -> None:
-        """Keep these sequences, in this order."""
-        if self.kept is not None:
-            self.kept = self.kept.select(beam_idx)
-
-    def batch_select_indices(self, indices: Int[Tensor, " rows"]) -> None:
-        """Keep these sequences, in this order."""
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Have each sequence so many times."""
-        if self.kept is not None:
-            rows = torch.arange(self.kept.batch_size)
-            self.kept = self.kept.select(rows.repeat_interleave(repeats))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens; a number above 0 is how many stay."""
-        gone = -tokens_to_remove if tokens_to_remove <= 0 else self.columns - tokens_to_remove
-        if self.kept is not None and gone > 0:
-            self.kept.rollback(gone)
-            self.columns -= gone
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.kept, self.columns = None, 0
-
-    def activate_past_recording(self) -> None:
-        """Do nothing: whatever was read can be cropped."""
 
     @property
     def is_initialized(self) -> bool:
@@ -103,7 +134,7 @@ class OpenMythosCache(Cache):  # type: ignore[misc]  # transformers has no types
         return [False]
 
     def __len__(self) -> int:
-        """Return 0 while empty, as a cache without layers."""
+        """Layers that keep something, 0 while nothing was read."""
         return 0 if self.kept is None else len(self.kept.outer) + len(self.kept.core)
 
     def __repr__(self) -> str:

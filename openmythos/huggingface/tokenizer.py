@@ -8,7 +8,9 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
+from openmythos.config import CONFIG_FILE, MythosConfig
 from openmythos.inference.shipped import find_model
 from openmythos.training.tokenizer import Tokenizer
 
@@ -35,9 +37,13 @@ class OpenMythosTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]  # no 
         """
         folder = find_model(pretrained_model_name_or_path)
         where = folder if folder.is_dir() else pretrained_model_name_or_path
-        given.setdefault("split_special_tokens", True)
         made: OpenMythosTokenizer = super().from_pretrained(where, *args, **given)
         own = Tokenizer(Backend.from_str(made.backend_tokenizer.to_str()))  # it checks
+        if made.init_kwargs.get("split_special_tokens") is None:
+            made.init_kwargs["split_special_tokens"] = made.split_special_tokens = True
+            made.backend_tokenizer.encode_special_tokens = True
+        if made.model_max_length >= VERY_LARGE_INTEGER and (folder / CONFIG_FILE).is_file():
+            made.model_max_length = MythosConfig.load(folder).max_length
         mark = own.end_mark
         for name in ("bos_token", "eos_token", "pad_token"):
             if getattr(made, name) is None:
@@ -46,3 +52,10 @@ class OpenMythosTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]  # no 
             single=f"{mark} $A", pair=f"{mark} $A {mark} $B", special_tokens=[(mark, own.end_id)]
         )
         return made
+
+    def apply_chat_template(
+        self, *args: Any, tokenizer_kwargs: dict[str, Any] | None = None, **given: Any
+    ) -> Any:
+        """Write a conversation as its template has it, whose marks are tokens."""
+        marked = {"split_special_tokens": False, **(tokenizer_kwargs or {})}
+        return super().apply_chat_template(*args, tokenizer_kwargs=marked, **given)

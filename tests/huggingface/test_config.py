@@ -85,6 +85,19 @@ def test_a_saved_tokenizer_is_read_by_both(folder, tmp_path):
     assert again(text).input_ids == AutoTokenizer.from_pretrained(folder)(text).input_ids
     assert Tokenizer.load(tmp_path).encode(text) == Tokenizer.load(folder).encode(text)
     assert again.padding_side == "left"
+    parsed = AutoTokenizer.from_pretrained(folder, split_special_tokens=False)
+    parsed.save_pretrained(tmp_path)
+    kept = AutoTokenizer.from_pretrained(tmp_path)
+    assert kept(END, add_special_tokens=False).input_ids == [kept.eos_token_id]
+
+
+def test_a_tokenizer_knows_the_models_length_and_a_templates_marks(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.model_max_length == MythosConfig(vocab_size=280).max_length
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    said = tokenizer.apply_chat_template([{"role": "user", "content": "the cat"}])["input_ids"]
+    own = Tokenizer.load(folder)
+    assert said == [*own.encode("the cat"), own.end_id]
 
 
 def test_a_shipped_model_has_its_tokenizer_by_name():

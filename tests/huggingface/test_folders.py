@@ -5,9 +5,16 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_model, save_model
 from tiny import some_ids, tiny
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    pipeline,
+)
 
 import openmythos
 from openmythos import OpenMythos
@@ -72,6 +79,15 @@ def test_how_to_generate_is_kept(folder, tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config
     assert (again.eos_token_id, again.temperature) == (7, 0.5)
+    unknown = OpenMythosForCausalLM.of(OpenMythos.from_pretrained(folder))
+    assert unknown.generation_config.eos_token_id is None
+    unknown.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, use_cache=False)
+    assert read.generation_config.eos_token_id == read.config.pad_token_id == end
+    assert read.generation_config.use_cache is False
+    own = GenerationConfig(max_new_tokens=3)
+    assert OpenMythosForCausalLM.from_pretrained(folder, generation_config=own).generation_config
 
 
 def test_a_shipped_model_writes_its_text():
@@ -84,13 +100,20 @@ def test_a_shipped_model_writes_its_text():
     assert by_name.num_parameters() == sum(p.numel() for p in lm.model.parameters())
 
 
-def test_the_mean_of_loops_may_be_another(folder):
+def test_the_mean_of_loops_may_be_another(folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder, mean_loops=5, trust_remote_code=False)
     assert (model(some_ids()).loops == 5).all()
     config = OpenMythosConfig.of(model.model.config)
     config.mean_loops = 2
     again = AutoModelForCausalLM.from_pretrained(folder, config=config)
     assert (again(some_ids()).loops == 2).all()
+    again.config.mean_loops = 4
+    again.save_pretrained(tmp_path)
+    assert openmythos.load(folder).model.config.mean_loops == 3
+    assert OpenMythos.from_pretrained(tmp_path).config.mean_loops == 4
+    again.config.hidden_size = 32
+    with pytest.raises(InputError, match="hidden_size=32 must be 24"):
+        again.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
@@ -106,6 +129,24 @@ def test_a_new_model_has_the_weights_of_its_seed(folder):
     made = AutoModelForCausalLM.from_config(config)
     for name, tensor in tiny(spread=0).state_dict().items():
         assert torch.equal(made.state_dict()[f"model.{name}"], tensor), name
+    narrow = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, tensor in tiny(spread=0).bfloat16().state_dict().items():
+        assert torch.equal(narrow.state_dict()[f"model.{name}"], tensor), name
+        assert narrow.state_dict()[f"model.{name}"].dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("tie_head", [True, False])
+def test_a_state_is_written_and_read_by_safetensors(tie_head, tmp_path):
+    model = OpenMythosForCausalLM.of(tiny(tie_head=tie_head))
+    save_model(model, str(tmp_path / "state.safetensors"))
+    other = OpenMythosForCausalLM.of(tiny(tie_head=tie_head, seed=1))
+    load_model(other, str(tmp_path / "state.safetensors"))
+    assert torch.equal(other(some_ids()).logits, model(some_ids()).logits)
+    assert (other.model.head.weight is other.model.embed.weight) == tie_head
+    plain = {name.removeprefix("model."): x for name, x in model.state_dict().items()}
+    other = OpenMythosForCausalLM.of(tiny(tie_head=tie_head, seed=1))
+    other.load_state_dict(plain)
+    assert torch.equal(other(some_ids()).logits, model(some_ids()).logits)
 
 
 def test_a_copy_stands_by_itself(folder):
@@ -123,6 +164,7 @@ REFUSED = {
     "a shape": ({"hidden_size": 32}, "hidden_size=32 must be 24, as the weights were trained"),
     "a typo": ({"dvice": "cpu"}, "dvice='cpu' must be left out: loading takes no such argument"),
     "several devices": ({"device_map": {"a": 0, "b": 1}}, "must be one device"),
+    "a way to share": ({"device_map": "balanced"}, "device_map='balanced' must be one device"),
     "attention": ({"attn_implementation": "eager"}, "attn_implementation='eager' must be 'sdpa'"),
 }
 
@@ -130,8 +172,24 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_loaded_is_refused(folder, name):
     given, sentence = REFUSED[name]
-    with pytest.raises(InputError, match=sentence):
-        OpenMythosForCausalLM.from_pretrained(folder, **given)
+    for kind in (OpenMythosForCausalLM, AutoModelForCausalLM):
+        with pytest.raises(InputError, match=sentence):
+            kind.from_pretrained(folder, **given)
+
+
+def test_what_changes_nothing_may_be_said(folder):
+    config = AutoConfig.from_pretrained(folder)
+    given = {"attn_implementation": "sdpa", "ignore_mismatched_sizes": False, "revision": None}
+    model = AutoModelForCausalLM.from_pretrained(folder, **given, num_attention_heads=6)
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(InputError, match="attn_implementation='eager' must be 'sdpa'"):
+        AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with pytest.raises(InputError, match="attn_implementation='eager' must be 'sdpa'"):
+        model.set_attn_implementation("eager")
+    for kind in (OpenMythosForCausalLM, AutoModelForCausalLM):
+        told = kind.from_pretrained(folder, output_hidden_states=True, return_dict=False)
+        assert len(told(some_ids())) == 3  # logits, states and loops
+        assert told(some_ids(), output_hidden_states=False, return_dict=True).loops is not None
 
 
 def test_a_damaged_folder_is_refused(folder, tmp_path):
@@ -149,5 +207,6 @@ def test_words_are_not_added(folder):
     assert model.resize_token_embeddings(270) is model.get_input_embeddings()
     with pytest.raises(InputError, match="new_num_tokens=300 must be vocab_size=270"):
         model.resize_token_embeddings(300)
-    with pytest.raises(InputError, match="push_to_hub must be left out"):
-        model.save_pretrained(folder, push_to_hub=True)
+    for name in ("push_to_hub", "weight"):
+        with pytest.raises(InputError, match=f"{name} must be left out"):
+            model.save_pretrained(folder, **{name: True})

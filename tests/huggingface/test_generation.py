@@ -9,8 +9,9 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 from typecheck import unchecked
 
+import openmythos
 from openmythos.errors import InputError
-from openmythos.huggingface import OpenMythosCache, OpenMythosForCausalLM
+from openmythos.huggingface import OpenMythosCache, OpenMythosForCausalLM, OpenMythosTokenizer
 from openmythos.huggingface.cache import LEAST
 from openmythos.inference.generate import generate
 from openmythos.inference.sampling import Sampling
@@ -75,6 +76,7 @@ def test_padding_on_the_left_changes_no_text(model):
     [
         {"num_beams": 3},
         {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.0},
+        {"num_beams": 2, "loops": torch.tensor([1, 4])},
         {"prompt_lookup_num_tokens": 3},
         {"prefill_chunk_size": 2},
         {"repetition_penalty": 1.3},
@@ -90,6 +92,26 @@ def test_a_search_with_a_cache_finds_what_it_finds_without(model, given):
     else:
         expected = theirs(model, token_ids, use_cache=False, **without)
     assert torch.equal(theirs(model, token_ids, **given), expected)
+
+
+def test_parts_of_a_prompt_may_be_padding_alone(model):
+    token_ids = some_ids(2, 9)
+    mask = torch.ones_like(token_ids)
+    mask[:, :4], mask[1, :7] = 0, 0
+    made = theirs(model, token_ids, attention_mask=mask, prefill_chunk_size=3)
+    for row, length in enumerate((5, 2)):
+        assert torch.equal(made[row], ours(model, token_ids[row : row + 1, -length:])[0])
+
+
+def test_a_text_ends_at_a_string():
+    lm = openmythos.load("openmythos-lm")
+    tokenizer = OpenMythosTokenizer.from_pretrained("openmythos-lm")
+    model = OpenMythosForCausalLM.of(lm)
+    prompt = tokenizer("Fellow citizens", return_tensors="pt")
+    given = {"max_new_tokens": 12, "do_sample": False, "tokenizer": tokenizer}
+    made = model.generate(**prompt, **given, stop_strings=["United"])
+    assert tokenizer.decode(made[0]).endswith("United")
+    assert model.generation_config.eos_token_id == lm.tokenizer.end_id
 
 
 def test_an_assistant_changes_no_text(model):
@@ -122,14 +144,29 @@ def test_a_cache_is_cropped_repeated_and_forgotten(model):
     token_ids = some_ids(2, 9)
     cache = model(token_ids, use_cache=True).cache
     cache.crop(-2)
-    cache.crop(6)
+    cache.crop(0)
+    cache.crop(-1)
     assert cache.get_seq_length() == 6
+    for count in (1, -7):
+        with pytest.raises(InputError, match=f"tokens_to_remove={count} must be from -6 to 0"):
+            cache.crop(count)
     cache.batch_repeat_interleave(2)
     rows = token_ids.repeat_interleave(2, 0)
     assert_close(model(rows[:, 6:], cache=cache).logits, model(rows).logits[:, 6:])
     cache.reset()
     assert len(cache) == 0
     assert not cache.is_initialized
+
+
+def test_columns_are_cropped_and_not_tokens(model):
+    token_ids, mask = some_ids(2, 8), torch.ones(2, 8, dtype=torch.int64)
+    mask[1, 4:6] = 0
+    cache = model(token_ids[:, :6], attention_mask=mask[:, :6], use_cache=True).cache
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.crop(-2)
+    assert cache.kept.lengths == [4, 4]
+    rest = model(token_ids[[1, 0], 4:], attention_mask=torch.ones(2, 8), cache=cache).logits
+    assert_close(rest, model(token_ids[[1, 0]]).logits[:, 4:])
 
 
 def test_a_call_says_what_each_token_took(model):
@@ -142,12 +179,19 @@ def test_a_call_says_what_each_token_took(model):
     assert_close(model(token_ids, logits_to_keep=2).logits, model(token_ids).logits[:, -2:])
     as_tuple = model(token_ids, return_dict=False)
     assert_close(as_tuple[0], model(token_ids).logits)
+    shifted = model(token_ids, position_ids=torch.arange(3, 10)[None])
+    assert_close(shifted.logits, model(token_ids).logits)  # rotary positions are relative
 
 
 REFUSED = {
     "the cache": ({"cache": DynamicCache()}, "cache=DynamicCache must be an OpenMythosCache"),
     "embeddings": ({"inputs_embeds": torch.ones(2, 7, 24)}, "inputs_embeds must be left out"),
     "a mask": ({"attention_mask": torch.ones(2, 1, 7, 7)}, "attention_mask has shape"),
+    "a wider mask": ({"attention_mask": torch.ones(2, 9)}, "has shape .2, 9., must be .2, 7."),
+    "documents": (
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])},
+        "position_ids must rise within a row: packed documents would see each other",
+    ),
     "attention": ({"output_attentions": True}, "output_attentions must be left out"),
     "a typo": ({"lops": 3}, "lops must be left out: the model has no such argument"),
     "loops": ({"loops": 0}, "loops=0 must be 1 or more"),

@@ -3,14 +3,19 @@
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from tiny import SIZES, some_ids, tiny
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import openmythos
 from openmythos.errors import InputError
-from openmythos.huggingface import BalanceRouters, OpenMythosForCausalLM
+from openmythos.huggingface import (
+    BalanceRouters,
+    OpenMythosCache,
+    OpenMythosForCausalLM,
+    adapter_targets,
+)
 from openmythos.model.transformer import cross_entropy
 from openmythos.training.tokenizer import Tokenizer
 
@@ -61,6 +66,11 @@ def trained(model, folder, base, steps=4, *, resume=None, **given):
     return trainer
 
 
+def lora(model):
+    maps = adapter_targets(model)
+    return LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=[], target_parameters=maps)
+
+
 def balances(model):
     return [layer.router.balance.clone() for layer in model.model.core.experts_layers()]
 
@@ -76,15 +86,29 @@ def test_the_loss_is_the_mean_over_labels(model):
     assert_close(by_count, own[counted].sum() / 5)
 
 
+def test_smoothed_labels_are_shifted_as_the_others(model, base, tmp_path):
+    batch = {"input_ids": some_ids(2, 7), "labels": some_ids(2, 7)}
+    smoothing = TrainingArguments(
+        str(tmp_path), label_smoothing_factor=1e-9, use_cpu=True, report_to=[]
+    )
+    loss = Trainer(model.eval(), smoothing).compute_loss(model, dict(batch))
+    assert_close(loss, model(**batch).loss)
+
+
 def test_loops_are_drawn_in_training_alone(model):
     token_ids = some_ids(8, 5)
     model.train()
+    with pytest.raises(InputError, match="cache must be left out in training"):
+        model(token_ids, cache=OpenMythosCache())
     torch.manual_seed(1)
     first = model(token_ids)
     assert len(set(first.loops[:, 0].tolist())) > 1  # one depth for all: 0.2 ** 7
     assert first.cache is None
     torch.manual_seed(1)
     assert torch.equal(model(token_ids, use_cache=True).loops, first.loops)
+    torch.manual_seed(1)
+    drawn = torch.compile(lambda token_ids: model._drawn(token_ids) + 0, backend="eager")
+    assert torch.equal(drawn(token_ids), first.loops[:, 0])
     assert (model(token_ids, loops=2).loops == 2).all()
     with torch.no_grad():
         assert (model(token_ids).loops == SIZES["mean_loops"]).all()
@@ -103,6 +127,48 @@ def test_the_last_loops_of_a_deep_model_carry_the_gradient_as_in_our_training(ba
     assert [window for window, _ in seen] == [5, None]
     assert seen[0][1].std() == pytest.approx((2 / 5) ** 0.5, rel=0.3)  # of 240 draws
     assert seen[1][1] is None
+
+
+def test_processes_that_draw_the_same_number_have_other_loops(model, monkeypatch):
+    found = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        torch.manual_seed(1)
+        found.append(model.train()(some_ids(8, 2)).loops[:, 0])
+    monkeypatch.undo()
+    torch.manual_seed(1)
+    assert torch.equal(torch.cat(found), model(some_ids(16, 2)).loops[:, 0])
+
+
+def test_states_may_be_asked_for_in_training(model):
+    out = model.train()(some_ids(2, 5), output_hidden_states=True)
+    assert all(state.requires_grad for state in out.hidden_states)
+
+
+@pytest.mark.parametrize("attention", ["gqa", "mla"])
+@pytest.mark.parametrize("experts", [0, 5])
+def test_every_matrix_of_a_layer_has_a_place_for_an_adapter(attention, experts):
+    model = OpenMythosForCausalLM.of(tiny(attention=attention, experts=experts, q_latent=8))
+    adapted = get_peft_model(model, lora(model)).train()
+    adapted(some_ids(2, 7), labels=some_ids(2, 7), loops=2).loss.backward()
+    given = {name: p.grad for name, p in adapted.named_parameters() if "lora_B" in name}
+    assert all(gradient.abs().max() > 0 for gradient in given.values())
+    matrices = [
+        name
+        for name, p in adapted.named_parameters()
+        if ".layers." in name and p.ndim > 1 and "lora_" not in name
+    ]
+    without = (
+        "shared.w_in.weight",
+        "shared.w_out.weight",
+        "scale",
+        "router.weight",
+        "kv_up.weight",
+        "norm.weight",
+    )
+    wanted = [name for name in matrices if not name.endswith(without)]
+    assert len([name for name in given if ".layers." in name]) == len(wanted)
 
 
 def test_act_is_refused_in_training():
@@ -159,9 +225,7 @@ def test_loads_of_a_step_move_the_balance_as_our_trainer_does(model):
 
 def test_an_adapter_learns_alone_and_is_found_again(model, base, tmp_path):
     frozen = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    maps = ["attention.qkv.weight", "attention.out.weight", "feed_forward.w_in"]
-    config = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=[], target_parameters=maps)
-    adapted = get_peft_model(model, config)
+    adapted = get_peft_model(model, lora(model))
     trained(adapted, tmp_path / "run", base)
     adapted.eval()
     token_ids = some_ids(2, 7)
@@ -177,6 +241,12 @@ def test_an_adapter_learns_alone_and_is_found_again(model, base, tmp_path):
         assert_close(again(token_ids).logits, expected)
         made = again.generate(token_ids, max_new_tokens=6, do_sample=False, use_cache=False)
         assert torch.equal(again.generate(token_ids, max_new_tokens=6, do_sample=False), made)
+    by_name = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(by_name(token_ids).logits, expected)
+    by_peft = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(by_peft.eval()(token_ids).logits, expected)
+    with pytest.raises(InputError, match="save_pretrained must come after merge_and_unload"):
+        again.get_base_model().save_pretrained(tmp_path / "merged")
     again.merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = openmythos.OpenMythos.from_pretrained(tmp_path / "merged")
     assert_close(merged(token_ids).logits, expected)
@@ -195,7 +265,7 @@ def test_adapters_that_would_be_lost_are_refused(weight, changes):
     model = OpenMythosForCausalLM.of(tiny(**changes))
     config = LoraConfig(r=2, target_modules=[], target_parameters=[f"{weight}.weight"])
     adapted = get_peft_model(model, config).train()
-    with pytest.raises(InputError, match=f"target_parameters must leave out {weight}.weight: "):
+    with pytest.raises(InputError, match=f"adapters must leave out {weight}: "):
         adapted(some_ids(2, 5))
 
 
