@@ -297,8 +297,9 @@ def _sentences(rows: dict[str, Runs], name: str) -> list[str]:
         and gap.mean < 0
     ]
     if better:
+        which = f"{' and '.join(sorted(better))} {'have' if len(better) > 1 else 'has'}"
         said.append(
-            f"Of the shapes tried with fewer seeds, {' and '.join(sorted(better))} has fewer bits "
+            f"Of the shapes tried with fewer seeds, {which} fewer bits "
             "on the documents for choosing."
         )
     return said
