@@ -1192,7 +1192,7 @@ def test_a_request_cancelled_at_any_tick_leaves_the_others_as_they_are(lm, tick)
 def callers(lm, count, *, threads):
     """Threads that submit, read and cancel at once, on a running engine."""
     settings = EngineSettings(cache_bytes=1 << 20, budget=12, chunk=7)
-    failures = []
+    failures, before = [], threading.active_count()
 
     def call(number):
         try:
@@ -1233,9 +1233,6 @@ def callers(lm, count, *, threads):
     assert statistics.pages_free + statistics.pages_cached == statistics.pages_total
     for one, events in kept:
         assert written(events) == written(alone(lm, one))
-
-
-before = threading.active_count()
 
 
 def test_callers_on_many_threads_get_what_they_would_alone(lm):
