@@ -31,6 +31,7 @@ OF_SAVING = (
     "distributed_checkpoint",
     "max_shard_size",
     "safe_serialization",
+    "save_function",
     "save_original_format",
     "save_peft_format",
     "token",
