@@ -265,7 +265,8 @@ def test_two_settings_stand_side_by_side_on_one_scale(visit, shipped):
     write(page, columns=2)
     assert set(loops_of(page, 1)) == {1}
     assert min(loops_of(page, 0)) > 1
-    left, right = (page.locator(".paper").nth(column).bounding_box() for column in (0, 1))
+    boxes = "papers => papers.map(paper => paper.getBoundingClientRect().toJSON())"
+    left, right = page.locator(".paper").evaluate_all(boxes)  # at once, as the page may scroll
     assert left["y"] == right["y"]
     assert left["x"] + left["width"] < right["x"]
     pale = page.locator(".column >> nth=1").locator(".token:not(.prompt)").first
