@@ -9,9 +9,9 @@ from transformers import PreTrainedConfig
 
 from openmythos.config import MODEL_TYPE, MythosConfig
 
-FIELDS = tuple(field.name for field in dataclasses.fields(MythosConfig))
-LENGTH = "max_position_embeddings"
-"""Where `max_length` is kept: transformers takes that name for a setting of `generate`."""
+KEPT = {field.name: field.name for field in dataclasses.fields(MythosConfig)}
+"""Where each field is kept."""
+KEPT["max_length"] = "max_position_embeddings"  # the field's name is a setting of `generate` there
 
 
 class OpenMythosConfig(PreTrainedConfig):  # type: ignore[misc]  # no types there
@@ -32,12 +32,11 @@ class OpenMythosConfig(PreTrainedConfig):  # type: ignore[misc]  # no types ther
     }
 
     def __init__(self, **fields: Any) -> None:
-        fields = {self.attribute_map.get(name, name): value for name, value in fields.items()}
-        own = {name: fields.pop(name) for name in FIELDS if name in fields}
-        if LENGTH in fields:
-            own["max_length"] = fields.pop(LENGTH)
+        names = {**self.attribute_map, "max_length": KEPT["max_length"]}
+        fields = {names.get(name, name): value for name, value in fields.items()}
+        own = {name: fields.pop(kept) for name, kept in KEPT.items() if kept in fields}
         for name, value in dataclasses.asdict(MythosConfig(**own)).items():
-            setattr(self, LENGTH if name == "max_length" else name, value)
+            setattr(self, KEPT[name], value)
         super().__init__(**fields)
 
     @property
@@ -47,8 +46,7 @@ class OpenMythosConfig(PreTrainedConfig):  # type: ignore[misc]  # no types ther
         Raises:
             ConfigError: a field was set to what does not fit.
         """
-        names = {name: LENGTH if name == "max_length" else name for name in FIELDS}
-        return MythosConfig(**{name: getattr(self, kept) for name, kept in names.items()})
+        return MythosConfig(**{name: getattr(self, kept) for name, kept in KEPT.items()})
 
     @classmethod
     def of(cls, config: MythosConfig) -> OpenMythosConfig:

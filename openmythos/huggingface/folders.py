@@ -124,7 +124,8 @@ def with_loops(read: MythosConfig, asked: MythosConfig, fields: dict[str, Any]) 
     for name, value in wanted.items():
         if name != "mean_loops" and value != (was := getattr(read, name)):
             raise InputError(f"{name}={value!r} must be {was!r}, as the weights were trained with")
-    return dataclasses.replace(read, mean_loops=wanted["mean_loops"])
+    loops = wanted["mean_loops"]  # where it is the same, fields that nobody set go on to follow
+    return read if loops == read.mean_loops else dataclasses.replace(read, mean_loops=loops)
 
 
 def generation_of(folder: Path) -> GenerationConfig:

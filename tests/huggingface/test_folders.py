@@ -49,7 +49,10 @@ def test_a_folder_of_ours_is_read_with_any_weights(weights, tie_head, tmp_path):
 @pytest.mark.parametrize("weights", [None, "int8"])
 def test_a_saved_model_is_read_by_ours(weights, folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
+    before = model.model.config.replace(max_length=128)
     model.save_pretrained(tmp_path, weights=weights)
+    assert model.model.config.replace(max_length=128) == before
+    assert model.model.config.replace(mean_loops=5).lora_loops == 5  # it follows, as nobody set it
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
     lm = openmythos.load(tmp_path)
     wanted = openmythos.load(folder).model
@@ -87,7 +90,8 @@ def test_how_to_generate_is_kept(folder, tmp_path):
     assert read.generation_config.eos_token_id == read.config.pad_token_id == end
     assert read.generation_config.use_cache is False
     own = GenerationConfig(max_new_tokens=3)
-    assert OpenMythosForCausalLM.from_pretrained(folder, generation_config=own).generation_config
+    given = OpenMythosForCausalLM.from_pretrained(folder, generation_config=own)
+    assert given.generation_config.max_new_tokens == 3
 
 
 def test_a_shipped_model_writes_its_text():
